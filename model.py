@@ -1,0 +1,381 @@
+"""LLaMA 2 in one file: the model, Meta's checkpoint layout, the tokenizer, generation.
+
+Touvron et al. 2023, "Llama 2", section 2.2: a pre-norm transformer with RMSNorm, rotary position
+embedding, SwiGLU and grouped-query attention. HydraLoRA (section 2.1) keeps all of it frozen.
+Parameter names and params.json keys are Meta's, so the original files load as they are:
+
+    model, tokenizer = load_llama("llama-2-7b")
+    print(generate(model, tokenizer, ["The capital of France is"], max_new_tokens=8)[0])
+
+Shapes: B batch, T tokens, S cache slots, D width, H heads, K key/value heads, E head width,
+F feed-forward width, V vocabulary.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class ModelArgs:
+    """The keys of Meta's params.json, plus rope_theta and max_seq_len."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    vocab_size: int = -1  # -1: taken from the embedding when a checkpoint is loaded
+    multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_seq_len: int = 4096
+
+    @property
+    def ffn_dim(self):
+        """Two thirds of 4 * dim, so that SwiGLU's three matrices cost what two did, then rounded."""
+        hidden = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * math.ceil(hidden / self.multiple_of)
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight, the division in fp32 whatever the dtype of x."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+def rotary_table(positions, head_dim, theta):
+    """cos and sin (B, T, 1, E/2) in fp32 of the angle position * theta^(-2i/E) of each pair i."""
+    pair = torch.arange(0, head_dim, 2, device=positions.device).float()
+    angle = positions[..., None].float() * theta ** (-pair / head_dim)
+    return angle.cos()[..., None, :], angle.sin()[..., None, :]
+
+
+def apply_rotary(x, table):
+    """Rotates x (B, T, H, E) in fp32. Meta's layout pairs neighbours (0, 1), (2, 3), ...; the
+    Hugging Face layout pairs i with i + E/2, which loads cleanly and talks nonsense."""
+    cos, sin = table
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each (B, T, H, E/2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.n_heads = args.n_heads
+        self.n_kv_heads = args.n_kv_heads or args.n_heads
+        self.head_dim = args.dim // args.n_heads
+        self.wq = nn.Linear(args.dim, self.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(self.n_heads * self.head_dim, args.dim, bias=False)
+
+    def forward(self, x, rotary, mask=None, cache=None, positions=None):
+        q = apply_rotary(self.wq(x).unflatten(-1, (self.n_heads, -1)), rotary)  # (B, T, H, E)
+        k = apply_rotary(self.wk(x).unflatten(-1, (self.n_kv_heads, -1)), rotary)  # (B, T, K, E)
+        v = self.wv(x).unflatten(-1, (self.n_kv_heads, -1))
+        if cache is not None:
+            k, v = cache.update(positions, k, v)  # (B, S, K, E): all slots; the mask picks
+        if self.n_kv_heads < self.n_heads:  # query head h reads key/value head h // (H / K)
+            k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=2)
+            v = v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, E)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)  # gate
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)  # down
+        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)  # up
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x, rotary, mask=None, cache=None, positions=None):
+        x = x + self.attention(self.attention_norm(x), rotary, mask, cache, positions)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class LayerCache:
+    """Keys and values of one layer, (B, S, K, E). Slot p holds position p and nothing else, so a
+    token at position p may read slots 0..p: whatever padding left above is overwritten unread."""
+
+    def __init__(self, k, v):
+        self.k, self.v = k, v
+
+    def update(self, positions, k, v):
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.k[rows, positions] = k.type_as(self.k)
+        self.v[rows, positions] = v.type_as(self.v)
+        return self.k.type_as(k), self.v.type_as(v)
+
+
+class Transformer(nn.Module):
+    """Decoder-only LLaMA 2; weights are random until init_weights or load_llama sets them."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+        self.checkpoint_activations = False  # True: recompute each block in the backward pass
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+
+    def init_weights(self, seed):
+        """N(0, 0.02) everywhere, the two projections into the residual divided by sqrt(2 layers)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2:
+                residual = name.endswith(("wo.weight", "w2.weight"))
+                std = 0.02 / math.sqrt(2 * self.args.n_layers) if residual else 0.02
+                nn.init.normal_(weight, std=std, generator=generator)
+
+    def forward(self, tokens):
+        """Next-token logits (B, T, V) of int64 tokens (B, T)."""
+        return self.output(self.hidden_states(tokens))
+
+    def hidden_states(self, tokens, cache=None, positions=None):
+        """Hidden states (B, T, D) after the final norm; raises ValueError beyond max_seq_len.
+
+        With a cache from make_cache, positions (B, T) say where each token stands: its keys go to
+        those slots and it attends to every slot up to its own.
+        """
+        end = tokens.shape[1] if cache is None else cache[0].k.shape[1]
+        if end > self.args.max_seq_len:
+            raise ValueError(f"{end} tokens do not fit max_seq_len {self.args.max_seq_len}")
+        mask = None
+        if cache is None:
+            positions = torch.arange(end, device=tokens.device)[None]
+        else:
+            slots = torch.arange(end, device=tokens.device)
+            mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
+        rotary = rotary_table(positions, self.args.dim // self.args.n_heads, self.args.rope_theta)
+        h = self.tok_embeddings(tokens)
+        for i, layer in enumerate(self.layers):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # the reentrant kind sees no trainable input here (the embedding is frozen) and
+                # would return no gradient at all
+                h = checkpoint(layer, h, rotary, use_reentrant=False)
+            else:
+                h = layer(h, rotary, mask, cache[i] if cache else None, positions)
+        return self.norm(h)
+
+    def make_cache(self, batch, slots):
+        """An empty key/value cache, one LayerCache a layer, in the dtype of the embedding."""
+        shape = (batch, slots, self.args.n_kv_heads or self.args.n_heads,
+                 self.args.dim // self.args.n_heads)
+        new = self.tok_embeddings.weight.new_zeros
+        return [LayerCache(new(shape), new(shape)) for _ in self.layers]
+
+
+# ---------------------------------------------------------------- Meta's checkpoint layout
+
+# Meta's model-parallel code splits a weight over the shards by rows (dimension 0) or by columns
+# (dimension 1); the norms are whole in every shard.
+SPLIT_DIM = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1,
+             "w1": 0, "w2": 1, "w3": 0, "output": 0}
+DROPPED_KEY = "rope.freqs"  # a buffer of Meta's code, computed here instead
+
+
+def read_params(directory, max_seq_len=None):
+    """ModelArgs from params.json; an unknown key raises, since it would change the model."""
+    path = Path(directory) / "params.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no params.json: give the folder of a checkpoint in "
+                         "Meta's layout (params.json, consolidated.NN.pth, tokenizer.model)")
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+        unknown = set(params) - {field.name for field in fields(ModelArgs)}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a JSON object: {error}") from None
+    if unknown:
+        raise ValueError(f"{path} has keys this model does not know: {sorted(unknown)}")
+    if max_seq_len is not None:
+        params["max_seq_len"] = max_seq_len
+    return ModelArgs(**params)
+
+
+def read_shards(directory):
+    """The state dicts of consolidated.00.pth, .01.pth, ..., memory-mapped, rope.freqs dropped."""
+    paths = sorted(Path(directory).glob("consolidated.*.pth"))
+    wanted = [f"consolidated.{i:02d}.pth" for i in range(len(paths))]
+    if not paths or [path.name for path in paths] != wanted:
+        raise ValueError(f"{directory} needs the shards consolidated.00.pth, consolidated.01.pth, "
+                         f"... without a gap; found {[path.name for path in paths] or 'none'}")
+    shards = []
+    for path in paths:
+        try:
+            shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            shard.pop(DROPPED_KEY, None)
+        except Exception as error:  # torch.load raises half a dozen types for a damaged file
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{path} is not a whole PyTorch checkpoint: {reason}") from None
+        shards.append(shard)
+    keys = [set(shard) for shard in shards]
+    if any(k != keys[0] for k in keys):
+        differ = sorted(set.union(*keys) - set.intersection(*keys))
+        raise ValueError(f"the shards of {directory} hold different tensors: {differ[:4]}")
+    return shards
+
+
+def merge_shards(shards, name):
+    """One whole tensor from its parts in every shard; a single shard stays memory-mapped."""
+    parts = [shard[name] for shard in shards]
+    split = SPLIT_DIM.get(name.split(".")[-2]) if name.count(".") else None
+    if len(parts) == 1 or split is None:
+        return parts[0]
+    return torch.cat(parts, dim=split)
+
+
+def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None):
+    """(Transformer, Tokenizer) from a folder in Meta's layout, with any number of shards.
+
+    dtype None keeps the file's own. Shards are merged one tensor at a time, so the peak is one copy
+    of the model plus one tensor. Raises ValueError where files, keys, shapes or vocabulary differ.
+    """
+    args = read_params(directory, max_seq_len)
+    tokenizer = Tokenizer(Path(directory) / "tokenizer.model")
+    shards = read_shards(directory)
+    if "tok_embeddings.weight" not in shards[0]:
+        raise ValueError(f"{directory} has no tok_embeddings.weight; found "
+                         f"{sorted(shards[0])[:4]}: is it in Meta's layout?")
+    if args.vocab_size == -1:
+        args.vocab_size = shards[0]["tok_embeddings.weight"].shape[0]
+    if tokenizer.vocab_size > args.vocab_size:
+        raise ValueError(f"the tokenizer in {directory} has {tokenizer.vocab_size} pieces, "
+                         f"the embedding {args.vocab_size} rows: they do not belong together")
+    with torch.device("meta"):
+        model = Transformer(args)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing, extra = sorted(set(shapes) - set(shards[0])), sorted(set(shards[0]) - set(shapes))
+    if missing or extra:
+        raise ValueError(f"the tensors in {directory} do not fit its params.json: "
+                         f"missing {missing[:4]}, extra {extra[:4]}")
+    state = {}
+    for name, shape in shapes.items():
+        tensor = merge_shards(shards, name)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} in {directory} is {tuple(tensor.shape)}, "
+                             f"its params.json asks for {shape}")
+        state[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True), tokenizer
+
+
+def save_llama(model, tokenizer_path, directory, dtype=None):
+    """Writes the model in Meta's layout, one shard, in a dtype (None: its own); load_llama reads it
+    back. params.json comes last, so a folder that was not finished is not taken for a checkpoint.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "params.json").unlink(missing_ok=True)
+    if Path(tokenizer_path).resolve() != (directory / "tokenizer.model").resolve():
+        shutil.copyfile(tokenizer_path, directory / "tokenizer.model")
+    state = {name: weight.detach().to("cpu", dtype) for name, weight in model.named_parameters()}
+    torch.save(state, directory / "consolidated.00.pth")
+    params = {key: value for key, value in asdict(model.args).items() if value is not None}
+    (directory / "params.json").write_text(json.dumps(params, indent=1) + "\n", encoding="utf-8")
+
+
+class Tokenizer:
+    """LLaMA's sentencepiece tokenizer: byte fallback, digits apart, BOS 1 and EOS 2."""
+
+    def __init__(self, path):
+        if not Path(path).is_file():
+            raise ValueError(f"there is no tokenizer at {path}")
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except Exception as error:
+            raise ValueError(f"{path} is not a sentencepiece model: {error}") from None
+        self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
+        self.vocab_size = self.model.vocab_size()
+
+    def encode(self, text, bos=True, eos=False):
+        """Token ids of the text, with BOS in front and EOS behind where asked for."""
+        return [self.bos_id] * bos + self.model.encode(text) + [self.eos_id] * eos
+
+    def decode(self, ids):
+        """The text of the ids; BOS and EOS have none."""
+        return self.model.decode(ids)
+
+
+# ---------------------------------------------------------------- generation
+
+
+def sample(logits, temperature, top_p, generators):
+    """The next token (B,) from logits (B, V): the most likely at temperature 0, else drawn from the
+    smallest set of tokens whose probabilities reach top_p, each row by its own generator."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, order = (logits.float() / temperature).softmax(-1).cpu().sort(-1, descending=True)
+    probs[probs.cumsum(-1) - probs >= top_p] = 0  # the most likely token always stays
+    drawn = torch.cat([torch.multinomial(row, 1, generator=generator)
+                       for row, generator in zip(probs, generators)])
+    return order.gather(-1, drawn[:, None])[:, 0].to(logits.device)
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
+    """Completions of prompts of unequal length, each ended by EOS (left out) or max_new_tokens.
+
+    Every prompt draws from its own generator with the same seed, so its text does not depend on
+    the rest of the batch. Raises ValueError when prompt and completion exceed max_seq_len.
+    """
+    if not prompts:
+        return []
+    device = model.tok_embeddings.weight.device
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    lengths = torch.tensor([len(row) for row in ids], device=device)
+    width = int(lengths.max())
+    # padded on the right: a prompt's tokens never see what comes after them
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
+    cache = model.make_cache(len(prompts), width + max_new_tokens)
+    generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+    positions = torch.arange(width, device=device).expand(len(prompts), -1)
+    last = lengths - 1  # which token of the current input is each row's newest
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for step in range(max_new_tokens):
+        h = model.hidden_states(tokens, cache, positions)
+        h = h[torch.arange(len(prompts), device=device), last]  # (B, D)
+        tokens = sample(model.output(h), temperature, top_p, generators)[:, None]
+        done |= tokens[:, 0] == tokenizer.eos_id
+        for row, token, ended in zip(ids, tokens[:, 0].tolist(), done.tolist()):
+            if not ended:
+                row.append(token)
+        if done.all():
+            break
+        positions, last = (lengths + step)[:, None], torch.zeros_like(last)
+    # a piece carries its own leading space: decode the whole and cut the prompt off
+    return [tokenizer.decode(row)[len(tokenizer.decode(row[:n])):]
+            for row, n in zip(ids, lengths.tolist())]

@@ -1,0 +1,48 @@
+"""Shared by the tests: paths, a tiny random model, and how to run a script as a user would."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+from model import ModelArgs, Tokenizer, Transformer  # noqa: E402
+
+WORLD = ROOT / "data" / "world"
+ASSETS = ROOT.parent / "shared" / "assets"  # real models and data, where somebody put them
+
+
+def asset(name):
+    """The path of a real file, or a skip that says which one is absent."""
+    path = ASSETS / name
+    if not path.exists():
+        pytest.skip(f"{name} is not in {ASSETS}")
+    return path
+
+
+def tiny_args(**changes):
+    return ModelArgs(**{**dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=768,
+                               multiple_of=8, max_seq_len=128), **changes})
+
+
+def tiny_model(seed=0, **changes):
+    model = Transformer(tiny_args(**changes))
+    model.init_weights(seed)
+    with torch.no_grad():  # large enough for every path to matter in a comparison
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    return model
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer(WORLD / "base" / "tokenizer.model")
