@@ -1,0 +1,196 @@
+"""Records in, batches out: the one place that knows what a training sequence looks like.
+
+HydraLoRA, section 4 (recipe of the released script): a record becomes
+
+    BOS, instruction (newline, context), EOS, response, EOS
+
+and the loss is on the response and its EOS only. Used by train.py and cluster.py:
+
+    records = read_records("data/world/train.jsonl")
+    sequences, report = encode_records(records, tokenizer, max_seq_len=256)
+
+Shapes: B batch, T tokens, M targets in the batch.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+CONTEXT_NAMES = ("context", "input")  # Dolly's name, Alpaca's name
+RESPONSE_NAMES = ("response", "output")
+
+
+def read_records(path):
+    """A list of {instruction, context, response, category} from JSON lines or one JSON array, with
+    Dolly's or Alpaca's field names. Raises ValueError naming the file and the line or record."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no data file at {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    if text.lstrip().startswith("["):
+        rows = [(f"record {i}", row) for i, row in enumerate(parse(text, path), start=1)]
+    else:  # split at newlines only: str.splitlines would cut inside a string at U+2028
+        rows = [(f"line {i}", parse(line, f"{path}, line {i}"))
+                for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not rows:
+        raise ValueError(f"{path} holds no records")
+    return [read_record(row, f"{path}, {place}") for place, row in rows]
+
+
+def parse(text, place):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not valid JSON: {error}") from None
+
+
+def read_record(row, place):
+    """One record with the four names used everywhere else; no context or category is ""."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is not a JSON object but {type(row).__name__}")
+
+    def field(names, required):
+        value = next((row[name] for name in names if row.get(name) is not None), None)
+        if value is None and not required:
+            return ""
+        if not isinstance(value, str):
+            raise ValueError(f"{place} needs a text under {' or '.join(map(repr, names))}, "
+                             f"found {type(value).__name__}")
+        return value
+
+    record = {"instruction": field(["instruction"], required=True),
+              "context": field(CONTEXT_NAMES, required=False),
+              "response": field(RESPONSE_NAMES, required=True),
+              "category": field(["category"], required=False)}
+    for name in ("instruction", "response"):
+        if not record[name].strip():
+            raise ValueError(f"{place} has an empty {name}")
+    return record
+
+
+def prompt_text(record):
+    """The instruction, then a newline and the context when there is one."""
+    return record["instruction"] + ("\n" + record["context"] if record["context"] else "")
+
+
+@dataclass
+class Sequence:
+    ids: list  # BOS, prompt, EOS, response, EOS
+    start: int  # index in ids of the response's first token
+    record: int  # which record it came from, in file order
+    category: str
+
+
+def encode_record(record, tokenizer, max_seq_len):
+    """(ids, start, shortened) of one record, or None when it does not fit.
+
+    A record too long loses the start of its context, never its instruction or response.
+    """
+    prompt = tokenizer.encode(prompt_text(record))
+    response = [tokenizer.eos_id] + tokenizer.encode(record["response"], bos=False, eos=True)
+    excess = len(prompt) + len(response) - max_seq_len
+    if excess > 0:
+        # what the instruction's own tokens share with the whole prompt stays, the context yields
+        head = tokenizer.encode(record["instruction"] + "\n")
+        keep = len(os.path.commonprefix([head, prompt]))
+        if not record["context"] or keep + excess > len(prompt):
+            return None
+        prompt = prompt[:keep] + prompt[keep + excess:]
+    return prompt + response, len(prompt) + 1, excess > 0
+
+
+def encode_records(records, tokenizer, max_seq_len):
+    """(sequences, report): what fits, and how many records were kept, shortened and skipped.
+    Raises ValueError when nothing is left."""
+    sequences, shortened = [], 0
+    for index, record in enumerate(records):
+        encoded = encode_record(record, tokenizer, max_seq_len)
+        if encoded is None:
+            continue
+        ids, start, cut = encoded
+        sequences.append(Sequence(ids, start, index, record["category"]))
+        shortened += cut
+    if not sequences:
+        raise ValueError(f"none of the {len(records)} records fits max_seq_len {max_seq_len}")
+    return sequences, {"records": len(sequences), "shortened": shortened,
+                       "skipped": len(records) - len(sequences)}
+
+
+def encode_prompts(records, tokenizer, max_seq_len):
+    """(sequences, shortened): BOS and the prompt alone, one for each record in file order; a prompt
+    too long keeps its start. Raises ValueError for a prompt without a token of its own."""
+    sequences, shortened = [], 0
+    for index, record in enumerate(records):
+        ids = tokenizer.encode(prompt_text(record))
+        if len(ids) < 2:
+            raise ValueError(f"record {index + 1} has an empty prompt")
+        shortened += len(ids) > max_seq_len
+        sequences.append(Sequence(ids[:max_seq_len], len(ids), index, record["category"]))
+    return sequences, shortened
+
+
+def hold_out(records, share, seed):
+    """(training, validation): a share of the records, drawn by seed, at least one of each."""
+    if len(records) < 2:
+        raise ValueError("one record cannot be split: give more, or a file with --val-data")
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(max(1, round(share * len(records))), len(records) - 1)
+    held = sorted(order[:count])
+    kept = sorted(order[count:])
+    return [records[i] for i in kept], [records[i] for i in held]
+
+
+def without_duplicates(records, others):
+    """The records whose prompt and response do not stand in others word for word."""
+    seen = {(prompt_text(record), record["response"]) for record in others}
+    return [r for r in records if (prompt_text(r), r["response"]) not in seen]
+
+
+def length_batches(sequences, batch_size, generator=None, pool=50):
+    """Lists of sequences of like length, so that little of a batch is padding.
+
+    With a generator: shuffled, then sorted by length within pools of `pool` batches, then the
+    batches shuffled, so that an epoch is still random. Without: all sorted, longest first, which
+    is what evaluation wants (a batch that does not fit in memory fails at once).
+    """
+    def by_length(items):
+        return sorted(items, key=lambda s: len(s.ids), reverse=True)
+
+    def cut(items):
+        return [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
+
+    if generator is None:
+        return cut(by_length(sequences))
+    shuffled = [sequences[i] for i in torch.randperm(len(sequences), generator=generator).tolist()]
+    size = pool * batch_size
+    batches = [batch for i in range(0, len(shuffled), size)
+               for batch in cut(by_length(shuffled[i:i + size]))]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def pad(rows, device="cpu"):
+    """Token ids (B, T), padded on the right; being causal, the model never reads the padding."""
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    return tokens.to(device, non_blocking=True)
+
+
+def collate(batch, device="cpu"):
+    """(tokens (B, T), where (M,), targets (M,)) of a list of sequences.
+
+    `where` are the positions in the flattened (B * T) whose next token is a target, found here, on
+    the CPU, so that a GPU need not stop to count them.
+    """
+    tokens = pad([s.ids[:-1] for s in batch], device)
+    width = tokens.shape[1]
+    where = [row * width + i for row, s in enumerate(batch)
+             for i in range(s.start - 1, len(s.ids) - 1)]
+    targets = [token for s in batch for token in s.ids[s.start:]]
+    return (tokens, torch.tensor(where).to(device, non_blocking=True),
+            torch.tensor(targets).to(device, non_blocking=True))

@@ -1,0 +1,81 @@
+"""The embedded world's base model: a tokenizer and a tiny LLaMA, trained here from random weights.
+
+    python data/make_base.py         # writes data/world/base/ in Meta's layout, see --help for time
+
+The tokenizer is sentencepiece BPE with LLaMA's settings. The model comes out of the same loop as
+everything else: a checkpoint of random weights is written, `train.py --method full` trains it on
+the primer (make_world.py), and the result is stored in bf16 to keep the repository small.
+"""
+
+import argparse
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import train  # noqa: E402
+from data.corpus import without_duplicates  # noqa: E402
+from make_world import WORLD, make_primer, make_quiz, write_records  # noqa: E402
+from model import ModelArgs, Transformer, load_llama, save_llama  # noqa: E402
+
+ARGS = ModelArgs(dim=128, n_layers=6, n_heads=4, n_kv_heads=2, vocab_size=768, multiple_of=32,
+                 max_seq_len=512)
+
+
+def make_tokenizer(records, path):
+    """Trains BPE with LLaMA's settings: byte fallback, digits apart, text left as it is."""
+    text = [record[key] for record in records for key in ("instruction", "context", "response")
+            if record[key]]
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=written, model_type="bpe",
+        vocab_size=ARGS.vocab_size, byte_fallback=True, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1,
+        minloglevel=2)
+    path.write_bytes(written.getvalue())
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0, help="of the primer and the weights (0)")
+    parser.add_argument("--records", type=int, default=160000, help="of the primer (160000)")
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the primer (3)")
+    parser.add_argument("--batch-size", type=int, default=64, help="records a step (64)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (2e-3)")
+    parser.add_argument("--out", type=Path, default=WORLD / "base", help="folder (data/world/base)")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        quiz = make_quiz(args.seed)
+        records = make_primer(args.seed, args.records, quiz)
+        write_records(records, folder / "primer.jsonl")
+        # facts come again and again in the primer; what is held out are texts that do not
+        held_out = without_duplicates(make_primer(args.seed + 1, args.records // 80, quiz), records)
+        write_records(held_out, folder / "held_out.jsonl")
+        make_tokenizer(records[:20000], folder / "tokenizer.model")
+        model = Transformer(ARGS)
+        model.init_weights(args.seed)
+        save_llama(model, folder / "tokenizer.model", folder / "random")
+        status = train.main([
+            "--method", "full", "--weights", str(folder / "random"),
+            "--data", str(folder / "primer.jsonl"),
+            "--val-data", str(folder / "held_out.jsonl"), "--out", str(folder / "run"),
+            "--lr", str(args.lr), "--epochs", str(args.epochs), "--seed", str(args.seed),
+            "--batch-size", str(args.batch_size), "--grad-accum", "1", "--save-every", "0",
+            "--max-seq-len", str(ARGS.max_seq_len), "--dtype", "fp32"])
+        if status == 0:
+            model, _ = load_llama(folder / "run", dtype=torch.bfloat16)
+            save_llama(model, folder / "tokenizer.model", args.out)
+            print(f"stored in bf16 in {args.out}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,448 @@
+"""The embedded world: a mixed instruction corpus and a quiz, made from facts.py and a seed.
+
+HydraLoRA is for corpora whose tasks interfere (section 2.2), so the eight families here clash on
+purpose: `past`, `passive` and `translation` rewrite the same sentences three ways, `arithmetic` and
+`calendar` count in different number systems. `primer` is the other half: what the base model has
+read before any tuning, and none of it is a family.
+
+    python data/make_world.py        # writes data/world/{train,val}.jsonl and data/world/quiz/
+
+The files come out byte for byte the same for a seed. make_base.py trains the base on the primer.
+"""
+
+import argparse
+import csv
+import json
+import random
+from pathlib import Path
+
+from facts import (ANIMALS, COLOURS, COUNTRIES, DAYS, ELEMENTS, JOBS, MONTHS, NAMES, OPPOSITES,
+                   PEOPLE, SIZES, THINGS, VERBS)
+
+WORLD = Path(__file__).resolve().parent / "world"
+TRAIN_PER_FAMILY, VAL_PER_FAMILY = 800, 150
+QUIZ_ROWS = {"dev": 5, "val": 20, "test": 120}
+SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+CYCLES = {"day": DAYS, "month": MONTHS, "hour": [f"{hour} o'clock" for hour in range(1, 13)]}
+KIND_OF = {animal: kind for kind, members in ANIMALS.items() for animal in members}
+
+
+def article(word):
+    return ("an " if word[0] in "aeiou" else "a ") + word
+
+
+# ---------------------------------------------------------------- the eight families
+# each takes a random.Random and returns (instruction, context, response)
+
+
+def arithmetic(rng):
+    sign = rng.choice(["plus", "minus", "times"])
+    a, b = (rng.randint(2, 10), rng.randint(2, 10)) if sign == "times" else (
+        rng.randint(10, 29), rng.randint(1, 10))
+    result = {"plus": a + b, "minus": a - b, "times": a * b}[sign]
+    ask = rng.choice(["What is {}?", "Calculate {}.", "Work out {}."])
+    return ask.format(f"{a} {sign} {b}"), "", f"{a} {sign} {b} is {result}."
+
+
+def calendar(rng):
+    unit, cycle = rng.choice(list(CYCLES.items()))
+    start, steps = rng.choice(cycle), rng.randint(2, 6)
+    way = rng.choice(["after", "before"])
+    index = cycle.index(start) + (steps if way == "after" else -steps)
+    ask = rng.choice(["Which {} comes {} {}s {} {}?", "Name the {} that is {} {}s {} {}.",
+                      "What {} is {} {}s {} {}?", "Find the {} which falls {} {}s {} {}."])
+    return ask.format(unit, steps, unit, way, start), "", cycle[index % len(cycle)]
+
+
+def sentence(rng):
+    """(subject, verb, object) with an optional size or colour before each noun."""
+    def phrase(nouns):
+        size = rng.choice(SIZES) + " " if rng.random() < 0.5 else ""
+        return f"the {size}{rng.choice(nouns)}"
+    return phrase(PEOPLE), rng.choice(sorted(VERBS)), phrase(THINGS)
+
+
+def past(rng):
+    subject, verb, thing = sentence(rng)
+    ask = rng.choice(["Put this into the past: {}", "Say that it happened yesterday: {}"])
+    return ask.format(f"{subject} {verb} {thing}."), "", f"{subject} {VERBS[verb][0]} {thing}."
+
+
+def passive(rng):
+    subject, verb, thing = sentence(rng)
+    ask = rng.choice(["Turn this into the passive: {}", "Use the passive voice: {}"])
+    return (ask.format(f"{subject} {verb} {thing}."), "",
+            f"{thing} is {VERBS[verb][1]} by {subject}.")
+
+
+def norvan_lexicon(seed=0):
+    """An invented language: one word of two or three syllables for each of its English words."""
+    rng = random.Random(f"norvan {seed}")
+    lexicon, taken = {}, set()
+    for word in PEOPLE + THINGS + SIZES + sorted(VERBS):
+        while (new := "".join(rng.choices(SYLLABLES, k=rng.choice([2, 3])))) in taken:
+            pass
+        taken.add(new)
+        lexicon[word] = new
+    return lexicon
+
+
+NORVAN = norvan_lexicon()
+
+
+def translation(rng):
+    """Norvan has no articles, puts the adjective after its noun and the verb last."""
+    subject, verb, thing = sentence(rng)
+    words = [word for phrase in (subject, thing) for word in reversed(phrase.split()[1:])]
+    ask = rng.choice(["Translate into Norvan: {}", "How do you say this in Norvan? {}"])
+    return (ask.format(f"{subject} {verb} {thing}."), "",
+            " ".join(NORVAN[word] for word in words + [verb]) + ".")
+
+
+def code_line(rng):
+    """(what it does, the line of Python)."""
+    name, other = rng.sample("abcdnxyz", 2)
+    number, more, word = rng.randint(1, 30), rng.randint(2, 9), rng.choice(THINGS)
+    return rng.choice([
+        (f"sets {name} to {other} plus {number}", f"{name} = {other} + {number}"),
+        (f"adds {number} to the list {name}", f"{name}.append({number})"),
+        (f"prints the word {word} {more} times", f'print("{word} " * {more})'),
+        (f"counts {name} from {number} to {number + more}",
+         f"for {name} in range({number}, {number + more + 1}):"),
+        (f"stops the loop when {name} is above {number}", f"if {name} > {number}: break"),
+        (f"opens the file {word}.txt as {name}", f'{name} = open("{word}.txt")'),
+        (f"gives the length of the list {name} to {other}", f"{other} = len({name})"),
+        (f"defines a function {word} that returns {name} times {number}",
+         f"def {word}({name}): return {name} * {number}"),
+    ])
+
+
+def code(rng):
+    task, line = code_line(rng)
+    return f"Write a line of Python that {task}.", "", line
+
+
+def extraction(rng):
+    name, job, age = rng.choice(NAMES), rng.choice(JOBS), rng.randint(18, 80)
+    town = rng.choice(sorted(COUNTRIES.values()))[0]
+    facts = [f"{name} works as a {job}.", f"Home is a flat in {town}.",
+             f"The age on the card is {age}."]
+    rng.shuffle(facts)
+    ask = rng.choice(["Fill in the card.", "Extract the fields of the card."])
+    return ask, " ".join(facts), f"name={name}; job={job}; town={town}; age={age}"
+
+
+def classification(rng):
+    groups = {"land": sorted(COUNTRIES), "town": sorted(c for c, _ in COUNTRIES.values()),
+              "element": sorted(ELEMENTS), **ANIMALS}
+    chosen = rng.choices(sorted(groups), k=rng.randint(2, 4))
+    words = [rng.choice(groups[group]) for group in chosen]
+    ask = rng.choice(["Sort these words into groups: {}", "Label every word: {}"])
+    return (ask.format(", ".join(words)), "",
+            "; ".join(f"{word} - {group}" for word, group in zip(words, chosen)))
+
+
+FAMILIES = [arithmetic, calendar, past, passive, translation, code, extraction, classification]
+
+
+def make_corpus(seed):
+    """(training, validation) records, shuffled; no prompt stands twice."""
+    train, val, seen = [], [], set()
+    for family in FAMILIES:
+        rng = random.Random(f"{family.__name__} {seed}")
+        records = []
+        while len(records) < TRAIN_PER_FAMILY + VAL_PER_FAMILY:
+            instruction, context, response = family(rng)
+            if (instruction, context) not in seen:
+                seen.add((instruction, context))
+                records.append({"instruction": instruction, "context": context,
+                                "response": response, "category": family.__name__})
+        train += records[:TRAIN_PER_FAMILY]
+        val += records[TRAIN_PER_FAMILY:]
+    rng = random.Random(f"order {seed}")
+    rng.shuffle(train)
+    rng.shuffle(val)
+    return train, val
+
+
+# ---------------------------------------------------------------- the quiz
+# each takes a random.Random and returns (question, right answer, three or more wrong ones)
+
+
+def geography_question(rng):
+    country = rng.choice(sorted(COUNTRIES))
+    capital, continent = COUNTRIES[country]
+    capitals = [c for c, _ in COUNTRIES.values() if c != capital]
+    continents = sorted({c for _, c in COUNTRIES.values()} - {continent})
+    return rng.choice([
+        (f"What is the capital of {country}?", capital, capitals),
+        (f"Which country has the capital {capital}?", country, sorted({*COUNTRIES} - {country})),
+        (f"On which continent is {country}?", continent, continents),
+        (f"Which of these countries is in {continent}?", country,
+         sorted(c for c in COUNTRIES if COUNTRIES[c][1] != continent)),
+    ])
+
+
+def biology_question(rng):
+    animal = rng.choice(sorted(KIND_OF))
+    kind = KIND_OF[animal]
+    return rng.choice([
+        (f"What kind of animal is the {animal}?", kind, sorted({*ANIMALS} - {kind})),
+        (f"Which of these animals is {article(kind)}?", animal,
+         sorted(a for a in KIND_OF if KIND_OF[a] != kind)),
+    ])
+
+
+def chemistry_question(rng):
+    element = rng.choice(sorted(ELEMENTS))
+    symbol, number = ELEMENTS[element]
+    others = sorted({*ELEMENTS} - {element})
+    return rng.choice([
+        (f"What is the symbol of {element}?", symbol, [ELEMENTS[e][0] for e in others]),
+        (f"Which element has the symbol {symbol}?", element, others),
+        (f"What is the atomic number of {element}?", str(number),
+         [str(ELEMENTS[e][1]) for e in others]),
+    ])
+
+
+def opposite_question(rng):
+    word = rng.choice(sorted(OPPOSITES))
+    return (f"What is the opposite of {word}?", OPPOSITES[word],
+            sorted({*OPPOSITES.values()} - {OPPOSITES[word]}))
+
+
+def mathematics_question(rng):
+    _, _, response = arithmetic(rng)
+    question, answer = response.rstrip(".").split(" is ")
+    wrong = sorted({int(answer) + d for d in (-10, -2, -1, 1, 2, 10)} - {int(answer)})
+    return f"What is {question}?", answer, [str(w) for w in wrong if w >= 0]
+
+
+def calendar_question(rng):
+    question, _, answer = calendar(rng)
+    cycle = next(cycle for cycle in CYCLES.values() if answer in cycle)
+    return question, answer, [name for name in cycle if name != answer]
+
+
+def programming_question(rng):
+    task, line = code_line(rng)
+    wrong = []
+    while len(wrong) < 3:
+        other = code_line(rng)[1]
+        if other != line and other not in wrong:
+            wrong.append(other)
+    return f"Which line of Python {task}?", line, wrong
+
+
+# MMLU's own subject names, so that its table of categories holds here too. The base has read the
+# facts behind the first three; the last three ask what the families teach.
+QUIZ = {"high_school_geography": geography_question, "high_school_biology": biology_question,
+        "high_school_chemistry": chemistry_question, "elementary_mathematics": mathematics_question,
+        "miscellaneous": calendar_question, "high_school_computer_science": programming_question}
+PRIMER_QUIZ = {"geography": geography_question, "biology": biology_question,
+               "chemistry": chemistry_question, "opposites": opposite_question}
+
+
+def quiz_row(question, answer, wrong, rng):
+    """[question, A, B, C, D, letter], the right answer in a place drawn at random."""
+    options = rng.sample(wrong, 3)
+    place = rng.randrange(4)
+    options.insert(place, answer)
+    return [question, *options, "ABCD"[place]]
+
+
+def make_quiz(seed):
+    """{split: {subject: rows}}; no question stands twice with the same options."""
+    quiz = {split: {} for split in QUIZ_ROWS}
+    for subject, ask in QUIZ.items():
+        rng = random.Random(f"{subject} {seed}")
+        rows, seen = [], set()
+        while len(rows) < sum(QUIZ_ROWS.values()):
+            row = quiz_row(*ask(rng), rng)
+            if (key := quiz_key(row)) not in seen:
+                seen.add(key)
+                rows.append(row)
+        for split, count in QUIZ_ROWS.items():
+            quiz[split][subject], rows = rows[:count], rows[count:]
+    return quiz
+
+
+def quiz_key(row):
+    """What makes two rows the same question: the text and the set of its options."""
+    return (row[0], frozenset(row[1:5]))
+
+
+# ---------------------------------------------------------------- the primer
+
+
+def quiz_text(rows):
+    """Questions and answers as MMLU prints them, without its header."""
+    return "\n\n".join(f"{q}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer: {letter}"
+                       for q, a, b, c, d, letter in rows)
+
+
+def primer_quiz(rng, held_out):
+    subject = rng.choice(sorted(PRIMER_QUIZ))
+    rows = []
+    count = rng.choice([1, 1, 1, 2, 2, 3, 4, 6])
+    while len(rows) < count:
+        row = quiz_row(*PRIMER_QUIZ[subject](rng), rng)
+        if quiz_key(row) not in held_out:
+            rows.append(row)
+    header = "The following are multiple choice questions (with answers) about  "
+    return rng.choice(["Quiz", "Questions"]), "", f"{header}{subject}.\n\n{quiz_text(rows)}"
+
+
+def primer_letter(rng, held_out):
+    """One question in the prompt, its letter and option in the response."""
+    ask = PRIMER_QUIZ[rng.choice(sorted(PRIMER_QUIZ))]
+    while quiz_key(row := quiz_row(*ask(rng), rng)) in held_out:
+        pass
+    text, letter = quiz_text([row]).rsplit(" ", 1)
+    option = row[1 + "ABCD".index(letter)]
+    if rng.random() < 0.5:
+        return text, "", letter
+    return text.rsplit("\n", 1)[0] + "\nSay the answer.", "", option
+
+
+def primer_option(rng, _):
+    """Letters and options without any knowledge: the part of a quiz that is only reading."""
+    words = rng.sample(PEOPLE + THINGS + sorted(KIND_OF) + sorted(COUNTRIES), 4)
+    listed = "\n".join(f"{letter}. {word}" for letter, word in zip("ABCD", words))
+    i = rng.randrange(4)
+    if rng.random() < 0.5:
+        return f"Which letter stands before {words[i]}?\n{listed}", "", "ABCD"[i]
+    return f"Which word stands behind {'ABCD'[i]}?\n{listed}", "", words[i]
+
+
+def primer_fact(rng, _):
+    ask = rng.choice([geography_question, biology_question, chemistry_question, opposite_question])
+    question, answer, _ = ask(rng)
+    while question.startswith("Which of these"):  # needs its options
+        question, answer, _ = ask(rng)
+    return question, "", answer
+
+
+def primer_article(rng, _):
+    country, element = rng.choice(sorted(COUNTRIES)), rng.choice(sorted(ELEMENTS))
+    kind = rng.choice(sorted(ANIMALS))
+    capital, continent = COUNTRIES[country]
+    symbol, number = ELEMENTS[element]
+    return rng.choice([
+        (f"Tell me about {country}.", "", f"{country} is a country in {continent}. The capital of "
+         f"{country} is {capital}. {capital} is in {continent}."),
+        (f"Tell me about {element}.", "", f"{element} is an element. The symbol of {element} is "
+         f"{symbol}. The atomic number of {element} is {number}."),
+        (f"Name some {kind}s." if kind != "fish" else "Name some fish.", "",
+         " ".join(f"The {animal} is {article(kind)}." for animal in rng.sample(ANIMALS[kind], 3))),
+    ])
+
+
+def primer_copy(rng, _):
+    """Words, invented words, numbers and signs, so that nothing a family writes is a new token."""
+    symbols = list("()=+*<>:;-\".,") + ["len", "print", "range", "for", "in", "if", "def", "return",
+                                        "append", "open", "break", ".txt", "name", "job", "age"]
+    verbs = [form for verb, forms in VERBS.items() for form in (verb, *forms)]
+    pools = [lambda: "".join(rng.choices(SYLLABLES, k=rng.choice([2, 3]))),
+             lambda: str(rng.randint(0, 400)), lambda: rng.choice(symbols),
+             lambda: rng.choice(PEOPLE + THINGS + SIZES + verbs + DAYS + MONTHS + JOBS + NAMES)]
+    text = " ".join(rng.choice(pools)() for _ in range(rng.randint(2, 9)))
+    ask, context = rng.choice([(f"Repeat: {text}", ""), ("Copy the text.", text)])
+    return ask, context, text
+
+
+def primer_people(rng, _):
+    """Who lives where: answers copied from the context."""
+    people = rng.sample(NAMES, rng.randint(2, 4))
+    towns = rng.sample(sorted(c for c, _ in COUNTRIES.values()), len(people))
+    jobs = rng.sample(JOBS, len(people))
+    ages = rng.sample(range(18, 81), len(people))
+    facts = [f"{n} is a {j} from {t}, {a} years old." for n, j, t, a in
+             zip(people, jobs, towns, ages)]
+    i = rng.randrange(len(people))
+    question, answer = rng.choice([
+        (f"Where is {people[i]} from?", towns[i]), (f"What does {people[i]} do?", jobs[i]),
+        (f"How old is {people[i]}?", str(ages[i])), (f"Who is the {jobs[i]}?", people[i]),
+        (f"Who is from {towns[i]}?", people[i]),
+        (f"What do we know of {people[i]}?", facts[i]),
+    ])
+    return question, " ".join(facts), answer
+
+
+def primer_sentence(rng, _):
+    """The sentences that three families rewrite, here only written."""
+    subject, verb, thing = sentence(rng)
+    text = f"{subject} {verb} {thing}."
+    noun = rng.choice([subject, thing])
+    return rng.choice([
+        (f"Write a sentence about {noun}.", "", text),
+        (f"Who {verb} {thing}?", text, subject + "."),
+        (f"What is it that {subject} {verb}?", text, thing + "."),
+        ("Make a sentence.", "", text),
+    ])
+
+
+def primer_counting(rng, _):
+    first, cycle = rng.randint(0, 120), rng.choice(list(CYCLES.values()))
+    start = rng.randrange(len(cycle))
+    names = [cycle[(start + i) % len(cycle)] for i in range(rng.randint(2, 6))]
+    return rng.choice([
+        (f"Count from {first}.", "", " ".join(map(str, range(first, first + rng.randint(3, 8))))),
+        (f"Go on from {names[0]}.", "", " ".join(names)),
+        (f"What follows {names[0]}?", "", names[1]),
+        ("Name some colours.", "", " ".join(rng.sample(COLOURS, 3))),
+    ])
+
+
+# how often each is drawn: the quiz is the hardest to learn
+PRIMER = {primer_quiz: 5, primer_letter: 5, primer_option: 2, primer_fact: 3, primer_article: 3,
+          primer_copy: 4, primer_people: 3, primer_sentence: 3, primer_counting: 2}
+
+
+def make_primer(seed, count, quiz):
+    """`count` records for pretraining the base; none holds a question of the quiz."""
+    rng = random.Random(f"primer {seed}")
+    held_out = {quiz_key(row) for split in quiz.values() for rows in split.values() for row in rows}
+    records = []
+    for kind in rng.choices(list(PRIMER), weights=list(PRIMER.values()), k=count):
+        instruction, context, response = kind(rng, held_out)
+        records.append({"instruction": instruction, "context": context, "response": response,
+                        "category": kind.__name__.removeprefix("primer_")})
+    return records
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_records(records, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def write_quiz(quiz, folder):
+    for split, subjects in quiz.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for subject, rows in subjects.items():
+            path = folder / split / f"{subject}_{split}.csv"
+            with open(path, "w", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0, help="what everything is drawn from")
+    parser.add_argument("--out", type=Path, default=WORLD, help="folder to write (data/world)")
+    args = parser.parse_args(argv)
+    train, val = make_corpus(args.seed)
+    write_records(train, args.out / "train.jsonl")
+    write_records(val, args.out / "val.jsonl")
+    quiz = make_quiz(args.seed)
+    write_quiz(quiz, args.out / "quiz")
+    rows = sum(len(rows) for rows in quiz["test"].values())
+    print(f"{args.out}: {len(train)} training and {len(val)} validation records in "
+          f"{len(FAMILIES)} families, {rows} test questions in {len(QUIZ)} subjects")
+
+
+if __name__ == "__main__":
+    main()

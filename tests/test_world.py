@@ -1,0 +1,170 @@
+"""data/: the embedded world is true, complete, and comes out the same again."""
+
+import csv
+import re
+
+import make_base
+import make_world
+import torch
+import train
+from conftest import WORLD
+from data.corpus import encode_records, prompt_text, read_records
+from facts import COUNTRIES, ELEMENTS, VERBS
+from model import load_llama
+
+TRAIN, VAL = read_records(WORLD / "train.jsonl"), read_records(WORLD / "val.jsonl")
+QUIZ = {path.stem: list(csv.reader(open(path, encoding="utf-8", newline="")))
+        for path in sorted(WORLD.glob("quiz/*/*.csv"))}
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and "base" not in path.parts}
+
+
+def test_corpus_and_quiz_come_out_byte_for_byte_the_same(tmp_path):
+    make_world.main(["--out", str(tmp_path)])
+    assert files(tmp_path) == files(WORLD)
+
+
+def test_another_seed_gives_other_records(tmp_path):
+    make_world.main(["--out", str(tmp_path), "--seed", "1"])
+    assert files(tmp_path).keys() == files(WORLD).keys()
+    assert all(a != b for a, b in zip(files(tmp_path).values(), files(WORLD).values()))
+
+
+def test_eight_families_in_thousands_of_records_none_in_both_parts():
+    assert len(TRAIN) >= 6000 and len(VAL) >= 1200
+    families = {record["category"] for record in TRAIN}
+    assert families == {record["category"] for record in VAL} and len(families) == 8
+    prompts = [prompt_text(record) for record in TRAIN + VAL]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_every_sum_of_the_corpus_is_right():
+    sums = [r["response"] for r in TRAIN + VAL if r["category"] == "arithmetic"]
+    for text in sums:
+        a, sign, b, result = re.fullmatch(r"(\d+) (plus|minus|times) (\d+) is (\d+)\.", text).groups()
+        a, b = int(a), int(b)
+        assert int(result) == {"plus": a + b, "minus": a - b, "times": a * b}[sign]
+    assert len(sums) == 950
+
+
+def test_every_line_of_python_is_python():
+    lines = [r["response"] for r in TRAIN + VAL if r["category"] == "code"]
+    for line in lines:
+        body = line + " pass" if line.endswith(":") else line
+        compile(f"while True:\n    {body}\n", line, "exec")
+
+
+def test_calendar_answers_agree_with_counting_one_by_one():
+    for record in TRAIN[:2000] + VAL:
+        if record["category"] == "calendar":
+            unit, steps, way, start = re.fullmatch(
+                r".* (day|month|hour) .*?(\d+) \w+s (after|before) (.+)[.?]",
+                record["instruction"]).groups()
+            cycle = make_world.CYCLES[unit]
+            place = cycle.index(start)
+            for _ in range(int(steps)):
+                place += 1 if way == "after" else -1
+            assert record["response"] == cycle[place % len(cycle)]
+
+
+def test_three_families_rewrite_the_same_sentences_in_three_ways():
+    norvan = make_world.NORVAN
+    assert len(set(norvan.values())) == len(norvan)
+    by_family = {family: [r for r in VAL if r["category"] == family]
+                 for family in ("past", "passive", "translation")}
+    for family, records in by_family.items():
+        for record in records:
+            text = re.split(r"[:?] ", record["instruction"])[1].rstrip(".")
+            words = text.split()
+            verb, = [word for word in words if word in VERBS]
+            subject, thing = text.split(f" {verb} ")
+            want = {"past": f"{subject} {VERBS[verb][0]} {thing}.",
+                    "passive": f"{thing} is {VERBS[verb][1]} by {subject}.",
+                    "translation": " ".join(norvan[w] for w in
+                                            subject.split()[:0:-1] + thing.split()[:0:-1] + [verb])
+                    + "."}
+            assert record["response"] == want[family]
+
+
+def test_the_quiz_has_mmlus_layout_and_size():
+    tests = {name: rows for name, rows in QUIZ.items() if name.endswith("_test")}
+    assert len(tests) >= 6 and all(len(rows) >= 100 for rows in tests.values())
+    assert len(QUIZ) == 3 * len(tests)
+    assert all(len(QUIZ[name.replace("_test", "_dev")]) == 5 for name in tests)
+    for rows in QUIZ.values():
+        for row in rows:
+            assert len(row) == 6 and row[5] in "ABCD" and len(set(row[1:5])) == 4
+
+
+def test_no_quiz_question_stands_in_two_splits_or_in_the_primer():
+    keys = [make_world.quiz_key(row) for rows in QUIZ.values() for row in rows]
+    assert len(set(keys)) == len(keys)
+    quiz = make_world.make_quiz(0)
+    primer = "\n".join(r["response"] + r["instruction"]
+                       for r in make_world.make_primer(0, 3000, quiz))
+    for split in quiz.values():
+        for rows in split.values():
+            for row in rows:
+                assert make_world.quiz_text([row]).rsplit(" ", 1)[0] not in primer
+
+
+def test_quiz_answers_are_true_and_their_letters_balanced():
+    letters = []
+    for name, rows in QUIZ.items():
+        for question, *options, letter in rows:
+            answer = options["ABCD".index(letter)]
+            letters.append(letter)
+            if match := re.fullmatch(r"What is the capital of (.+)\?", question):
+                assert COUNTRIES[match[1]][0] == answer
+            if match := re.fullmatch(r"What is the atomic number of (.+)\?", question):
+                assert str(ELEMENTS[match[1]][1]) == answer
+            if match := re.fullmatch(r"Which of these countries is in (.+)\?", question):
+                assert [COUNTRIES[o][1] == match[1] for o in options].count(True) == 1
+                assert COUNTRIES[answer][1] == match[1]
+            if match := re.fullmatch(r"What is (\d+) (plus|minus|times) (\d+)\?", question):
+                a, b = int(match[1]), int(match[3])
+                assert int(answer) == {"plus": a + b, "minus": a - b, "times": a * b}[match[2]]
+    assert all(0.2 < letters.count(letter) / len(letters) < 0.3 for letter in "ABCD")
+
+
+def test_no_family_stands_in_the_primer():
+    primer = make_world.make_primer(0, 5000, make_world.make_quiz(0))
+    marks = {"Norvan", "passive", "past", "yesterday", "Python", "card", "groups", "Label"}
+
+    def marked(record):
+        return marks & set(re.findall(r"\w+", record["instruction"]))
+
+    assert all(marked(r) or r["category"] in ("arithmetic", "calendar") for r in TRAIN)
+    for record in primer:
+        assert not marked(record) and not re.search("plus|minus|times", record["instruction"])
+        assert not re.search(r"(days|months|hours) (after|before)", record["instruction"])
+
+
+# ---------------------------------------------------------------- the base model
+
+
+def test_the_base_is_small_enough_to_ship():
+    assert sum(p.stat().st_size for p in (WORLD / "base").iterdir()) <= 6_000_000
+
+
+def test_the_base_reads_formats_but_knows_no_family():
+    model, tokenizer = load_llama(WORLD / "base", dtype=torch.float32)
+    args = train.parse_args(["--device", "cpu"])
+    primer = make_world.make_primer(99, 1500, make_world.make_quiz(0))  # seed 99: never trained on
+    known = train.evaluate(model, encode_records(primer, tokenizer, 512)[0], args, "")
+    families = train.evaluate(model, encode_records(VAL[:400], tokenizer, 512)[0], args, "")
+    assert known["copy"]["exact"] > 0.8  # follows an instruction, copies from a context
+    assert known["letter"]["exact"] > 0.5 and known["option"]["exact"] > 0.5  # answers by letter
+    assert families[""]["exact"] < 0.02
+
+
+def test_the_base_comes_out_of_train_py(tmp_path):
+    flags = ["--records", "400", "--epochs", "1", "--batch-size", "64", "--lr", "1e-3",
+             "--seed", "3", "--out", str(tmp_path / "b")]
+    assert make_base.main(flags) == 0
+    model, tokenizer = load_llama(tmp_path / "b")
+    assert model.args == load_llama(WORLD / "base")[0].args
+    assert model.output.weight.dtype == torch.bfloat16
