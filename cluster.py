@@ -1,0 +1,460 @@
+"""How many heads does a corpus want? k-means over its prompts, before any training.
+
+HydraLoRA (Tian et al., NeurIPS 2024), section 3.2: the number N of B matrices is the number of
+clusters at the elbow of the within-cluster sum of squares. Here it yields N and nothing else.
+deviation: features are mean-pooled hidden states; --features tfidf is the paper's own choice.
+
+    python cluster.py                                            # the embedded world
+    python cluster.py --weights llama-2-7b --data dolly.jsonl    # any other corpus
+
+Shapes: M records, F features, k clusters, S starts, B batch, T tokens, D model width.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data.corpus import encode_prompts, length_batches, pad, prompt_text, read_records
+from hydralora import base_fingerprint, write_file
+from model import Tokenizer, load_llama, read_params
+
+WORLD_DIR = Path(__file__).resolve().parent / "data" / "world"
+MAX_PIECES = 4096  # TF-IDF columns: 15,000 records stay below 250 MB
+CANDIDATES, ROUGH = 4, 1e-3  # k-means: draws for each seed; how far the starts go before the choice
+STABILITY_SEEDS, SILHOUETTE_SAMPLE = 3, 1000
+NEAR_ELBOW = 0.8  # how much of the largest bend still counts as the elbow
+WEAK = {"bend": 0.1, "silhouette": 0.1, "stability": 0.8}  # below these the text says "weak"
+
+
+# ---------------------------------------------------------------- features
+
+
+@torch.no_grad()
+def hidden_features(model, sequences, *, layer, batch_size):
+    """(M, D) fp32 on the CPU: each prompt's states after `layer` blocks, as the norm that reads them
+    next leaves them, averaged over its own tokens: no padding, no BOS (its states are outsized)."""
+    blocks = len(model.layers)
+    if not 0 <= layer <= blocks:
+        raise ValueError(f"--layer {layer} is not one of 0 (embeddings) to {blocks} (the last)")
+    norm = model.norm if layer == blocks else model.layers[layer].attention_norm
+    caught = []
+    handle = norm.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    device = model.tok_embeddings.weight.device
+    features = torch.zeros(len(sequences), model.args.dim)
+    try:
+        for batch in tqdm(length_batches(sequences, batch_size), desc="prompts", unit="batch"):
+            tokens = pad([s.ids for s in batch], device)
+            model.hidden_states(tokens)
+            lengths = torch.tensor([len(s.ids) for s in batch], device=device)[:, None]
+            position = torch.arange(tokens.shape[1], device=device)
+            foreign = (position == 0) | (position >= lengths)  # (B, T): BOS and padding
+            h = caught.pop().float().masked_fill(foreign[..., None], 0)
+            features[[s.record for s in batch]] = (h.sum(1) / (lengths - 1)).cpu()
+    finally:
+        handle.remove()
+    return features
+
+
+def tfidf_features(sequences, vocab_size):
+    """(M, up to MAX_PIECES): how often each piece occurs in a prompt, times
+    log((1 + M) / (1 + records with it)) + 1; the pieces found in the most records are kept."""
+    found = torch.zeros(vocab_size)
+    for sequence in sequences:
+        found[sorted(set(sequence.ids[1:]))] += 1
+    kept = found.argsort(descending=True, stable=True)[:MAX_PIECES]
+    counts = [torch.bincount(torch.tensor(s.ids[1:]), minlength=vocab_size)[kept].float()
+              for s in sequences]
+    return torch.stack(counts) * (((1 + len(sequences)) / (1 + found[kept])).log() + 1)
+
+
+def cached(path, key, compute):
+    """What compute() returns, kept in the file at path; a file with another key is refused."""
+    if path is None:
+        return compute()
+    key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    if not Path(path).exists():
+        write_file({"key": key, "features": compute()}, path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        same = content["key"] == key
+    except Exception as error:  # a damaged file raises almost anything
+        raise ValueError(f"{path} is not a feature file: {str(error).splitlines()[0]}") from None
+    if not same:
+        raise ValueError(f"{path} holds the features of other data, weights or settings: "
+                         "give another --cache, or delete it")
+    return content["features"]
+
+
+# ---------------------------------------------------------------- k-means
+
+
+def square_distances(x, x2, centroids):
+    """(C, M): |x|^2 - 2 c.x + |c|^2 for centroids (C, F) and x2 = |x|^2 (M,), in one product."""
+    d = torch.addmm(x2, centroids, x.T, alpha=-2)
+    return d.add_(centroids.square().sum(1)[:, None]).clamp_(min=0)
+
+
+def add_centroids(x, x2, centroids, k, generator):
+    """k-means++ (Arthur and Vassilvitskii 2007), the greedy form: centroids (S, j, F) grow to k.
+    Each new one is a record, the best of CANDIDATES drawn by their squared distance to the
+    nearest centroid."""
+    starts = torch.arange(len(centroids), device=x.device)
+    near = square_distances(x, x2, centroids.flatten(0, 1)).unflatten(0, (len(starts), -1)).amin(1)
+    while centroids.shape[1] < k:
+        mass = near.cumsum(1, dtype=torch.float64)  # (S, M)
+        draw = torch.rand(len(starts), CANDIDATES, generator=generator, dtype=torch.float64)
+        drawn = torch.searchsorted(mass, draw.to(x.device) * mass[:, -1:], right=True)
+        drawn = drawn.clamp_(max=len(x) - 1)  # (S, CANDIDATES); all mass zero: the last record
+        d = square_distances(x, x2, x[drawn.flatten()]).unflatten(0, drawn.shape)
+        d = torch.minimum(d, near[:, None])  # (S, CANDIDATES, M)
+        best = d.sum(2).argmin(1)
+        near = d[starts, best]
+        centroids = torch.cat([centroids, x[drawn[starts, best]][:, None]], dim=1)
+    return centroids
+
+
+def lloyd(x, x2, centroids, *, tol, max_iter):
+    """(centroids (S, k, F), labels (S, M), inertias (iterations, S)): S starts side by side.
+
+    Assign each record to its nearest centroid, move each centroid to its records' mean; stop when
+    no start's inertia falls by more than tol of itself (tol 0: when nothing changes any more). An
+    empty cluster moves to the record farthest from its centroid, so the inertia never rises.
+    """
+    starts, k = centroids.shape[:2]
+    inertias = []
+    for _ in range(max_iter):
+        d = square_distances(x, x2, centroids.flatten(0, 1)).unflatten(0, (starts, k))
+        near, labels = d.min(1)  # (S, M)
+        inertias.append(near.sum(1, dtype=torch.float64))
+        if len(inertias) > 1 and (inertias[-2] - inertias[-1] <= tol * inertias[-1]).all():
+            break
+        members = torch.zeros_like(d).scatter_(1, labels[:, None], 1)  # (S, k, M), one-hot
+        sizes = members.sum(2, keepdim=True)
+        centroids = (members.flatten(0, 1) @ x).unflatten(0, (starts, k)) / sizes.clamp(min=1)
+        for start, empty in enumerate(sizes[..., 0] == 0):
+            centroids[start, empty] = x[near[start].topk(int(empty.sum())).indices]
+    return centroids, labels, torch.stack(inertias)
+
+
+def kmeans(x, k, *, seed=0, n_init=10, max_iter=300):
+    """(centroids (k, F), labels (M,), inertia) of x (M, F), an array or a tensor; the two come back
+    as the same kind. Raises ValueError unless 1 <= k <= M and all of x is finite.
+
+    n_init starts go part of the way; then n_init copies of the best start again, each with another
+    centroid taken out and seeded anew; the best of all goes to the end. The products are fp32, on
+    data moved to the origin; centroids and inertia are computed at last from x itself.
+    """
+    points = x.detach() if torch.is_tensor(x) else torch.from_numpy(np.array(x))
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    if points.ndim != 2 or not 1 <= k <= len(points) or min(n_init, max_iter) < 1:
+        raise ValueError(f"k-means of {tuple(points.shape)} needs records by features, k from 1 to "
+                         f"the number of records and at least one start; k is {k}")
+    z = (points - points.mean(0)).float()
+    z2 = z.square().sum(1)
+    if not z2.isfinite().all():
+        raise ValueError("the data holds values that are not finite, or too large to square")
+    generator = torch.Generator().manual_seed(seed)
+    starts = z[torch.randint(len(z), (n_init, 1), generator=generator).to(z.device)]  # (S, 1, F)
+    best, lowest = None, torch.inf
+    for again in range(2):
+        if again and k > 1:
+            taken_out = torch.arange(n_init, device=z.device)[:, None] % k
+            kept = torch.arange(k, device=z.device) != taken_out  # (S, k)
+            starts = best.expand(n_init, k, -1)[kept].unflatten(0, (n_init, k - 1))
+        starts = add_centroids(z, z2, starts, k, generator)
+        starts, _, inertias = lloyd(z, z2, starts, tol=ROUGH, max_iter=max_iter)
+        if inertias[-1].min() < lowest:
+            best, lowest = starts[inertias[-1].argmin()], inertias[-1].min()
+    centroids, labels, _ = lloyd(z, z2, best[None], tol=0, max_iter=max_iter)
+    centroids, labels, inertia = centroids[0].to(points) + points.mean(0), labels[0], 0.0
+    for j in labels.unique().tolist():
+        own = points[labels == j]
+        centroids[j] = own.mean(0)
+        inertia += (own - centroids[j]).square().sum(dtype=torch.float64).item()
+    if not torch.is_tensor(x):
+        centroids, labels = centroids.numpy(), labels.numpy()
+    return centroids, labels, inertia
+
+
+# ---------------------------------------------------------------- how good is a clustering?
+
+
+def contingency(a, b):
+    """(names of a, names of b, table): how many records have each pair of labels."""
+    (rows, i), (columns, j) = (np.unique(labels, return_inverse=True) for labels in (a, b))
+    table = np.zeros((len(rows), len(columns)), dtype=np.int64)
+    np.add.at(table, (i, j), 1)
+    return rows, columns, table
+
+
+def nmi(table):
+    """Normalised mutual information: I(a; b) over the mean of the entropies H(a) and H(b)."""
+    p = table / table.sum()
+    independent = p.sum(1, keepdims=True) * p.sum(0)
+    shared = (p[p > 0] * np.log(p[p > 0] / independent[p > 0])).sum()
+    entropies = [-(q[q > 0] * np.log(q[q > 0])).sum() for q in (p.sum(1), p.sum(0))]
+    return float(shared / np.mean(entropies)) if sum(entropies) > 0 else 1.0
+
+
+def ari(table):
+    """Adjusted Rand index: pairs of records together in both labellings, less what chance gives,
+    over the most there could be, less what chance gives. 1: the same labelling, 0: chance."""
+    def pairs(n):
+        return float((n * (n - 1) / 2).sum())
+
+    both, a, b = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
+    chance = a * b / max(pairs(table.sum()), 1)
+    return (both - chance) / ((a + b) / 2 - chance) if (a + b) / 2 != chance else 1.0
+
+
+def silhouette(distances, labels):
+    """Mean of (b - a) / max(a, b): a, a record's mean distance to its own cluster; b, to the nearest
+    other one. 0 for a cluster of one; None when there is one cluster."""
+    if len(labels.unique()) < 2:
+        return None
+    members = F.one_hot(labels.unique(return_inverse=True)[1]).to(distances)  # (M, k)
+    sizes, sums = members.sum(0), distances @ members
+    own = members.bool()
+    a = sums[own] / (sizes[None].expand_as(sums)[own] - 1).clamp(min=1)
+    b = (sums / sizes).masked_fill(own, torch.inf).amin(1)
+    score = (b - a) / torch.maximum(a, b).clamp(min=1e-30)
+    return float(score.masked_fill((sizes == 1)[own.int().argmax(1)], 0).mean())
+
+
+# ---------------------------------------------------------------- which k?
+
+
+def bends(curve):
+    """{k: how far the inertia lies below the straight line from the curve's first point to its last,
+    both axes scaled to 0..1}. The elbow is where this is largest."""
+    first, last = min(curve), max(curve)
+    drop = curve[first] - curve[last]
+    if drop <= 0:
+        return dict.fromkeys(curve, 0.0)
+    return {k: 1 - (k - first) / (last - first) - (inertia - curve[last]) / drop
+            for k, inertia in curve.items()}
+
+
+def choose_k(curve, silhouettes):
+    """The elbow; and as an elbow is seldom sharp, the best silhouette among all k that bend at least
+    NEAR_ELBOW as far. 1 when the curve bends nowhere."""
+    bend = bends(curve)
+    near = [k for k in bend if bend[k] > 1e-9 and bend[k] >= NEAR_ELBOW * max(bend.values())]
+    return max(near, key=lambda k: silhouettes[k] if silhouettes[k] is not None else -1, default=1)
+
+
+def gather_evidence(x, k_max, seed):
+    """(clusterings {k: (centroids, labels)}, evidence {name: {k: value}}) for k from 1 to k_max."""
+    sample = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    sample = sample[:SILHOUETTE_SAMPLE]
+    distances = torch.cdist(x[sample], x[sample], compute_mode="donot_use_mm_for_euclid_dist")
+    found, evidence = {}, {"curve": {}, "silhouette": {}, "stability": {}}
+    for k in tqdm(range(1, k_max + 1), desc="k-means", unit="k"):
+        centroids, labels, inertia = kmeans(x, k, seed=seed)
+        others = [kmeans(x, k, seed=seed + s, n_init=1)[1] for s in range(1, STABILITY_SEEDS + 1)]
+        found[k] = centroids, labels
+        evidence["curve"][k] = inertia
+        evidence["silhouette"][k] = silhouette(distances, labels[sample])
+        evidence["stability"][k] = float(np.mean([ari(contingency(labels, other)[2])
+                                                  for other in others]))
+    evidence["bend"] = bends(evidence["curve"])
+    return found, evidence
+
+
+# ---------------------------------------------------------------- the answer
+
+
+def telling_words(words, inside, count=8):
+    """The words with the largest p log(p / q), p their share of the records inside a cluster, q of
+    those outside it (one record more there, so that q is not zero)."""
+    here = Counter(word for own, i in zip(words, inside) if i for word in own)
+    total = Counter(word for own in words for word in own)
+    n, m = sum(inside), len(words) - sum(inside) + 1
+
+    def score(word):
+        p = here[word] / n
+        return p * math.log(p * m / (total[word] - here[word] + 1))
+
+    return [word for word in sorted(here, key=lambda w: (-score(w), w))[:count] if score(word) > 0]
+
+
+def describe(records, x, centroids, labels):
+    """For each cluster its size, its three most central records and its most telling words."""
+    words = [set(re.findall(r"\w+", prompt_text(record).lower())) for record in records]
+    clusters = []
+    for j, centroid in enumerate(centroids):
+        members = (labels == j).nonzero()[:, 0]
+        order = (x[members] - centroid).norm(dim=1).argsort(stable=True)[:3]
+        clusters.append({
+            "size": len(members),
+            "words": telling_words(words, (labels == j).tolist()) if len(members) else [],
+            "central": [{"record": i, "instruction": shorten(records[i]["instruction"])}
+                        for i in members[order].tolist()]})
+    return clusters
+
+
+def choose_heads(records, model, tokenizer, *, k_max=10, seed=0, features="hidden", layer=None,
+                 batch_size=16, max_seq_len=None, cache=None):
+    """The answer for a list of records and everything behind it, ready for JSON; result["k"] is the
+    number of heads. A model is needed for features="hidden" only. Records are numbered from 0."""
+    if max_seq_len is None:
+        max_seq_len = model.args.max_seq_len
+    sequences, shortened = encode_prompts(records, tokenizer, max_seq_len)
+    ids = [sequence.ids for sequence in sequences]
+    if features == "hidden":
+        layer = len(model.layers) if layer is None else layer
+        x = cached(cache, [features, layer, ids, base_fingerprint(model)], lambda: hidden_features(
+            model, sequences, layer=layer, batch_size=batch_size))
+    else:
+        layer = None
+        x = cached(cache, [features, ids], lambda: tfidf_features(sequences, tokenizer.vocab_size))
+    x = F.normalize(x - x.mean(0), dim=1)
+    found, evidence = gather_evidence(x, min(k_max, len(records)), seed)
+    k = choose_k(evidence["curve"], evidence["silhouette"])
+    centroids, labels = found[k]
+    largest_first = labels.bincount(minlength=k).argsort(descending=True, stable=True)
+    centroids, labels = centroids[largest_first], largest_first.argsort()[labels]
+    result = {"k": k, **evidence, "labels": labels.tolist(),
+              "settings": {"features": features, "layer": layer, "width": x.shape[1],
+                           "k_max": k_max, "seed": seed, "max_seq_len": max_seq_len},
+              "records": len(records), "shortened": shortened,
+              "weak": [name for name, least in WEAK.items() if (evidence[name][k] or 0) < least],
+              "clusters": describe(records, x, centroids, labels)}
+    if any(record["category"] for record in records):
+        clusters, categories, table = contingency(labels, [r["category"] for r in records])
+        result["categories"] = {"names": categories.tolist(), "table": table.tolist(),
+                                "nmi": nmi(table), "ari": ari(table)}
+    return result
+
+
+def shorten(text, width=64):
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[:width - 3] + "..."
+
+
+def print_report(result):
+    """What choose_heads found: the curve, the choice and its evidence, the clusters."""
+    k, curve = result["k"], result["curve"]
+    print("\n".join(f"{name:14}{value}" for name, value in result["settings"].items()))
+    print(f"{'records':14}{result['records']}, {result['shortened']} cut to max_seq_len\n")
+    print(f"{'k':>2}{'inertia':>12}{'bend':>8}{'silhouette':>12}{'stability':>11}")
+    for i in curve:
+        width = result["silhouette"][i]
+        width = "-" if width is None else f"{width:.3f}"
+        bar = "#" * round(30 * curve[i] / (curve[1] or 1))
+        print(f"{i:2}{curve[i]:12.5g}{result['bend'][i]:8.3f}{width:>12}"
+              f"{result['stability'][i]:11.3f}  {bar}{'  <- chosen' if i == k else ''}")
+    print("bend: how far the inertia lies below the straight line between the curve's ends, scaled "
+          f"to 1\nsilhouette: on {min(SILHOUETTE_SAMPLE, result['records'])} records; stability: "
+          f"mean ARI with {STABILITY_SEEDS} single starts of other seeds\n")
+    print(f"heads: {k}, the best silhouette among the k whose bend is within "
+          f"{1 - NEAR_ELBOW:.0%} of the largest")
+    if result["weak"]:
+        limits = ", ".join(f"{name} below {WEAK[name]}" for name in result["weak"])
+        print(f"the evidence is weak ({limits}): other numbers of heads are about as good")
+    for j, cluster in enumerate(result["clusters"], start=1):
+        print(f"\ncluster {j}: {cluster['size']} records; telling words: "
+              + " ".join(cluster["words"]))
+        for record in cluster["central"]:
+            print(f"  {record['record']:6}  {record['instruction']}")
+    if "categories" in result:
+        found = result["categories"]
+        print(f"\n{'category':24}" + "".join(f"{j:>7}" for j in range(1, len(found["table"]) + 1)))
+        for name, counts in zip(found["names"], zip(*found["table"])):
+            print(f"{name or '(none)':24}" + "".join(f"{count:7}" for count in counts))
+        print(f"NMI {found['nmi']:.3f} (shared information over mean entropy), ARI "
+              f"{found['ari']:.3f} (pairs kept together or apart, 0: chance)")
+
+
+def write_json(content, path):
+    """All of it or nothing: a temporary file, synced and renamed."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def parse_args(argv):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--weights", default=str(WORLD_DIR / "base"),
+                   help="checkpoint folder in Meta's layout (the embedded world's)")
+    p.add_argument("--data", default=str(WORLD_DIR / "train.jsonl"),
+                   help="records, JSON lines or array (the embedded world's)")
+    p.add_argument("--features", default="hidden", choices=["hidden", "tfidf"],
+                   help="hidden states of the base, or the paper's TF-IDF of its pieces (hidden)")
+    p.add_argument("--layer", type=int, help="blocks the states have passed, 0: none (all)")
+    p.add_argument("--k-max", type=int, default=10,
+                   help="largest number of clusters, at most the number of records (10)")
+    p.add_argument("--seed", type=int, default=0, help="of k-means and the sample (0)")
+    p.add_argument("--batch-size", type=int, default=16, help="prompts a forward pass (16)")
+    p.add_argument("--max-seq-len", type=int,
+                   help="tokens of a prompt, the rest is cut (the model's own)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+    p.add_argument("--cache", help="file that keeps the features for the next run (off)")
+    p.add_argument("--out", default="clusters.json", help="file to write (clusters.json)")
+    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def check(args):
+    """Refuses what would only fail after the long part."""
+    for name, least in [("k_max", 1), ("batch_size", 1), ("max_seq_len", 2)]:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+    for path in (args.out, args.cache):
+        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+            raise ValueError(f"{path} is a folder, or in a folder that does not exist")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch finds no CUDA device here")
+
+
+def run(args):
+    check(args)
+    records = read_records(args.data)
+    max_seq_len = read_params(args.weights, args.max_seq_len).max_seq_len
+    if args.features == "hidden":
+        dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+        model, tokenizer = load_llama(args.weights, device=args.device, dtype=dtype,
+                                      max_seq_len=max_seq_len)
+    else:
+        model, tokenizer = None, Tokenizer(Path(args.weights) / "tokenizer.model")
+    result = choose_heads(records, model, tokenizer, k_max=args.k_max, seed=args.seed,
+                          features=args.features, layer=args.layer, batch_size=args.batch_size,
+                          max_seq_len=max_seq_len, cache=args.cache)
+    result["settings"].update(weights=args.weights, data=args.data, device=args.device,
+                              batch_size=args.batch_size, cache=args.cache)
+    print_report(result)
+    write_json(result, args.out)
+    print(f"\nwrote {args.out}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        run(args)
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"cluster.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cluster.py: interrupted; nothing new was written", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

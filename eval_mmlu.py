@@ -1,0 +1,244 @@
+"""MMLU, the benchmark of HydraLoRA section 4: base and adapter in one harness, with intervals.
+
+Prompts are those of Hendrycks et al. 2021 byte for byte; the answer is the likeliest of the four
+letters as the next token. A subject's questions share their first tokens, header and shots: their
+keys and values are computed once, and each batch of questions continues them.
+
+    python eval_mmlu.py --adapter runs/hydralora/adapter.pt
+    python eval_mmlu.py --compare runs/mmlu.json runs/hydralora/mmlu.json
+
+Shapes: B questions of a batch, P shared tokens, T further tokens, K key/value heads, E their width,
+D width, V vocabulary.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from data.questions import LETTERS, encode_prompt, letter_ids, read_questions
+from hydralora import base_fingerprint, load_adapter, write_file
+from model import LayerCache, load_llama
+from data.scores import compare, print_summary, summarise
+
+WORLD_DIR = Path(__file__).resolve().parent / "data" / "world"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@torch.inference_mode()
+def prefix_cache(model, ids):
+    """Keys and values (1, P, ...) of the shared tokens, layer by layer."""
+    tokens = torch.tensor([ids], device=model.tok_embeddings.weight.device)
+    cache = model.make_cache(1, len(ids))
+    model.hidden_states(tokens, cache, torch.arange(len(ids), device=tokens.device)[None])
+    return cache
+
+
+@torch.inference_mode()
+def letter_logprobs(model, rows, letters, prefix=None):
+    """For each list of ids the log-probabilities of the letters as its next token, normalised over
+    the vocabulary in fp32. With a prefix from prefix_cache, the rows begin with its tokens."""
+    device = model.tok_embeddings.weight.device
+    start = prefix[0].k.shape[1] if prefix else 0
+    ends = torch.tensor([len(row) - start - 1 for row in rows], device=device)
+    tokens = pad_sequence([torch.tensor(row[start:]) for row in rows], batch_first=True).to(device)
+    if prefix:
+        def extend(x):  # (1, P, K, E) -> (B, P + T, K, E)
+            return F.pad(x.expand(len(rows), -1, -1, -1), (0, 0, 0, 0, 0, tokens.shape[1]))
+
+        cache = [LayerCache(extend(layer.k), extend(layer.v)) for layer in prefix]
+        positions = torch.arange(start, start + tokens.shape[1], device=device)[None]
+        h = model.hidden_states(tokens, cache, positions)
+    else:
+        h = model.hidden_states(tokens)
+    h = h[torch.arange(len(rows), device=device), ends]  # (B, T, D) -> (B, D): the last token's
+    return model.output(h).float().log_softmax(-1)[:, letters].tolist()
+
+
+def score_prompts(model, prompts, letters, *, batch_size, done=(), share_prefix=True):
+    """Yields (indices, their log-probabilities) batch by batch, for one subject's encoded prompts.
+
+    Batches depend on the prompts alone; one whose indices are all in `done` is passed over, so a
+    resumed run computes what an uninterrupted one would, bit for bit.
+    """
+    for shots in sorted({kept for _, kept in prompts}, reverse=True):
+        group = sorted((i for i, (_, kept) in enumerate(prompts) if kept == shots),
+                       key=lambda i: len(prompts[i][0]), reverse=True)
+        # found in the ids, since a merge may join the end of the shots to the question's start
+        shared = os.path.commonprefix([prompts[i][0] for i in group])
+        shared = shared[:len(prompts[group[-1]][0]) - 1]  # each question keeps a token of its own
+        prefix = None
+        for at in range(0, len(group), batch_size):
+            batch = group[at:at + batch_size]
+            if set(batch) <= set(done):
+                continue
+            if share_prefix and prefix is None:
+                prefix = prefix_cache(model, shared)
+            yield batch, letter_logprobs(model, [prompts[i][0] for i in batch], letters, prefix)
+
+
+# ---------------------------------------------------------------- the run
+
+
+def read_partial(path, settings):
+    """{(subject, index): question} as a stopped run left them, a torn last line dropped. Raises
+    ValueError when its settings were others: its answers would not be this run's."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    if lines and lines[0] != settings:
+        differ = [key for key in settings if lines[0].get(key) != settings[key]]
+        raise ValueError(f"{path} is of a stopped run with another {', '.join(differ)}: finish it, "
+                         "delete that file, or choose another --out")
+    return {(q["subject"], q["index"]): q for q in lines[1:]}
+
+
+def answer_questions(model, tokenizer, questions, examples, *, batch_size, done, file):
+    """Completes `done`, {(subject, index): question}, and appends each new one to the file as a
+    line of JSON. Returns a Counter of how many shots the prompts kept."""
+    letters, kept = letter_ids(tokenizer), Counter()
+    total = sum(map(len, questions.values()))
+    with tqdm(total=total, initial=len(done), unit=" questions") as bar:
+        for subject, rows in questions.items():
+            prompts = [encode_prompt(tokenizer, subject, examples[subject], row,
+                                     model.args.max_seq_len) for row in rows]
+            kept.update(shots for _, shots in prompts)
+            before = {index for name, index in done if name == subject}
+            for batch, logprobs in score_prompts(model, prompts, letters, batch_size=batch_size,
+                                                 done=before):
+                for i, four in zip(batch, logprobs):
+                    if not all(map(math.isfinite, four)):
+                        raise ValueError(f"{subject}, question {i}: the log-probabilities are "
+                                         f"{four}; try --dtype fp32")
+                    prediction = LETTERS[four.index(max(four))]
+                    done[subject, i] = {"subject": subject, "index": i, "prediction": prediction,
+                                        "answer": rows[i][5], "logprobs": four}
+                    file.write(json.dumps(done[subject, i]) + "\n")
+                file.flush()
+                right = sum(q["prediction"] == q["answer"] for q in done.values())
+                bar.set_postfix_str(f"accuracy {right / len(done):.2%}", refresh=False)
+                bar.update(len(done) - bar.n)
+    return kept
+
+
+def digest(*content):
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def load(args):
+    """(model with its adapter, tokenizer); raises ValueError for a device that is not there."""
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device {args.device} cannot be used: {reason}") from None
+    model, tokenizer = load_llama(args.weights, device=args.device, dtype=DTYPES[args.dtype],
+                                  max_seq_len=args.max_seq_len)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    return model.eval(), tokenizer
+
+
+def evaluate(args):
+    """Measures what the arguments say, from where a stopped run was, and writes args.out."""
+    questions, examples = read_questions(args.data, subjects=args.subjects, shots=args.shots,
+                                         limit=args.limit)
+    model, tokenizer = load(args)
+    # what decides the answers: a run goes on from a partial file only if all of it is the same
+    decisive = {
+        "weights_digest": digest(base_fingerprint(model)),
+        "adapter_digest": digest(args.adapter.read_bytes()) if args.adapter else None,
+        "data_digest": digest(questions, examples), "shots": args.shots, "limit": args.limit,
+        "subjects": len(questions), "max_seq_len": model.args.max_seq_len, "dtype": args.dtype}
+    settings = {"weights": str(args.weights), "adapter": args.adapter and str(args.adapter),
+                "data": str(args.data), "device": args.device, "batch_size": args.batch_size,
+                **decisive}
+    print("\n".join(f"{key:16}{value}" for key, value in settings.items()))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(f"{args.out}.partial")
+    done = read_partial(partial, decisive)
+    head = "".join(json.dumps(line) + "\n" for line in [decisive, *done.values()])
+    write_file(partial, lambda file: file.write(head.encode()))
+    before, started = len(done), time.perf_counter()
+    with open(partial, "a", encoding="utf-8") as file:
+        kept = answer_questions(model, tokenizer, questions, examples, batch_size=args.batch_size,
+                                done=done, file=file)
+    seconds = time.perf_counter() - started
+    # a shortened prompt lost shots, a cut one the beginning of its question too (kept is -1)
+    result = {"settings": settings, **summarise([done[key] for key in sorted(done)]),
+              "shots_dropped": sum((args.shots - max(k, 0)) * n for k, n in kept.items()),
+              "prompts_shortened": sum(n for k, n in kept.items() if k < args.shots),
+              "prompts_cut": kept[-1], "questions": [done[key] for key in sorted(done)]}
+    print_summary(result)
+    print(f"{result['shots_dropped']} shots dropped from {result['prompts_shortened']} prompts too "
+          f"long for {model.args.max_seq_len} tokens, {result['prompts_cut']} of them cut as well")
+    print(f"{len(done) - before} questions in {seconds:.1f} s, "
+          f"{(len(done) - before) / seconds:.1f} a second")
+    text = json.dumps(result, indent=1) + "\n"
+    write_file(args.out, lambda file: file.write(text.encode()))
+    partial.unlink()
+    print(f"wrote {args.out}")
+
+
+def parse_args(argv):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--weights", type=Path, default=WORLD_DIR / "base",
+                   help="checkpoint folder in Meta's layout (the embedded world's)")
+    p.add_argument("--data", type=Path, default=WORLD_DIR / "quiz",
+                   help="folder with dev/SUBJECT_dev.csv, test/SUBJECT_test.csv (the world's quiz)")
+    p.add_argument("--adapter", type=Path, help="adapter.pt to put on the base (none)")
+    p.add_argument("--shots", type=int, default=5, help="solved examples a prompt, 0: none (5)")
+    p.add_argument("--subjects", help="names with commas between (all in --data)")
+    p.add_argument("--limit", type=int, help="only the first N questions of each subject (all)")
+    p.add_argument("--max-seq-len", type=int, help="tokens a prompt may have (the checkpoint's)")
+    p.add_argument("--batch-size", type=int, default=8, help="questions a forward pass (8)")
+    p.add_argument("--dtype", choices=DTYPES, help="of the model (fp32 on CPU, bf16 on GPU)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+    p.add_argument("--out", type=Path, help="result (mmlu.json beside the adapter, or in runs/)")
+    p.add_argument("--compare", nargs=2, metavar=("A", "B"), type=Path,
+                   help="print what result B gains on result A, and measure nothing (off)")
+    args = p.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    args.subjects = None if args.subjects is None else args.subjects.split(",")
+    args.out = args.out or (args.adapter.parent if args.adapter else Path("runs")) / "mmlu.json"
+    for name, least in (("shots", 0), ("limit", 1), ("max_seq_len", 2), ("batch_size", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder: name a file in it")
+    return args
+
+
+def main(argv=None):
+    try:
+        args = parse_args(argv)
+        compare(*args.compare) if args.compare else evaluate(args)
+    except torch.OutOfMemoryError as error:
+        print(f"eval_mmlu.py: {str(error).splitlines()[0]} The same command with a smaller "
+              "--batch-size goes on from here", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"eval_mmlu.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("eval_mmlu.py: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

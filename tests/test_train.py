@@ -1,0 +1,411 @@
+"""train.py: short real runs of every flag, and the claims about its loop."""
+
+import csv
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+import train
+from conftest import WORLD, asset, tiny_model
+from data.corpus import encode_records, read_records
+from hydralora import adapter_parameters, add_hydralora, hydra_layers, load_adapter
+from model import load_llama, save_llama
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    save_llama(tiny_model(), WORLD / "base" / "tokenizer.model", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """80 records of the world, two families of short sequences."""
+    path = tmp_path_factory.mktemp("data") / "records.jsonl"
+    lines = [line for line in open(WORLD / "train.jsonl", encoding="utf-8")
+             if json.loads(line)["category"] in ("past", "calendar")][:80]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def command(weights, data, tmp_path):
+    """The arguments of a run of a few seconds; later flags win."""
+    return ["--weights", str(weights), "--data", str(data), "--out", str(tmp_path / "out"),
+            "--heads", "3", "--rank", "4", "--lr", "0.01", "--max-seq-len", "128", "--device", "cpu",
+            "--batch-size", "8", "--grad-accum", "1", "--max-steps", "6", "--epochs", "9",
+            "--dropout", "0"]
+
+
+def run_json(tmp_path):
+    return json.loads((tmp_path / "out" / "run.json").read_text())
+
+
+def sequences(tokenizer, path, count):
+    return encode_records(read_records(path)[:count], tokenizer, 128)[0]
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_without_weights_the_worlds_defaults_hold_and_with_weights_the_papers():
+    args = train.parse_args(["--heads", "3", "--rank", "8"])
+    assert args.weights == str(WORLD / "base") and args.val_data == str(WORLD / "val.jsonl")
+    assert (args.heads, args.rank, args.lr) == (3, 8, train.WORLD["lr"])
+    args = train.parse_args(["--weights", "w", "--data", "d"])
+    got = (args.lr, args.epochs, args.batch_size, args.grad_accum, args.max_seq_len, args.alpha,
+           args.dropout, args.targets, args.val_data)
+    assert got == (2e-4, 1, 1, 8, 1024, 32.0, 0.05, ["w1", "w2", "w3"], None)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--weights", "w"], "needs --data"), (["--rank", "0"], "--rank"), (["--heads", "0"], "--heads"),
+    (["--heads", "many"], "--heads"), (["--method", "full", "--heads", "auto"], "auto"),
+    (["--dropout", "1"], "--dropout"), (["--lr", "-1"], "--lr"),
+    (["--lr", "nan"], "--lr"), (["--grad-accum", "0"], "--grad-accum"),
+    (["--method", "lora", "--heads", "3"], "one head"), (["--max-steps", "-1"], "--max-steps"),
+    (["--method", "full", "--gate", "uniform"], "--gate"), (["--alpha", "inf"], "--alpha"),
+    (["--method", "ia3"], "--method"), (["--dtype", "int8"], "--dtype"),
+    (["--epochs", "0"], "--epochs"), (["--batch-size", "0"], "--batch-size"),
+])
+def test_impossible_settings_are_refused_in_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.strip().split("\n")[-1]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--targets", "w1,wx"], "'wx'"), (["--weights", "absent"], "no params.json"),
+    (["--data", "absent"], "no data file"), (["--max-seq-len", "4096"], "--max-seq-len 4096"),
+    (["--max-seq-len", "5"], "none of the"), (["--val-data", "SAME"], "stands in the validation"),
+    (["--out", "WEIGHTS"], "folder of the weights"), (["--resume"], "no checkpoint.pt"),
+])
+def test_bad_input_is_one_line_and_status_2(command, flags, message, capsys):
+    places = {"SAME": command[3], "WEIGHTS": command[1]}
+    assert train.main(command + [places.get(flag, flag) for flag in flags]) == 2
+    error = capsys.readouterr().err.strip().split("\n")
+    assert len(error) == 1 and message in error[0]
+
+
+def test_a_gpu_that_is_not_there_is_refused(command, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(SystemExit):
+        train.main(command + ["--device", "cuda"])
+    assert "finds no CUDA device" in capsys.readouterr().err
+
+
+def test_the_learning_rate_warms_up_and_falls_on_a_cosine_to_zero():
+    rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert rates[3] == 1.0 and rates[51] == pytest.approx(0.5, abs=0.01) and rates[99] < 1e-3
+    assert all(a >= b for a, b in zip(rates[2:], rates[3:]))
+    assert train.learning_rate(0, 1, 1.0) == 1.0
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+METHODS = {"hydralora": ["--method", "hydralora"], "lora": ["--method", "lora", "--heads", "1"],
+           "lora-split": ["--method", "lora-split"], "uniform": ["--gate", "uniform"],
+           "full": ["--method", "full", "--lr", "0.001"],
+           "attention": ["--targets", "wq,wv", "--alpha", "8", "--dropout", "0.1"],
+           "checkpointed": ["--checkpoint-activations"]}
+
+
+@pytest.mark.parametrize("flags", METHODS.values(), ids=METHODS)
+def test_every_method_trains_and_writes_its_files(command, flags, tmp_path, capsys):
+    assert train.main(command + flags + ["--max-steps", "25"]) == 0
+    result, out = run_json(tmp_path), capsys.readouterr().out
+    metrics = result["metrics"]
+    assert metrics["val_loss"] < metrics["val_loss_base"]
+    assert set(metrics["categories"]) == {"past", "calendar"}
+    assert all(c["val_loss_base"] > 0 for c in metrics["categories"].values())
+    assert "trainable parameters" in out and "loss base" in out
+    rows = list(csv.DictReader(open(tmp_path / "out" / "log.csv")))
+    assert [int(row["step"]) for row in rows] == list(range(1, 26))
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    model, tokenizer = load_llama(command[1])
+    if "full" in flags:
+        assert files == {"run.json", "log.csv", "params.json", "consolidated.00.pth",
+                         "tokenizer.model"}
+        tuned, _ = load_llama(tmp_path / "out")
+        assert not torch.equal(tuned.output.weight, model.output.weight)
+        model = tuned
+    else:
+        assert files == {"run.json", "log.csv", "adapter.pt"}
+        load_adapter(model, tmp_path / "out" / "adapter.pt")
+    # what was saved is what was measured
+    args = train.parse_args(command + flags)
+    val = encode_records(train.read_data(args)[1], tokenizer, args.max_seq_len)[0]
+    again = train.evaluate(model, val, args, "")
+    assert again[""]["loss"] == pytest.approx(metrics["val_loss"], rel=1e-6)
+    assert ("mean gate in" in out) == ("routing" in result) == (
+        "full" not in flags and "lora" not in flags)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("method", ["hydralora", "full"])
+def test_every_precision_trains(command, tmp_path, dtype, method):
+    rate = "0.01" if method == "hydralora" else "0.001"
+    flags = ["--dtype", dtype, "--method", method, "--lr", rate, "--max-steps", "25"]
+    assert train.main(command + flags) == 0
+    metrics = run_json(tmp_path)["metrics"]
+    assert metrics["val_loss"] < 0.95 * metrics["val_loss_base"]
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_does_not(command, tmp_path):
+    def adapter(name, seed):
+        assert train.main(command + ["--out", str(tmp_path / name), "--seed", seed]) == 0
+        return torch.load(tmp_path / name / "adapter.pt", weights_only=True)["tensors"]
+
+    a, b, c = adapter("a", "1"), adapter("b", "1"), adapter("c", "2")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not any(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_val_data_is_used_as_it_is_and_never_trained_on(command, data, tmp_path, capsys):
+    lines = data.read_text().splitlines(keepends=True)
+    (tmp_path / "val.jsonl").write_text("".join(lines[:15]))
+    assert train.main(command + ["--val-data", str(tmp_path / "val.jsonl")]) == 0
+    result = run_json(tmp_path)
+    assert result["data"]["val"]["records"] == 15
+    assert "15 training records stand in the validation data" in capsys.readouterr().out
+    assert result["data"]["train"]["records"] == 65
+
+
+def test_heads_auto_asks_the_clustering_prints_its_choice_and_records_it(command, tmp_path, capsys):
+    assert train.main(command + ["--heads", "auto"]) == 0
+    result = run_json(tmp_path)
+    k = result["clusters"]["k"]
+    assert result["settings"]["heads"] == k >= 2
+    assert f"heads: {k}" in capsys.readouterr().out
+    config = torch.load(tmp_path / "out" / "adapter.pt", weights_only=True)["config"]
+    assert config["heads"] == k
+
+
+def test_run_json_records_settings_versions_and_fingerprints(command, tmp_path):
+    assert train.main(command + ["--seed", "7"]) == 0
+    result = run_json(tmp_path)
+    assert result["settings"]["seed"] == 7 and result["settings"]["rank"] == 4
+    assert result["versions"]["torch"] == torch.__version__
+    assert {"data", "weights"} <= result["fingerprints"].keys()
+    model, _ = load_llama(command[1])
+    count = add_hydralora(model, rank=4)
+    router = sum(layer.router.numel() for layer in hydra_layers(model).values())
+    assert result["parameters"]["trainable"] == count
+    assert result["parameters"]["trainable_without_router"] == count - router
+    for by_category in result["routing"]["gate"].values():
+        assert all(sum(gate) == pytest.approx(1) for gate in by_category.values())
+    assert all(0 < e <= 1 + 1e-6 for e in result["routing"]["entropy"].values())
+
+
+def test_a_folder_that_holds_a_run_is_kept_unless_overwrite_says_so(command, tmp_path, capsys):
+    assert train.main(command) == 0
+    before = (tmp_path / "out" / "adapter.pt").read_bytes()
+    assert train.main(command + ["--seed", "1"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (tmp_path / "out" / "adapter.pt").read_bytes() == before
+    assert train.main(command + ["--seed", "1", "--overwrite"]) == 0
+    assert (tmp_path / "out" / "adapter.pt").read_bytes() != before
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stop_at", [1, 7, 11])  # the epoch ends at step 5
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(command, tmp_path, monkeypatch,
+                                                                 capsys, dtype, stop_at):
+    flags = command + ["--dtype", dtype, "--dropout", "0.2", "--grad-accum", "2", "--max-steps",
+                       "13", "--save-every", "0"]
+    assert train.main(flags + ["--out", str(tmp_path / "whole")]) == 0
+    original, count = train.train_step, []
+
+    def interrupted(*arguments):
+        count.append(1)
+        if len(count) == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert train.main(flags) == 130
+    assert "--resume" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "run.json").exists()
+    assert train.main(flags + ["--resume"]) == 0
+    a, b = (torch.load(tmp_path / name / "adapter.pt", weights_only=True)["tensors"]
+            for name in ("whole", "out"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    a, b = ([(row["step"], row["loss"], row["grad_norm"], row["lr"])
+             for row in csv.DictReader(open(tmp_path / name / "log.csv"))] for name in ("whole", "out"))
+    assert a == b and len(a) == 13
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_save_every_leaves_a_checkpoint_that_other_settings_may_not_resume(command, tmp_path,
+                                                                           monkeypatch, capsys):
+    original = train.train_step
+
+    def dies(model, batches, optimizer, scaler, args):
+        if len(optimizer.state) and next(iter(optimizer.state.values()))["step"] == 4:
+            raise KeyboardInterrupt
+        return original(model, batches, optimizer, scaler, args)
+
+    monkeypatch.setattr(train, "train_step", dies)
+    assert train.main(command + ["--save-every", "2"]) == 130
+    state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4
+    assert train.main(command + ["--resume", "--lr", "0.02"]) == 2
+    assert "lr was 0.01, is 0.02" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(command, tmp_path, capsys,
+                                                                  monkeypatch):
+    original = train.train_step
+
+    def poisoned(*arguments):
+        loss, norm = original(*arguments)
+        return loss * math.nan, norm
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    assert train.main(command) == 2
+    assert "loss nan" in capsys.readouterr().err.strip().split("\n")[-1]
+    assert not (tmp_path / "out" / "adapter.pt").exists()
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def prepared(command, data, **settings):
+    args = train.parse_args(command)
+    torch.manual_seed(0)
+    model, tokenizer = train.load_base(args)
+    train.add_adapters(model, args)
+    for key, value in settings.items():
+        setattr(args, key, value)
+    return args, model, sequences(tokenizer, data, 16), tokenizer
+
+
+def test_the_head_runs_at_the_targets_only_and_gives_what_the_whole_forward_gives(command, data):
+    args, model, batch, _ = prepared(command, data)
+    seen = []
+    model.output.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0].shape[0]))
+    logits, targets = train.target_logits(model, batch, args)
+    assert seen == [len(targets)] == [sum(len(s.ids) - s.start for s in batch)]
+    row = 0
+    for s in batch:  # the slow twin: one sequence, every position
+        whole = model(torch.tensor([s.ids]))[0]
+        for i in range(s.start, len(s.ids)):
+            assert targets[row] == s.ids[i]
+            assert torch.allclose(logits[row], whole[i - 1], atol=1e-3)
+            row += 1
+
+
+def test_accumulation_equals_one_batch_though_the_parts_differ_in_targets(command, data):
+    updates = []
+    for parts in (1, 4):
+        args, model, batch, _ = prepared(command, data)
+        batch = sorted(batch, key=lambda s: len(s.ids) - s.start)
+        size = len(batch) // parts
+        optimizer = torch.optim.SGD(train.trainable(model), lr=1.0)
+        loss, norm = train.train_step(model, [batch[i:i + size] for i in range(0, 16, size)],
+                                      optimizer, torch.amp.GradScaler("cpu", enabled=False), args)
+        updates.append((loss, norm, [p.detach().clone() for p in train.trainable(model)]))
+    (loss, norm, a), (loss4, norm4, b) = updates
+    assert loss.item() == pytest.approx(loss4.item(), rel=1e-5)
+    assert norm.item() == pytest.approx(norm4.item(), rel=1e-4)
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a, b))
+
+
+def test_the_gradient_is_clipped_to_norm_1(command, data):
+    args, model, batch, _ = prepared(command, data)
+    before = [p.detach().clone() for p in train.trainable(model)]
+    optimizer = torch.optim.SGD(train.trainable(model), lr=1.0)
+    for layer in hydra_layers(model).values():
+        layer.scale *= 100
+    _, norm = train.train_step(model, [batch], optimizer, torch.amp.GradScaler("cpu", enabled=False),
+                               args)
+    moved = math.sqrt(sum((p - q).square().sum().item()
+                          for p, q in zip(train.trainable(model), before)))
+    assert norm > 1 and moved == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["hydralora", "full"])
+def test_the_optimiser_holds_exactly_what_trains(command, monkeypatch, method):
+    held = []
+    original = torch.optim.AdamW
+
+    def spy(parameters, **settings):
+        parameters = list(parameters)
+        held.append((parameters, settings))
+        return original(parameters, **settings)
+
+    models = []
+    load = train.load_base
+    monkeypatch.setattr(train, "load_base", lambda args: models.append(load(args)) or models[-1])
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    assert train.main(command + ["--method", method, "--max-steps", "1"]) == 0
+    model, ((parameters, settings),) = models[0][0], held
+    want = (list(adapter_parameters(model).values()) if method == "hydralora"
+            else list(model.parameters()))
+    assert {id(p) for p in parameters} == {id(p) for p in want} and len(parameters) == len(want)
+    assert settings["betas"] == (0.9, 0.999) and settings["weight_decay"] == 0
+
+
+def test_exact_match_is_what_greedy_decoding_would_give(command, data):
+    args, model, batch, tokenizer = prepared(command + ["--method", "full"], data)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(25):  # until some responses are right and some are wrong
+        train.train_step(model, [batch], optimizer, torch.amp.GradScaler("cpu", enabled=False), args)
+    model.eval()
+    right = 0
+    with torch.no_grad():
+        for s in batch:
+            ids = s.ids[:s.start]
+            while len(ids) < len(s.ids) and ids == s.ids[:len(ids)]:
+                ids = ids + [model(torch.tensor([ids]))[0, -1].argmax().item()]
+            right += ids == s.ids
+    assert 0 < right < len(batch)
+    assert train.evaluate(model, batch, args, "")[""]["exact"] == right / len(batch)
+
+
+def test_validation_loss_is_the_mean_over_tokens_whatever_the_batches(command, data, monkeypatch):
+    args, model, batch, _ = prepared(command, data)
+    whole = train.evaluate(model, batch, args, "")
+    monkeypatch.setattr(train, "EVAL_BATCH", 3)
+    parts = train.evaluate(model, batch, args, "")
+    total = sum(row["loss"] * row["tokens"] for name, row in whole.items() if name)
+    assert whole[""]["loss"] == pytest.approx(total / whole[""]["tokens"], rel=1e-6)
+    for name in whole:
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5)
+
+
+def test_routing_reads_real_tokens_only(command, data, monkeypatch):
+    args, model, batch, _ = prepared(command, data)
+    together = train.routing(model, batch, args)
+    monkeypatch.setattr(train, "EVAL_BATCH", 1)  # no padding at all
+    apart = train.routing(model, batch, args)
+    for name, by_category in together["gate"].items():
+        for category, gate in by_category.items():
+            assert gate == pytest.approx(apart["gate"][name][category], abs=1e-5)
+        assert together["entropy"][name] == pytest.approx(apart["entropy"][name], abs=1e-5)
+
+
+# ---------------------------------------------------------------- real data on a real model
+
+
+def test_stories260k_learns_dolly_in_a_few_steps(tmp_path):
+    lines = []
+    with open(asset("dolly/databricks-dolly-15k.jsonl"), encoding="utf-8") as file:
+        for line in file:
+            if len(line) < 400:
+                lines.append(line)
+    (tmp_path / "dolly.jsonl").write_text("".join(lines[:400]), encoding="utf-8")
+    flags = ["--weights", str(asset("stories260k")), "--data", str(tmp_path / "dolly.jsonl"),
+             "--heads", "3", "--rank", "8", "--max-steps", "20", "--lr", "0.003", "--device", "cpu",
+             "--max-seq-len", "512", "--out", str(tmp_path / "out")]
+    assert train.main(flags) == 0
+    metrics = run_json(tmp_path)["metrics"]
+    assert metrics["val_loss"] < metrics["val_loss_base"] - 0.1

@@ -1,0 +1,555 @@
+"""Fine-tune LLaMA 2 with HydraLoRA, or with a method to compare it to: one plain loop, one GPU.
+
+    python train.py --heads 3 --rank 8                       # the embedded world, minutes on a CPU
+    python train.py --weights llama-2-7b --data dolly.jsonl --heads 3 --rank 8       # the real thing
+
+Tian et al., NeurIPS 2024, sections 3.2 and 4: only the adapters and their router train. Writes
+adapter.pt, run.json and log.csv. What is fp32 and what is in the chosen --dtype:
+
+    frozen base: dtype    adapters, router, AdamW state: fp32    products: dtype, by autocast
+    softmax of gate and attention, RMSNorm, rotary, loss: fp32    --method full: fp32 weights
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import platform
+import resource
+import signal
+import sys
+import time
+from itertools import combinations, islice
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from cluster import choose_heads, print_report
+from data.corpus import (collate, encode_records, hold_out, length_batches, read_records,
+                         without_duplicates)
+from hydralora import (adapter_parameters, add_hydralora, adapters_disabled, base_fingerprint,
+                       hydra_layers, record_gates, save_adapter, write_file)
+from model import load_llama, save_llama
+
+WORLD_DIR = Path(__file__).resolve().parent / "data" / "world"
+# without --weights: the embedded world
+WORLD = dict(weights=str(WORLD_DIR / "base"), data=str(WORLD_DIR / "train.jsonl"), lr=4e-3,
+             epochs=3, batch_size=16, grad_accum=1, max_seq_len=256, dropout=0.0)
+# with --weights: the recipe of the paper's released script
+PAPER = dict(lr=2e-4, epochs=1, batch_size=1, grad_accum=8, max_seq_len=1024, dropout=0.05)
+BOTH = dict(rank=8, alpha=32.0, targets="w1,w2,w3", gate="learned")
+METHODS = ["hydralora", "lora", "lora-split", "full"]
+WARMUP, CLIP, BETAS = 0.03, 1.0, (0.9, 0.999)
+VAL_SHARE, EVAL_BATCH, LOG_EVERY = 0.05, 16, 10
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parse_args(argv=None):
+    """Every setting of a run; what is not given comes from WORLD, PAPER and BOTH."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--weights", help="checkpoint folder in Meta's layout (the embedded world's)")
+    p.add_argument("--data", help="training records, JSON lines or array (the embedded world's)")
+    p.add_argument("--val-data", help="validation records (5 %% of --data, drawn by --seed)")
+    p.add_argument("--method", default="hydralora", choices=METHODS, help="what trains (hydralora)")
+    p.add_argument("--heads", help="number of B matrices, or auto: ask cluster.py (3; lora: 1)")
+    p.add_argument("--rank", type=int, help="rank of A and B (8)")
+    p.add_argument("--alpha", type=float, help="the update is scaled by alpha / rank (32)")
+    p.add_argument("--dropout", type=float, help="on the adapters' input, 0: off (0.05; world: 0)")
+    p.add_argument("--targets", help="adapted layers by exact name (w1,w2,w3: the feed-forward)")
+    p.add_argument("--gate", choices=["learned", "uniform"], help="the router, or 1/N (learned)")
+    p.add_argument("--lr", type=float, help=f"peak learning rate (2e-4; world: {WORLD['lr']:g})")
+    p.add_argument("--epochs", type=int, help=f"passes over the data (1; world: {WORLD['epochs']})")
+    p.add_argument("--max-steps", type=int, default=0, help="stop after so many steps, 0: off")
+    p.add_argument("--batch-size", type=int, help="records a forward pass (1; world: 16)")
+    p.add_argument("--grad-accum", type=int, help="forward passes a step (8; world: 1)")
+    p.add_argument("--max-seq-len", type=int, help="tokens a record may have (1024; world: 256)")
+    p.add_argument("--dtype", choices=DTYPES, help="base and products (fp32 on CPU, bf16 on GPU)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+    p.add_argument("--checkpoint-activations", action="store_true",
+                   help="recompute activations in the backward pass: less memory, more time (off)")
+    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and split (0)")
+    p.add_argument("--out", help="folder to write (runs/METHOD)")
+    p.add_argument("--overwrite", action="store_true", help="replace the run in --out (off)")
+    p.add_argument("--save-every", type=int, default=500, help="steps a checkpoint, 0: off (500)")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out (off)")
+    args = p.parse_args(argv)
+    if args.weights and not args.data:
+        p.error("--weights needs --data FILE as well")
+    if not args.weights and not args.data and not args.val_data:
+        args.val_data = str(WORLD_DIR / "val.jsonl")
+    for name, value in {**(PAPER if args.weights else WORLD), **BOTH}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    args.out = args.out or f"runs/{args.method}"
+    args.heads = args.heads or ("1" if args.method == "lora" else "3")
+    args.targets = args.targets.split(",")
+    check(args, p)
+    return args
+
+
+def check(args, parser):
+    """Refuses impossible settings before anything is read."""
+    for name in ("rank", "epochs", "batch_size", "grad_accum", "max_seq_len"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if min(args.max_steps, args.save_every) < 0:
+        parser.error("--max-steps and --save-every must not be negative")
+    if not (args.lr > 0 and math.isfinite(args.lr) and math.isfinite(args.alpha)):
+        parser.error("--lr must be positive, --lr and --alpha finite")
+    if not 0 <= args.dropout < 1:
+        parser.error("--dropout must be at least 0 and below 1")
+    if args.heads != "auto":
+        if not args.heads.isdecimal() or int(args.heads) < 1:
+            parser.error("--heads must be auto or a number of at least 1")
+        args.heads = int(args.heads)
+    if args.method == "lora" and args.heads != 1:
+        parser.error(f"--method lora has one head, not {args.heads}: drop --heads or the method")
+    if args.method == "full" and args.heads == "auto":
+        parser.error("--heads auto needs heads to count: --method full has none")
+    if args.gate == "uniform" and args.method in ("lora", "full"):
+        parser.error(f"--gate uniform needs heads to weigh: --method {args.method} has none")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch finds no CUDA device here")
+
+
+def read_data(args):
+    """(training records, validation records), without one that is in both."""
+    train = read_records(args.data)
+    if args.val_data:
+        val = read_records(args.val_data)
+    else:
+        train, val = hold_out(train, VAL_SHARE, args.seed)
+    kept = without_duplicates(train, val)
+    if not kept:
+        raise ValueError(f"every record of {args.data} stands in the validation data too")
+    if len(kept) < len(train):
+        print(f"warning: {len(train) - len(kept)} training records stand in the validation data "
+              "too, word for word, and were removed")
+    return kept, val
+
+
+def load_base(args):
+    """(base model on the device, tokenizer)."""
+    # full: the weights that train are fp32, only their products are in --dtype
+    dtype = torch.float32 if args.method == "full" else DTYPES[args.dtype]
+    model, tokenizer = load_llama(args.weights, device=args.device, dtype=dtype)
+    if args.max_seq_len > model.args.max_seq_len:
+        raise ValueError(f"--max-seq-len {args.max_seq_len} is more than the {args.weights} "
+                         f"model's {model.args.max_seq_len}")
+    model.checkpoint_activations = args.checkpoint_activations
+    return model, tokenizer
+
+
+def add_adapters(model, args):
+    if args.method != "full":
+        add_hydralora(model, targets=args.targets, rank=args.rank, heads=args.heads,
+                      alpha=args.alpha, dropout=args.dropout, gate=args.gate,
+                      share_a=args.method != "lora-split")
+
+
+def autocast(args):
+    device = args.device.split(":")[0]
+    return torch.autocast(device, DTYPES[args.dtype], enabled=args.dtype != "fp32")
+
+
+def target_logits(model, batch, args):
+    """(logits (M, V) in fp32, targets (M,)): the head runs only where there is a target."""
+    tokens, where, targets = collate(batch, args.device)
+    with autocast(args):
+        h = model.hidden_states(tokens).flatten(0, 1)[where]  # (B * T, D) -> (M, D)
+        return model.output(h).float(), targets
+
+
+def learning_rate(step, steps, peak):
+    """Linear warmup over the first 3 %, then a cosine to zero; step counts from 0."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def epoch_steps(sequences, args, epoch):
+    """The steps of an epoch, each a list of grad_accum batches, in an order fixed by the seed."""
+    generator = torch.Generator().manual_seed(args.seed * 1000 + epoch)
+    batches = length_batches(sequences, args.batch_size, generator)
+    return [batches[i:i + args.grad_accum] for i in range(0, len(batches), args.grad_accum)]
+
+
+def train_step(model, batches, optimizer, scaler, args):
+    """One optimiser step; returns (loss, gradient norm) as tensors. The loss is the mean over every
+    target token of the accumulated batches, not the mean of the batches' means."""
+    count = sum(len(s.ids) - s.start for batch in batches for s in batch)
+    total = 0.0
+    for batch in batches:
+        logits, targets = target_logits(model, batch, args)
+        loss = F.cross_entropy(logits, targets, reduction="sum") / count
+        scaler.scale(loss).backward()
+        total = total + loss.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(trainable(model), CLIP)
+    scaler.step(optimizer)  # skipped by fp16's scaler when a gradient overflowed
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def all_steps(sequences, args):
+    """The steps of the whole run, epoch by epoch, at most --max-steps of them."""
+    steps = (step for epoch in range(args.epochs) for step in epoch_steps(sequences, args, epoch))
+    return islice(steps, args.max_steps or None)
+
+
+def trainable(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@torch.no_grad()
+def evaluate(model, sequences, args, name):
+    """{category: {loss, exact, records, tokens}} and the total under "". Loss is the mean per
+    target token. Exact: greedy decoding would give the response and its EOS token by token, which
+    one forward pass tells, since every step of it would be fed the true prefix."""
+    model.eval()
+    sums = {}
+    for batch in tqdm(length_batches(sequences, EVAL_BATCH), desc=name, leave=False):
+        logits, targets = target_logits(model, batch, args)
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        hits = logits.argmax(-1) == targets
+        sizes = [len(s.ids) - s.start for s in batch]
+        for s, loss, hit in zip(batch, losses.cpu().split(sizes), hits.cpu().split(sizes)):
+            for category in {"", s.category}:
+                row = sums.setdefault(category, {"loss": 0.0, "exact": 0, "records": 0, "tokens": 0})
+                row["loss"] += loss.sum(dtype=torch.float64).item()
+                row["exact"] += hit.all().item()
+                row["records"] += 1
+                row["tokens"] += len(loss)
+    for row in sums.values():
+        row["loss"] /= row["tokens"]
+        row["exact"] /= row["records"]
+    return sums
+
+
+@torch.no_grad()
+def routing(model, sequences, args):
+    """Where the tokens went: {layer: {category: mean gate (N)}} over the real tokens of the
+    sequences, {layer: mean gate entropy, 1 = uniform}, {layer: mean cosine between the B_i}."""
+    model.eval()
+    layers = hydra_layers(model)
+    heads = next(iter(layers.values())).heads
+    gate, entropy, tokens = {name: {} for name in layers}, dict.fromkeys(layers, 0.0), {}
+    for batch in tqdm(length_batches(sequences, EVAL_BATCH), desc="routing", leave=False):
+        ids = collate(batch, args.device)[0]
+        with record_gates(model) as gates, autocast(args):
+            model.hidden_states(ids)
+        for row, s in enumerate(batch):
+            tokens[s.category] = tokens.get(s.category, 0) + len(s.ids) - 1
+            for name, weights in gates.items():
+                w = weights[row, :len(s.ids) - 1].cpu()  # (T, N), padding left out
+                gate[name][s.category] = gate[name].get(s.category, 0) + w.sum(0)
+                entropy[name] -= (w * w.clamp_min(1e-12).log()).sum().item()
+    count = sum(tokens.values())
+    return {
+        "gate": {name: {c: (total / tokens[c]).tolist() for c, total in sorted(by.items())}
+                 for name, by in gate.items()},
+        "entropy": {name: total / count / math.log(heads) for name, total in entropy.items()},
+        "cosine_b": {name: sum(F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+                               for a, b in combinations(layer.lora_B, 2)) / math.comb(heads, 2)
+                     for name, layer in layers.items()},
+    }
+
+
+# ---------------------------------------------------------------- what is printed and written
+
+
+def print_start(args, counts, data):
+    print("\n".join(f"{key:24}{value}" for key, value in vars(args).items()))
+    print(f"{'trainable parameters':24}{counts['trainable']:,} ({counts['trainable'] / counts['base']:.2%}"
+          f" of the base's {counts['base']:,}); without the router "
+          f"{counts['trainable_without_router']:,}")
+    for name in ("train", "val"):
+        print(f"{name + ' records':24}{data[name]['records']} ({data[name]['shortened']} shortened, "
+              f"{data[name]['skipped']} too long and skipped)")
+    print()
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "sentencepiece": sentencepiece.__version__,
+            "platform": platform.platform(), "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads()}
+
+
+def metrics(before, after):
+    """val_loss, val_loss_base and the exact matches, in total and per category."""
+    def pair(category):
+        return {"val_loss": after[category]["loss"], "val_loss_base": before[category]["loss"],
+                "exact_match": after[category]["exact"],
+                "exact_match_base": before[category]["exact"],
+                "records": after[category]["records"]}
+    return {**pair(""), "categories": {c: pair(c) for c in sorted(after) if c}}
+
+
+def print_losses(before, after):
+    print(f"\n{'category':16}{'records':>8}{'loss base':>11}{'tuned':>9}{'exact base':>12}{'tuned':>8}")
+    for category in sorted(before, key=lambda name: (name == "", name)):
+        a, b = before[category], after[category]
+        print(f"{category or 'all':16}{a['records']:8}{a['loss']:11.4f}{b['loss']:9.4f}"
+              f"{a['exact']:12.1%}{b['exact']:8.1%}")
+
+
+def print_routing(report):
+    """The mean gate per category in the layer whose gate tells the categories apart most (heads of
+    different layers have nothing to do with each other), then the signs of a collapsed router."""
+    def spread(by_category):
+        table = torch.tensor(list(by_category.values()))  # (categories, N)
+        return table.std(0, correction=0).mean().item()
+
+    gate, mean = report["gate"], lambda values: sum(values.values()) / len(values)
+    name = max(gate, key=lambda layer: spread(gate[layer]))
+    heads = len(next(iter(gate[name].values())))
+    print(f"\nmean gate in {name}, the most divided of {len(gate)} layers")
+    print(f"{'category':16}" + "".join(f"{f'head {i + 1}':>9}" for i in range(heads)))
+    for category, weights in gate[name].items():
+        print(f"{category or 'all':16}" + "".join(f"{w:9.3f}" for w in weights))
+    print(f"over all layers: gate entropy {mean(report['entropy']):.3f} (1: uniform, 0: one head), "
+          f"mean cosine between the B matrices {mean(report['cosine_b']):.3f} (1: identical heads)")
+
+
+def count_parameters(model):
+    """{trainable, trainable_without_router, base}: numbers of weights."""
+    adapter = adapter_parameters(model)
+    router = sum(p.numel() for name, p in adapter.items() if name.endswith(".router"))
+    total = sum(p.numel() for p in trainable(model))
+    base = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in adapter.values())
+    return {"trainable": total, "trainable_without_router": total - router, "base": base}
+
+
+def peak_memory(args):
+    """Peak GiB: allocated on the GPU, or resident in this process on a CPU."""
+    if args.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(args.device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def fingerprints(args, model):
+    """sha256 of the data files, and of the sampled base weights."""
+    prints = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest()
+              for name, path in [("data", args.data), ("val_data", args.val_data)] if path}
+    weights = json.dumps(base_fingerprint(model)).encode()
+    return {**prints, "weights": hashlib.sha256(weights).hexdigest()}
+
+
+# ---------------------------------------------------------------- the run
+
+
+RUN_FILES = ("run.json", "checkpoint.pt", "log.csv", "adapter.pt", "params.json")
+# settings that may differ between a run and its continuation
+FREE = ("resume", "overwrite", "out", "save_every")
+
+
+def prepare_out(args):
+    """The output folder, which must not hold another run unless --overwrite or --resume says so."""
+    out = Path(args.out)
+    if out.resolve() == Path(args.weights).resolve():
+        raise ValueError(f"--out {out} is the folder of the weights: name another")
+    held = [name for name in RUN_FILES if (out / name).exists()]
+    if args.resume and "checkpoint.pt" not in held:
+        raise ValueError(f"--resume: {out} holds no checkpoint.pt, found {held or 'no run'}")
+    if held and not (args.resume or args.overwrite):
+        raise ValueError(f"{out} already holds a run ({', '.join(held)}): "
+                         "choose another --out, or --overwrite, or --resume")
+    out.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        for name in held:
+            (out / name).unlink()
+    return out
+
+
+def settings(args):
+    return {key: value for key, value in vars(args).items() if key not in FREE}
+
+
+def save_checkpoint(path, args, model, optimizer, scaler, step, before):
+    """All that the next step depends on; the place in the data follows from seed and step."""
+    cuda = args.device.startswith("cuda")
+    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    state = {"settings": settings(args), "step": step, "before": before, "tensors": tensors,
+             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+             "rng": torch.get_rng_state(),
+             "cuda_rng": torch.cuda.get_rng_state(args.device) if cuda else None}
+    write_file(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path, args, model, optimizer, scaler):
+    """(next step, losses of the base) of an interrupted run with the same settings."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    now = settings(args)
+    changed = sorted(key for key in now if now[key] != state["settings"].get(key))
+    if changed:
+        raise ValueError("--resume with other settings: " + ", ".join(
+            f"{key} was {state['settings'].get(key)}, is {now[key]}" for key in changed))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state["tensors"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], args.device)
+    return state["step"], state["before"]
+
+
+class Log:
+    """log.csv, one row a step. Losses stay on the device until flush, so that the loop does not
+    wait for the GPU at every step."""
+
+    FIELDS = ("step", "loss", "grad_norm", "lr", "tokens_per_second")
+
+    def __init__(self, path, start):
+        kept = []
+        if start:  # resumed: steps after the checkpoint will come again
+            with open(path, encoding="utf-8", newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+        self.file = open(path, "w", encoding="utf-8", newline="")
+        self.writer = csv.DictWriter(self.file, self.FIELDS)
+        self.writer.writeheader()
+        self.writer.writerows(kept)
+        self.rows, self.tokens, self.clock = [], 0, time.perf_counter()
+
+    def add(self, step, loss, norm, lr, tokens):
+        self.rows.append((step, loss, norm, lr))
+        self.tokens += tokens
+
+    def flush(self, check):
+        """Writes the rows and returns the latest; a loss that is not finite raises if check."""
+        if not self.rows:
+            return None
+        losses = torch.stack([row[1] for row in self.rows]).tolist()
+        norms = torch.stack([row[2] for row in self.rows]).tolist()
+        speed = self.tokens / (time.perf_counter() - self.clock)
+        for (step, _, _, lr), loss, norm in zip(self.rows, losses, norms):
+            latest = dict(zip(self.FIELDS, (step, loss, norm, lr, round(speed))))
+            self.writer.writerow(latest)
+            if check and not (math.isfinite(loss) and math.isfinite(norm)):
+                self.file.flush()
+                raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}; nothing after "
+                                 "the last checkpoint is kept: lower --lr and --resume")
+        self.file.flush()
+        self.rows, self.tokens, self.clock = [], 0, time.perf_counter()
+        return latest
+
+
+def fit(args, out, model, train, optimizer, scaler, start, before):
+    """The loop. Returns 0 at its end; after Ctrl-C or SIGTERM it finishes the step, writes a
+    checkpoint to go on from and returns the signal's number."""
+    steps = sum(1 for _ in all_steps(train, args))
+    log = Log(out / "log.csv", start)
+    signals = []
+    handlers = {s: signal.signal(s, lambda number, _: signals.append(number))
+                for s in (signal.SIGINT, signal.SIGTERM)}
+    model.train()
+    bar = tqdm(total=steps, initial=start, desc="train")
+    try:
+        for step, batches in enumerate(all_steps(train, args), start=1):
+            if step <= start:
+                continue
+            lr = learning_rate(step - 1, steps, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, norm = train_step(model, batches, optimizer, scaler, args)
+            log.add(step, loss, norm, lr, sum(len(s.ids) for batch in batches for s in batch))
+            bar.update()
+            save = signals or (args.save_every and step % args.save_every == 0 and step < steps)
+            if step % LOG_EVERY == 0 or step == steps or save:
+                row = log.flush(check=args.dtype != "fp16")
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, lr {lr:.1e}, "
+                                    f"{row['tokens_per_second']} tokens/s, "
+                                    f"peak {peak_memory(args):.1f} GiB")
+            if save:
+                save_checkpoint(out / "checkpoint.pt", args, model, optimizer, scaler, step, before)
+            if signals:
+                return signals[0]
+    finally:
+        bar.close()
+        log.file.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def run(args):
+    """One run from the settings to the files; returns (exit status, content of run.json)."""
+    torch.manual_seed(args.seed)
+    out = prepare_out(args)
+    model, tokenizer = load_base(args)
+    train, val = read_data(args)
+    clusters = None
+    if args.heads == "auto":
+        clusters = choose_heads(train, model, tokenizer, seed=args.seed)
+        args.heads = clusters["k"]
+        print_report(clusters)
+    add_adapters(model, args)
+    data = {}
+    train, data["train"] = encode_records(train, tokenizer, args.max_seq_len)
+    val, data["val"] = encode_records(val, tokenizer, args.max_seq_len)
+    counts = count_parameters(model)
+    print_start(args, counts, data)
+    optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=BETAS, weight_decay=0.0,
+                                  fused=True)
+    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "fp16")
+    if args.resume:
+        start, before = load_checkpoint(out / "checkpoint.pt", args, model, optimizer, scaler)
+        print(f"resumed after step {start}")
+    else:
+        with adapters_disabled(model):
+            start, before = 0, evaluate(model, val, args, "base")
+    weights = fingerprints(args, model)  # before training: full fine-tuning changes them
+    clock = time.perf_counter()
+    stopped = fit(args, out, model, train, optimizer, scaler, start, before)
+    if stopped:
+        print(f"stopped; go on with the same command and --resume (checkpoint in {out})")
+        return 128 + stopped, None
+    seconds = time.perf_counter() - clock
+    after = evaluate(model, val, args, "tuned")
+    print_losses(before, after)
+    result = {"settings": vars(args), "versions": versions(), "fingerprints": weights,
+              "parameters": counts, "data": data, "clusters": clusters, "seconds": seconds,
+              "peak_gib": peak_memory(args), "metrics": metrics(before, after)}
+    if args.method == "full":
+        save_llama(model, Path(args.weights) / "tokenizer.model", out)
+        print(f"\nwrote the checkpoint, run.json and log.csv to {out}")
+    else:
+        if args.heads > 1:
+            result["routing"] = routing(model, val, args)
+            print_routing(result["routing"])
+        save_adapter(model, out / "adapter.pt")
+        print(f"\nwrote adapter.pt, run.json and log.csv to {out}")
+    text = json.dumps(result, indent=1) + "\n"
+    write_file(out / "run.json", lambda file: file.write(text.encode()))
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    return 0, result
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        return run(args)[0]
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train.py: interrupted outside the training loop; nothing new was written",
+              file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
