@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 from collections import Counter
@@ -84,7 +83,8 @@ def cached(path, key, compute):
         return compute()
     key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     if not Path(path).exists():
-        write_file({"key": key, "features": compute()}, path)
+        content = {"key": key, "features": compute()}
+        write_file(path, lambda file: torch.save(content, file))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         same = content["key"] == key
@@ -377,16 +377,6 @@ def print_report(result):
               f"{found['ari']:.3f} (pairs kept together or apart, 0: chance)")
 
 
-def write_json(content, path):
-    """All of it or nothing: a temporary file, synced and renamed."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--weights", default=str(WORLD_DIR / "base"),
@@ -439,7 +429,7 @@ def run(args):
     result["settings"].update(weights=args.weights, data=args.data, device=args.device,
                               batch_size=args.batch_size, cache=args.cache)
     print_report(result)
-    write_json(result, args.out)
+    write_file(args.out, lambda file: file.write(json.dumps(result).encode()))
     print(f"\nwrote {args.out}")
 
 

@@ -45,7 +45,7 @@ class HydraLinear(nn.Module):
         self.enabled = True
 
         def new(*shape):
-            return nn.Parameter(torch.zeros(shape, device=base.weight.device))
+            return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=base.weight.device))
 
         self.lora_A = new(rank, base.in_features) if share_a else new(heads, rank, base.in_features)
         self.lora_B = new(heads, base.out_features, rank)
@@ -235,6 +235,7 @@ def load_adapter(model, path):
     if wrong:
         for name, layer in hydra_layers(model).items():
             set_module(model, name, layer.base)
+        del model.hydralora_config
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
         raise ValueError(f"{path} does not fit its own config: {wrong[:4]} missing, extra or "

@@ -168,8 +168,8 @@ class Transformer(nn.Module):
     def hidden_states(self, tokens, cache=None, positions=None):
         """Hidden states (B, T, D) after the final norm; raises ValueError beyond max_seq_len.
 
-        With a cache from make_cache, positions (B, T) say where each token stands: its keys go to
-        those slots and it attends to every slot up to its own.
+        With a cache from make_cache, positions (B, T), or (1, T) for all rows alike, say where each
+        token stands: its keys go to those slots and it attends to every slot up to its own.
         """
         end = tokens.shape[1] if cache is None else cache[0].k.shape[1]
         if end > self.args.max_seq_len:
