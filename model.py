@@ -41,7 +41,7 @@ class ModelArgs:
 
     @property
     def ffn_dim(self):
-        """Two thirds of 4 * dim, so that SwiGLU's three matrices cost what two did, then rounded."""
+        """Two thirds of 4 * dim, so that SwiGLU's three matrices cost what two did, rounded up."""
         hidden = int(2 * (4 * self.dim) / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
@@ -153,7 +153,7 @@ class Transformer(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
 
     def init_weights(self, seed):
-        """N(0, 0.02) everywhere, the two projections into the residual divided by sqrt(2 layers)."""
+        """N(0, 0.02), the two projections into the residual divided by sqrt(2 n_layers)."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:

@@ -1,7 +1,7 @@
 """Fine-tune LLaMA 2 with HydraLoRA, or with a method to compare it to: one plain loop, one GPU.
 
-    python train.py --heads 3 --rank 8                       # the embedded world, minutes on a CPU
-    python train.py --weights llama-2-7b --data dolly.jsonl --heads 3 --rank 8       # the real thing
+    python train.py --heads 3 --rank 8                     # the embedded world, minutes on a CPU
+    python train.py --weights llama-2-7b --data dolly.jsonl --heads 3 --rank 8   # the real thing
 
 Tian et al., NeurIPS 2024, sections 3.2 and 4: only the adapters and their router train. Writes
 adapter.pt, run.json and log.csv. What is fp32 and what is in the chosen --dtype:
@@ -182,6 +182,12 @@ def epoch_steps(sequences, args, epoch):
     return [batches[i:i + args.grad_accum] for i in range(0, len(batches), args.grad_accum)]
 
 
+def all_steps(sequences, args):
+    """The steps of the whole run, epoch by epoch, at most --max-steps of them."""
+    steps = (step for epoch in range(args.epochs) for step in epoch_steps(sequences, args, epoch))
+    return islice(steps, args.max_steps or None)
+
+
 def train_step(model, batches, optimizer, scaler, args):
     """One optimiser step; returns (loss, gradient norm) as tensors. The loss is the mean over every
     target token of the accumulated batches, not the mean of the batches' means."""
@@ -198,12 +204,6 @@ def train_step(model, batches, optimizer, scaler, args):
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total, norm
-
-
-def all_steps(sequences, args):
-    """The steps of the whole run, epoch by epoch, at most --max-steps of them."""
-    steps = (step for epoch in range(args.epochs) for step in epoch_steps(sequences, args, epoch))
-    return islice(steps, args.max_steps or None)
 
 
 def trainable(model):
@@ -224,7 +224,7 @@ def evaluate(model, sequences, args, name):
         sizes = [len(s.ids) - s.start for s in batch]
         for s, loss, hit in zip(batch, losses.cpu().split(sizes), hits.cpu().split(sizes)):
             for category in {"", s.category}:
-                row = sums.setdefault(category, {"loss": 0.0, "exact": 0, "records": 0, "tokens": 0})
+                row = sums.setdefault(category, dict(loss=0.0, exact=0, records=0, tokens=0))
                 row["loss"] += loss.sum(dtype=torch.float64).item()
                 row["exact"] += hit.all().item()
                 row["records"] += 1
@@ -269,20 +269,19 @@ def routing(model, sequences, args):
 
 def print_start(args, counts, data):
     print("\n".join(f"{key:24}{value}" for key, value in vars(args).items()))
-    print(f"{'trainable parameters':24}{counts['trainable']:,} ({counts['trainable'] / counts['base']:.2%}"
-          f" of the base's {counts['base']:,}); without the router "
-          f"{counts['trainable_without_router']:,}")
-    for name in ("train", "val"):
-        print(f"{name + ' records':24}{data[name]['records']} ({data[name]['shortened']} shortened, "
-              f"{data[name]['skipped']} too long and skipped)")
+    share = counts["trainable"] / counts["base"]
+    print(f"{'trainable parameters':24}{counts['trainable']:,} ({share:.2%} of the base's "
+          f"{counts['base']:,}); without the router {counts['trainable_without_router']:,}")
+    for name, part in data.items():
+        print(f"{name + ' records':24}{part['records']} ({part['shortened']} shortened, "
+              f"{part['skipped']} too long and skipped)")
     print()
 
 
 def versions():
     return {"python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "sentencepiece": sentencepiece.__version__,
-            "platform": platform.platform(), "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads()}
+            "platform": platform.platform(), "threads": torch.get_num_threads()}
 
 
 def metrics(before, after):
@@ -296,7 +295,8 @@ def metrics(before, after):
 
 
 def print_losses(before, after):
-    print(f"\n{'category':16}{'records':>8}{'loss base':>11}{'tuned':>9}{'exact base':>12}{'tuned':>8}")
+    print(f"\n{'category':16}{'records':>8}{'loss base':>11}{'tuned':>9}"
+          f"{'exact base':>12}{'tuned':>8}")
     for category in sorted(before, key=lambda name: (name == "", name)):
         a, b = before[category], after[category]
         print(f"{category or 'all':16}{a['records']:8}{a['loss']:11.4f}{b['loss']:9.4f}"

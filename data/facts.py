@@ -7,8 +7,9 @@ Read by make_world.py. Every fact is checkable in an atlas, a dictionary or a pe
 COUNTRIES = {
     "France": ("Paris", "Europe"), "Spain": ("Madrid", "Europe"), "Italy": ("Rome", "Europe"),
     "Norway": ("Oslo", "Europe"), "Sweden": ("Stockholm", "Europe"), "Poland": ("Warsaw", "Europe"),
-    "Greece": ("Athens", "Europe"), "Austria": ("Vienna", "Europe"), "Hungary": ("Budapest", "Europe"),
-    "Ireland": ("Dublin", "Europe"), "Portugal": ("Lisbon", "Europe"), "Finland": ("Helsinki", "Europe"),
+    "Greece": ("Athens", "Europe"), "Austria": ("Vienna", "Europe"),
+    "Hungary": ("Budapest", "Europe"), "Ireland": ("Dublin", "Europe"),
+    "Portugal": ("Lisbon", "Europe"), "Finland": ("Helsinki", "Europe"),
     "Egypt": ("Cairo", "Africa"), "Kenya": ("Nairobi", "Africa"), "Ghana": ("Accra", "Africa"),
     "Morocco": ("Rabat", "Africa"), "Tunisia": ("Tunis", "Africa"), "Senegal": ("Dakar", "Africa"),
     "Mali": ("Bamako", "Africa"), "Uganda": ("Kampala", "Africa"), "Zambia": ("Lusaka", "Africa"),
@@ -75,5 +76,6 @@ VERBS = {
     "finds": ("found", "found"), "holds": ("held", "held"), "buys": ("bought", "bought"),
     "sells": ("sold", "sold"), "keeps": ("kept", "kept"), "loses": ("lost", "lost"),
     "brings": ("brought", "brought"), "leaves": ("left", "left"), "washes": ("washed", "washed"),
-    "paints": ("painted", "painted"), "carries": ("carried", "carried"), "moves": ("moved", "moved"),
+    "paints": ("painted", "painted"), "carries": ("carried", "carried"),
+    "moves": ("moved", "moved"),
 }

@@ -1,4 +1,4 @@
-"""eval_mmlu.py, data/questions.py, data/scores.py: prompts, log-probabilities, intervals, resuming."""
+"""eval_mmlu.py, data/questions.py, data/scores.py: prompts, scores, intervals, resuming."""
 
 import csv
 import hashlib

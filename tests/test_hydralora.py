@@ -317,7 +317,8 @@ def trained(seed=0, base=0, **settings):
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(share_a=False, heads=2, targets=["wq", "wo"]),
-                                      dict(gate="uniform"), dict(heads=1, rank=3, alpha=6.0)], ids=str)
+                                      dict(gate="uniform"), dict(heads=1, rank=3, alpha=6.0)],
+                         ids=str)
 def test_an_adapter_comes_back_whole(tmp_path, settings):
     model, x = trained(**settings), torch.randint(768, (2, 9))
     save_adapter(model, tmp_path / "a.pt")
@@ -367,7 +368,7 @@ KEY = "layers.0.feed_forward.w1.router"
     (lambda c: c.pop("tensors"), "not an adapter"),
     (lambda c: c["config"].update(targets=["gate_proj"]), "gate_proj"),
 ])
-def test_a_file_that_does_not_fit_is_refused_and_the_model_left_as_it_was(tmp_path, change, message):
+def test_a_file_that_does_not_fit_is_refused_and_the_model_is_as_it_was(tmp_path, change, message):
     save_adapter(trained(), tmp_path / "a.pt")
     spoil(tmp_path / "a.pt", change)
     model, fresh = tiny_model(), tiny_model()

@@ -145,8 +145,9 @@ def write_shards(model, folder, cuts):
     shards = [{"rope.freqs": torch.zeros(4)} for _ in cuts]
     for name, weight in model.state_dict().items():
         dim = SPLIT_DIM.get(name.split(".")[-2])
-        for shard, part in zip(shards, [weight] * len(cuts) if dim is None else
-                               weight.split([weight.shape[dim] * c // sum(cuts) for c in cuts], dim)):
+        sizes = [weight.shape[dim or 0] * cut // sum(cuts) for cut in cuts]
+        parts = [weight] * len(cuts) if dim is None else weight.split(sizes, dim)
+        for shard, part in zip(shards, parts):
             shard[name] = part.clone()
     for i, shard in enumerate(shards):
         torch.save(shard, folder / f"consolidated.{i:02d}.pth")
@@ -193,7 +194,7 @@ def rewrite(folder, change):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("layers.1.attention.wq.weight"), r"missing \['layers.1.attention.wq.weight'\]"),
+    (lambda s: s.pop("layers.1.attention.wq.weight"), r"missing \['layers.1.attention.wq.weight"),
     (lambda s: s.update({"layers.9.attention.wq.weight": torch.zeros(1)}), "extra .*layers.9"),
     (lambda s: s.update({"norm.weight": torch.ones(31)}), r"norm.weight .* is \(31,\)"),
     (lambda s: s.update({"lm_head.weight": s.pop("output.weight")}), "missing .*output.weight"),

@@ -15,6 +15,9 @@ from hydralora import adapter_parameters, add_hydralora, hydra_layers, load_adap
 from model import load_llama, save_llama
 
 
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
@@ -36,8 +39,8 @@ def data(tmp_path_factory):
 def command(weights, data, tmp_path):
     """The arguments of a run of a few seconds; later flags win."""
     return ["--weights", str(weights), "--data", str(data), "--out", str(tmp_path / "out"),
-            "--heads", "3", "--rank", "4", "--lr", "0.01", "--max-seq-len", "128", "--device", "cpu",
-            "--batch-size", "8", "--grad-accum", "1", "--max-steps", "6", "--epochs", "9",
+            "--heads", "3", "--rank", "4", "--lr", "0.01", "--max-seq-len", "128",
+            "--device", "cpu", "--batch-size", "8", "--grad-accum", "1", "--max-steps", "6", "--epochs", "9",
             "--dropout", "0"]
 
 
@@ -63,8 +66,8 @@ def test_without_weights_the_worlds_defaults_hold_and_with_weights_the_papers():
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--weights", "w"], "needs --data"), (["--rank", "0"], "--rank"), (["--heads", "0"], "--heads"),
-    (["--heads", "many"], "--heads"), (["--method", "full", "--heads", "auto"], "auto"),
+    (["--weights", "w"], "needs --data"), (["--rank", "0"], "--rank"),
+    (["--heads", "0"], "--heads"), (["--heads", "many"], "--heads"), (["--method", "full", "--heads", "auto"], "auto"),
     (["--dropout", "1"], "--dropout"), (["--lr", "-1"], "--lr"),
     (["--lr", "nan"], "--lr"), (["--grad-accum", "0"], "--grad-accum"),
     (["--method", "lora", "--heads", "3"], "one head"), (["--max-steps", "-1"], "--max-steps"),
@@ -239,7 +242,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(command, tmp_pat
             for name in ("whole", "out"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     a, b = ([(row["step"], row["loss"], row["grad_norm"], row["lr"])
-             for row in csv.DictReader(open(tmp_path / name / "log.csv"))] for name in ("whole", "out"))
+             for row in csv.DictReader(open(tmp_path / name / "log.csv"))]
+            for name in ("whole", "out"))
     assert a == b and len(a) == 13
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
@@ -311,7 +315,7 @@ def test_accumulation_equals_one_batch_though_the_parts_differ_in_targets(comman
         size = len(batch) // parts
         optimizer = torch.optim.SGD(train.trainable(model), lr=1.0)
         loss, norm = train.train_step(model, [batch[i:i + size] for i in range(0, 16, size)],
-                                      optimizer, torch.amp.GradScaler("cpu", enabled=False), args)
+                                      optimizer, NO_SCALER, args)
         updates.append((loss, norm, [p.detach().clone() for p in train.trainable(model)]))
     (loss, norm, a), (loss4, norm4, b) = updates
     assert loss.item() == pytest.approx(loss4.item(), rel=1e-5)
@@ -325,7 +329,7 @@ def test_the_gradient_is_clipped_to_norm_1(command, data):
     optimizer = torch.optim.SGD(train.trainable(model), lr=1.0)
     for layer in hydra_layers(model).values():
         layer.scale *= 100
-    _, norm = train.train_step(model, [batch], optimizer, torch.amp.GradScaler("cpu", enabled=False),
+    _, norm = train.train_step(model, [batch], optimizer, NO_SCALER,
                                args)
     moved = math.sqrt(sum((p - q).square().sum().item()
                           for p, q in zip(train.trainable(model), before)))
@@ -358,7 +362,7 @@ def test_exact_match_is_what_greedy_decoding_would_give(command, data):
     args, model, batch, tokenizer = prepared(command + ["--method", "full"], data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(25):  # until some responses are right and some are wrong
-        train.train_step(model, [batch], optimizer, torch.amp.GradScaler("cpu", enabled=False), args)
+        train.train_step(model, [batch], optimizer, NO_SCALER, args)
     model.eval()
     right = 0
     with torch.no_grad():
