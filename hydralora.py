@@ -75,7 +75,8 @@ class HydraLinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        if not torch.is_autocast_enabled(x.device.type):
+        device = x.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             x = x.to(self.lora_A.dtype)
         w = self.gate_weights(x)  # (..., N)
         # deviation: one dropout mask shared by all heads; the released code draws one per head

@@ -1,5 +1,6 @@
 """train.py: short real runs of every flag, and the claims about its loop."""
 
+import contextlib
 import csv
 import json
 import math
@@ -8,11 +9,12 @@ import signal
 
 import pytest
 import torch
+import torch.nn.functional as F
 import train
 from conftest import WORLD, asset, tiny_model
 from data.corpus import encode_records, read_records
 from hydralora import adapter_parameters, add_hydralora, hydra_layers, load_adapter
-from model import load_llama, save_llama
+from model import ModelArgs, Transformer, load_llama, save_llama
 
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -40,8 +42,8 @@ def command(weights, data, tmp_path):
     """The arguments of a run of a few seconds; later flags win."""
     return ["--weights", str(weights), "--data", str(data), "--out", str(tmp_path / "out"),
             "--heads", "3", "--rank", "4", "--lr", "0.01", "--max-seq-len", "128",
-            "--device", "cpu", "--batch-size", "8", "--grad-accum", "1", "--max-steps", "6", "--epochs", "9",
-            "--dropout", "0"]
+            "--device", "cpu", "--batch-size", "8", "--grad-accum", "1", "--max-steps", "6",
+            "--epochs", "9", "--dropout", "0"]
 
 
 def run_json(tmp_path):
@@ -67,7 +69,8 @@ def test_without_weights_the_worlds_defaults_hold_and_with_weights_the_papers():
 
 @pytest.mark.parametrize("flags, message", [
     (["--weights", "w"], "needs --data"), (["--rank", "0"], "--rank"),
-    (["--heads", "0"], "--heads"), (["--heads", "many"], "--heads"), (["--method", "full", "--heads", "auto"], "auto"),
+    (["--heads", "0"], "--heads"), (["--heads", "many"], "--heads"),
+    (["--method", "full", "--heads", "auto"], "auto"),
     (["--dropout", "1"], "--dropout"), (["--lr", "-1"], "--lr"),
     (["--lr", "nan"], "--lr"), (["--grad-accum", "0"], "--grad-accum"),
     (["--method", "lora", "--heads", "3"], "one head"), (["--max-steps", "-1"], "--max-steps"),
@@ -305,6 +308,19 @@ def test_the_head_runs_at_the_targets_only_and_gives_what_the_whole_forward_give
             assert targets[row] == s.ids[i]
             assert torch.allclose(logits[row], whole[i - 1], atol=1e-3)
             row += 1
+
+
+def test_every_tensor_of_a_step_is_made_where_the_model_is(command, data, monkeypatch):
+    args, _, batch, tokenizer = prepared(command, data)
+    args.device = "meta"  # stands in for a GPU: an operand left on the CPU raises here too
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=8,
+                                      vocab_size=tokenizer.vocab_size))
+    train.add_adapters(model, args)
+    monkeypatch.setattr(train, "autocast", lambda args: contextlib.nullcontext())  # meta has none
+    logits, targets = train.target_logits(model, batch, args)
+    F.cross_entropy(logits, targets).backward()
+    assert {p.grad.device.type for p in adapter_parameters(model).values()} == {"meta"}
 
 
 def test_accumulation_equals_one_batch_though_the_parts_differ_in_targets(command, data):
