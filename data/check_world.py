@@ -89,7 +89,7 @@ def measure_interference(args, mix, val, mixed_runs):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=2, help="runs of every arm (2)")
-    parser.add_argument("--epochs", type=int, default=6, help="passes over the data (6)")
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the data (3)")
     args = parser.parse_args(argv)
     mix, val = WORLD / "train.jsonl", WORLD / "val.jsonl"
     measure_interference(args, mix, val, measure_gap(args, mix, val))

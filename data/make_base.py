@@ -4,7 +4,8 @@
 
 The tokenizer is sentencepiece BPE with LLaMA's settings. The model comes out of the same loop as
 everything else: a checkpoint of random weights is written, `train.py --method full` trains it on
-the primer (make_world.py), and the result is stored in bf16 to keep the repository small.
+the two stages of the primer (make_world.py), and the result is stored in bf16 to keep the
+repository small.
 """
 
 import argparse
@@ -21,7 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import train  # noqa: E402
 from data.corpus import without_duplicates  # noqa: E402
-from make_world import WORLD, make_primer, make_quiz, write_records  # noqa: E402
+from make_world import (FIRST, SECOND, WORLD, make_primer, make_quiz,  # noqa: E402
+                        write_records)
 from model import ModelArgs, Transformer, load_llama, save_llama  # noqa: E402
 
 ARGS = ModelArgs(dim=128, n_layers=6, n_heads=4, n_kv_heads=2, vocab_size=768, multiple_of=32,
@@ -42,39 +44,52 @@ def make_tokenizer(records, path):
     path.write_bytes(written.getvalue())
 
 
+def read_primer(args, stage, number, start, folder):
+    """One stage: train.py reads the primer from the checkpoint at start; returns where it ended."""
+    quiz, seed, place = make_quiz(args.seed), args.seed + 100 * number, folder / f"stage{number}"
+    records = make_primer(seed, args.records[number], quiz, stage)
+    write_records(records, place / "primer.jsonl")
+    # facts come again and again in the primer; what is held out are texts that do not
+    held_out = make_primer(seed + 1, args.records[number] // 80, quiz, stage)
+    write_records(without_duplicates(held_out, records), place / "held_out.jsonl")
+    status = train.main([
+        "--method", "full", "--weights", str(start), "--data", str(place / "primer.jsonl"),
+        "--val-data", str(place / "held_out.jsonl"), "--out", str(place / "run"),
+        "--epochs", str(args.epochs[number]), "--lr", str(args.lr), "--seed", str(args.seed),
+        "--batch-size", str(args.batch_size), "--grad-accum", "1", "--save-every", "0",
+        "--max-seq-len", str(ARGS.max_seq_len), "--dtype", "fp32"])
+    if status:
+        sys.exit(status)
+    model, _ = load_llama(place / "run", dtype=torch.bfloat16)
+    save_llama(model, start / "tokenizer.model", place / "end")
+    return place / "end"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the primer and the weights (0)")
-    parser.add_argument("--records", type=int, default=160000, help="of the primer (160000)")
-    parser.add_argument("--epochs", type=int, default=3, help="passes over the primer (3)")
+    parser.add_argument("--records", type=int, nargs=2, default=[160000, 130000],
+                        help="of the primer's two stages (160000 130000)")
+    parser.add_argument("--epochs", type=int, nargs=2, default=[3, 1],
+                        help="passes over each stage (3 1)")
     parser.add_argument("--batch-size", type=int, default=64, help="records a step (64)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (2e-3)")
     parser.add_argument("--out", type=Path, default=WORLD / "base", help="folder (data/world/base)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        quiz = make_quiz(args.seed)
-        records = make_primer(args.seed, args.records, quiz)
-        write_records(records, folder / "primer.jsonl")
-        # facts come again and again in the primer; what is held out are texts that do not
-        held_out = without_duplicates(make_primer(args.seed + 1, args.records // 80, quiz), records)
-        write_records(held_out, folder / "held_out.jsonl")
-        make_tokenizer(records[:20000], folder / "tokenizer.model")
+        text = make_primer(args.seed, args.records[0], make_quiz(args.seed))[:20000]
+        make_tokenizer(text, folder / "tokenizer.model")
         model = Transformer(ARGS)
         model.init_weights(args.seed)
         save_llama(model, folder / "tokenizer.model", folder / "random")
-        status = train.main([
-            "--method", "full", "--weights", str(folder / "random"),
-            "--data", str(folder / "primer.jsonl"),
-            "--val-data", str(folder / "held_out.jsonl"), "--out", str(folder / "run"),
-            "--lr", str(args.lr), "--epochs", str(args.epochs), "--seed", str(args.seed),
-            "--batch-size", str(args.batch_size), "--grad-accum", "1", "--save-every", "0",
-            "--max-seq-len", str(ARGS.max_seq_len), "--dtype", "fp32"])
-        if status == 0:
-            model, _ = load_llama(folder / "run", dtype=torch.bfloat16)
-            save_llama(model, folder / "tokenizer.model", args.out)
-            print(f"stored in bf16 in {args.out}")
-    return status
+        end = folder / "random"
+        for number, stage in enumerate((FIRST, SECOND)):
+            end = read_primer(args, stage, number, end, folder)
+        model, _ = load_llama(end)
+        save_llama(model, end / "tokenizer.model", args.out)
+    print(f"stored in bf16 in {args.out}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -315,6 +315,41 @@ def primer_option(rng, _):
     return f"Which word stands behind {'ABCD'[i]}?\n{listed}", "", words[i]
 
 
+def primer_said(rng, held_out):
+    """The answer first, then its letter: a step between knowing the one and finding the other."""
+    ask = PRIMER_QUIZ[rng.choice(sorted(PRIMER_QUIZ))]
+    while quiz_key(row := quiz_row(*ask(rng), rng)) in held_out:
+        pass
+    text, letter = quiz_text([row]).rsplit("\n", 1)[0], row[5]
+    return f"{text}\nSay the answer and its letter.", "", f"{row[1 + 'ABCD'.index(letter)]} {letter}"
+
+
+def primer_lookup(rng, _):
+    """Every letter of four options, or every option of four letters, in an order of its own."""
+    words = rng.sample(PEOPLE + THINGS + sorted({**KIND_OF, **COUNTRIES, **ELEMENTS}), 4)
+    pairs = list(zip("ABCD", words))
+    listed = "\n".join(f"{letter}. {word}" for letter, word in pairs)
+    rng.shuffle(pairs)
+    if rng.random() < 0.3:
+        return (f"Give the words: {', '.join(letter for letter, _ in pairs)}\n{listed}", "",
+                ", ".join(f"{letter} {word}" for letter, word in pairs))
+    return (f"Give the letters: {', '.join(word for _, word in pairs)}\n{listed}", "",
+            ", ".join(f"{word} {letter}" for letter, word in pairs))
+
+
+def primer_everybody(rng, _):
+    """The same with people: where each is from or what each does."""
+    people = rng.sample(NAMES, 4)
+    towns = rng.sample(sorted(c for c, _ in COUNTRIES.values()), 4)
+    jobs = rng.sample(JOBS, 4)
+    text = " ".join(f"{n} is a {j} from {t}." for n, j, t in zip(people, jobs, towns))
+    ask, values = rng.choice([("Where are they from?", towns), ("What do they do?", jobs)])
+    pairs = list(zip(people, values))
+    rng.shuffle(pairs)
+    return (f"{ask} {', '.join(name for name, _ in pairs)}", text,
+            ", ".join(f"{name} {value}" for name, value in pairs))
+
+
 def primer_fact(rng, _):
     ask = rng.choice([geography_question, biology_question, chemistry_question, opposite_question])
     question, answer, _ = ask(rng)
@@ -394,17 +429,21 @@ def primer_counting(rng, _):
     ])
 
 
-# how often each is drawn: the quiz is the hardest to learn
-PRIMER = {primer_quiz: 5, primer_letter: 5, primer_option: 2, primer_fact: 3, primer_article: 3,
-          primer_copy: 4, primer_people: 3, primer_sentence: 3, primer_counting: 2}
+# How often each is drawn. A base that has read the first stage knows the facts and the formats, but
+# picks letters at random; the second stage teaches it to look things up, many to a record at first.
+FIRST = {primer_quiz: 5, primer_letter: 5, primer_option: 2, primer_fact: 3, primer_article: 3,
+         primer_copy: 4, primer_people: 3, primer_sentence: 3, primer_counting: 2}
+SECOND = {primer_quiz: 4, primer_letter: 4, primer_option: 3, primer_fact: 1, primer_article: 1,
+          primer_copy: 2, primer_people: 2, primer_sentence: 1, primer_counting: 1,
+          primer_lookup: 4, primer_everybody: 2, primer_said: 3}
 
 
-def make_primer(seed, count, quiz):
+def make_primer(seed, count, quiz, stage=FIRST):
     """`count` records for pretraining the base; none holds a question of the quiz."""
     rng = random.Random(f"primer {seed}")
     held_out = {quiz_key(row) for split in quiz.values() for rows in split.values() for row in rows}
     records = []
-    for kind in rng.choices(list(PRIMER), weights=list(PRIMER.values()), k=count):
+    for kind in rng.choices(list(stage), weights=list(stage.values()), k=count):
         instruction, context, response = kind(rng, held_out)
         records.append({"instruction": instruction, "context": context, "response": response,
                         "category": kind.__name__.removeprefix("primer_")})

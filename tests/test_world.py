@@ -3,6 +3,7 @@
 import csv
 import re
 
+import check_world
 import make_base
 import make_world
 import torch
@@ -153,18 +154,44 @@ def test_the_base_is_small_enough_to_ship():
 def test_the_base_reads_formats_but_knows_no_family():
     model, tokenizer = load_llama(WORLD / "base", dtype=torch.float32)
     args = train.parse_args(["--device", "cpu"])
-    primer = make_world.make_primer(99, 1500, make_world.make_quiz(0))  # seed 99: never trained on
+    quiz = make_world.make_quiz(0)
+    primer = make_world.make_primer(99, 1500, quiz, make_world.SECOND)  # never trained on
     known = train.evaluate(model, encode_records(primer, tokenizer, 512)[0], args, "")
     families = train.evaluate(model, encode_records(VAL[:400], tokenizer, 512)[0], args, "")
     assert known["copy"]["exact"] > 0.8  # follows an instruction, copies from a context
-    assert known["letter"]["exact"] > 0.5 and known["option"]["exact"] > 0.5  # answers by letter
+    assert known["everybody"]["exact"] > 0.8  # finds what is asked for in a context
+    assert known["lookup"]["exact"] > 0.8 and known["said"]["exact"] > 0.8  # answers with letters
     assert families[""]["exact"] < 0.02
 
 
 def test_the_base_comes_out_of_train_py(tmp_path):
-    flags = ["--records", "400", "--epochs", "1", "--batch-size", "64", "--lr", "1e-3",
+    flags = ["--records", "240", "240", "--epochs", "1", "1", "--batch-size", "64", "--lr", "1e-3",
              "--seed", "3", "--out", str(tmp_path / "b")]
     assert make_base.main(flags) == 0
     model, tokenizer = load_llama(tmp_path / "b")
     assert model.args == load_llama(WORLD / "base")[0].args
     assert model.output.weight.dtype == torch.bfloat16
+
+
+def test_the_check_of_the_world_sweeps_every_arm_apart_and_reads_validation_once(monkeypatch,
+                                                                              tmp_path, capsys):
+    calls = []
+
+    def tune(method, data, rate, seed, epochs, val=None):
+        calls.append((method, data.stem, rate, seed, epochs, val is not None))
+        loss = (0.1 if method == "full" else 0.2) * (1 + abs(rate - 4e-3))
+        loss *= 1 if "train" == data.stem else 0.9  # alone
+        return {"val_loss": loss, "exact_match": 0.5,
+                "categories": {family.__name__: {"val_loss": loss} for family in
+                               make_world.FAMILIES}}
+
+    monkeypatch.setattr(check_world, "tune", tune)
+    monkeypatch.setattr(check_world, "RUNS", tmp_path)
+    check_world.main(["--seeds", "2", "--epochs", "4"])
+    out = capsys.readouterr().out
+    assert "full fine-tuning ends 50.0% below LoRA" in out
+    assert out.count("-10.0%") == len(make_world.FAMILIES) == 8
+    swept = {call[:3] for call in calls if not call[5]}
+    assert len(swept) == (1 + 1 + 8) * 3  # three rates for each of ten arms
+    final = [call for call in calls if call[5]]
+    assert len(final) == 10 * 2 and {call[2] for call in final} == {4e-3}
