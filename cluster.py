@@ -74,6 +74,15 @@ def tfidf_features(sequences, vocab_size):
     return torch.stack(counts) * (((1 + len(sequences)) / (1 + found[kept])).log() + 1)
 
 
+def normalise(x):
+    """Moved to the mean, then each row of length one: of plain, unit-length, centred and standardised
+    features these found the categories best (experiments/compare_layers.py). A row that differs
+    from the mean by rounding alone becomes zero."""
+    x, largest = x - x.mean(0), x.norm(dim=1).max()
+    length = x.norm(dim=1, keepdim=True)
+    return x / length.masked_fill(length < 1e-5 * largest, torch.inf)
+
+
 def cached(path, key, compute):
     """What compute() returns, kept in the file at path; a file with another key is refused."""
     if path is None:
@@ -144,11 +153,19 @@ def lloyd(x, x2, centroids, *, tol, max_iter):
     return centroids, labels, torch.stack(inertias)
 
 
+def best_start(x, x2, centroids, k, *, generator, max_iter):
+    """((k, F), inertia) of the best of S starts, each grown to k centroids and run some way."""
+    centroids = add_centroids(x, x2, centroids, k, generator)
+    centroids, _, inertias = lloyd(x, x2, centroids, tol=ROUGH, max_iter=max_iter)
+    best = inertias[-1].argmin()
+    return centroids[best], inertias[-1, best]
+
+
 def kmeans(x, k, *, seed=0, n_init=10, max_iter=300):
     """(centroids (k, F), labels (M,), inertia) of x (M, F), an array or a tensor; the two come back
     as the same kind. Raises ValueError unless 1 <= k <= M and all of x is finite.
 
-    n_init starts go part of the way; then n_init copies of the best start again, each with another
+    n_init starts go part of the way; then so do n_init copies of the best, each with another
     centroid taken out and seeded anew; the best of all goes to the end. The products are fp32, on
     data moved to the origin; centroids and inertia are computed at last from x itself.
     """
@@ -162,17 +179,16 @@ def kmeans(x, k, *, seed=0, n_init=10, max_iter=300):
     if not z2.isfinite().all():
         raise ValueError("the data holds values that are not finite, or too large to square")
     generator = torch.Generator().manual_seed(seed)
-    starts = z[torch.randint(len(z), (n_init, 1), generator=generator).to(z.device)]  # (S, 1, F)
-    best, lowest = None, torch.inf
-    for again in range(2):
-        if again and k > 1:
-            taken_out = torch.arange(n_init, device=z.device)[:, None] % k
-            kept = torch.arange(k, device=z.device) != taken_out  # (S, k)
-            starts = best.expand(n_init, k, -1)[kept].unflatten(0, (n_init, k - 1))
-        starts = add_centroids(z, z2, starts, k, generator)
-        starts, _, inertias = lloyd(z, z2, starts, tol=ROUGH, max_iter=max_iter)
-        if inertias[-1].min() < lowest:
-            best, lowest = starts[inertias[-1].argmin()], inertias[-1].min()
+    settings = dict(generator=generator, max_iter=max_iter)
+    n_init = n_init if k > 1 else 1  # one cluster has one solution
+    first = torch.randint(len(z), (n_init, 1), generator=generator).to(z.device)
+    best, inertia = best_start(z, z2, z[first], k, **settings)
+    if k > 1:
+        taken_out = torch.arange(n_init, device=z.device)[:, None] % k
+        kept = torch.arange(k, device=z.device) != taken_out  # (S, k)
+        starts = best.expand(n_init, k, -1)[kept].unflatten(0, (n_init, k - 1))
+        again, lower = best_start(z, z2, starts, k, **settings)
+        best = again if lower < inertia else best
     centroids, labels, _ = lloyd(z, z2, best[None], tol=0, max_iter=max_iter)
     centroids, labels, inertia = centroids[0].to(points) + points.mean(0), labels[0], 0.0
     for j in labels.unique().tolist():
@@ -216,25 +232,26 @@ def ari(table):
 
 
 def silhouette(distances, labels):
-    """Mean of (b - a) / max(a, b): a, a record's mean distance to its own cluster; b, to the nearest
-    other one. 0 for a cluster of one; None when there is one cluster."""
-    if len(labels.unique()) < 2:
+    """Mean of (b - a) / max(a, b): a is a record's mean distance to the rest of its cluster, b that
+    to the nearest other cluster. 0 for a cluster of one; None when there is only one cluster."""
+    names, label = labels.unique(return_inverse=True)
+    if len(names) < 2:
         return None
-    members = F.one_hot(labels.unique(return_inverse=True)[1]).to(distances)  # (M, k)
-    sizes, sums = members.sum(0), distances @ members
-    own = members.bool()
-    a = sums[own] / (sizes[None].expand_as(sums)[own] - 1).clamp(min=1)
-    b = (sums / sizes).masked_fill(own, torch.inf).amin(1)
+    members = F.one_hot(label).to(distances)  # (M, k)
+    sums, sizes = distances @ members, members.sum(0)
+    label = label[:, None]
+    a = sums.gather(1, label) / (sizes[label] - 1).clamp(min=1)
+    b = (sums / sizes).scatter(1, label, torch.inf).amin(1, keepdim=True)
     score = (b - a) / torch.maximum(a, b).clamp(min=1e-30)
-    return float(score.masked_fill((sizes == 1)[own.int().argmax(1)], 0).mean())
+    return score.masked_fill(sizes[label] == 1, 0).mean().item()
 
 
 # ---------------------------------------------------------------- which k?
 
 
 def find_elbow(curve):
-    """(k, bends): bends {k: how far log inertia lies below the straight line from the curve's first
-    point to its last, both axes scaled to 0..1}; the elbow is the k where that is largest.
+    """(k, bends): how far log inertia lies below the straight line from the curve's first point to
+    its last, both axes scaled to 0..1, for every k; and the elbow, the k where that is largest.
 
     deviation: the logarithm. Without it the elbow came 1.7 clusters too early on blobs whose number
     was known, with it 1.0 (experiments/compare_kmeans.py --elbow).
@@ -244,9 +261,12 @@ def find_elbow(curve):
               for k, inertia in curve.items()}
     drop = height[first] - height[last]
     if drop <= 0:
-        return first, dict.fromkeys(curve, 0.0)
+        return first, dict.fromkeys(curve, 0.0)  # identical records
     bends = {k: 1 - (k - first) / (last - first) - (height[k] - height[last]) / drop for k in curve}
-    return max(bends, key=bends.get), bends
+    k = max(bends, key=bends.get)
+    if k == first and min(bends.values()) < -1e-9:
+        k = last  # the curve still grows steeper: its elbow lies beyond its end
+    return k, bends
 
 
 def gather_evidence(x, k_max, seed):
@@ -302,8 +322,8 @@ def choose_heads(records, model, tokenizer, *, k_max=10, seed=0, features="hidde
                  batch_size=16, max_seq_len=None, cache=None):
     """The answer for a list of records and everything behind it, ready for JSON; result["k"] is the
     number of heads. A model is needed for features="hidden" only. Records are numbered from 0."""
-    if max_seq_len is None:
-        max_seq_len = model.args.max_seq_len
+    k_max = min(k_max, len(records))
+    max_seq_len = max_seq_len or model.args.max_seq_len
     sequences, shortened = encode_prompts(records, tokenizer, max_seq_len)
     ids = [sequence.ids for sequence in sequences]
     if features == "hidden":
@@ -313,8 +333,8 @@ def choose_heads(records, model, tokenizer, *, k_max=10, seed=0, features="hidde
     else:
         layer = None
         x = cached(cache, [features, ids], lambda: tfidf_features(sequences, tokenizer.vocab_size))
-    x = F.normalize(x - x.mean(0), dim=1)
-    found, evidence = gather_evidence(x, min(k_max, len(records)), seed)
+    x = normalise(x)
+    found, evidence = gather_evidence(x, k_max, seed)
     k, evidence["bend"] = find_elbow(evidence["curve"])
     centroids, labels = found[k]
     largest_first = labels.bincount(minlength=k).argsort(descending=True, stable=True)
@@ -378,17 +398,16 @@ def parse_args(argv):
                    help="records, JSON lines or array (the embedded world's)")
     p.add_argument("--features", default="hidden", choices=["hidden", "tfidf"],
                    help="hidden states of the base, or the paper's TF-IDF of its pieces (hidden)")
-    p.add_argument("--layer", type=int, help="blocks the states have passed, 0: none (all)")
+    p.add_argument("--layer", type=int, help="blocks the hidden states have passed, 0: none (half)")
     p.add_argument("--k-max", type=int, default=10,
                    help="largest number of clusters, at most the number of records (10)")
     p.add_argument("--seed", type=int, default=0, help="of k-means and the sample (0)")
     p.add_argument("--batch-size", type=int, default=16, help="prompts a forward pass (16)")
     p.add_argument("--max-seq-len", type=int,
                    help="tokens of a prompt, the rest is cut (the model's own)")
-    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+    p.add_argument("--device", help="cpu (in fp32), cuda, ... (in bf16) (a GPU where there is one)")
     p.add_argument("--cache", help="file that keeps the features for the next run (off)")
     p.add_argument("--out", default="clusters.json", help="file to write (clusters.json)")
-    args = p.parse_args(argv)
     return p.parse_args(argv)
 
 

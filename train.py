@@ -295,11 +295,11 @@ def metrics(before, after):
 
 
 def print_losses(before, after):
-    print(f"\n{'category':16}{'records':>8}{'loss base':>11}{'tuned':>9}"
+    print(f"\n{'category':24}{'records':>8}{'loss base':>11}{'tuned':>9}"
           f"{'exact base':>12}{'tuned':>8}")
     for category in sorted(before, key=lambda name: (name == "", name)):
         a, b = before[category], after[category]
-        print(f"{category or 'all':16}{a['records']:8}{a['loss']:11.4f}{b['loss']:9.4f}"
+        print(f"{category or 'all':24}{a['records']:8}{a['loss']:11.4f}{b['loss']:9.4f}"
               f"{a['exact']:12.1%}{b['exact']:8.1%}")
 
 
@@ -314,9 +314,9 @@ def print_routing(report):
     name = max(gate, key=lambda layer: spread(gate[layer]))
     heads = len(next(iter(gate[name].values())))
     print(f"\nmean gate in {name}, the most divided of {len(gate)} layers")
-    print(f"{'category':16}" + "".join(f"{f'head {i + 1}':>9}" for i in range(heads)))
+    print(f"{'category':24}" + "".join(f"{f'head {i + 1}':>9}" for i in range(heads)))
     for category, weights in gate[name].items():
-        print(f"{category or 'all':16}" + "".join(f"{w:9.3f}" for w in weights))
+        print(f"{category or 'all':24}" + "".join(f"{w:9.3f}" for w in weights))
     print(f"over all layers: gate entropy {mean(report['entropy']):.3f} (1: uniform, 0: one head), "
           f"mean cosine between the B matrices {mean(report['cosine_b']):.3f} (1: identical heads)")
 

@@ -38,8 +38,11 @@ def tune(method, data, rate, seed, epochs, val=None):
     if not (out / "run.json").exists():
         flags = ["--method", method, "--data", str(data), "--lr", str(rate), "--seed", str(seed),
                  "--epochs", str(epochs), "--out", str(out), "--overwrite", "--save-every", "0"]
+        flags += ["--val-data", str(val)] if val else []
         with contextlib.redirect_stdout(io.StringIO()):
-            train.run(train.parse_args(flags + (["--val-data", str(val)] if val else [])))
+            status, _ = train.run(train.parse_args(flags))
+        if status:
+            sys.exit(status)
     return json.loads((out / "run.json").read_text())["metrics"]
 
 

@@ -154,7 +154,7 @@ def write_shards(model, folder, cuts):
     return folder
 
 
-@pytest.mark.parametrize("cuts", [[1], [1, 1], [1, 1, 1, 1], [1, 3]], ids=str)
+@pytest.mark.parametrize("cuts", [[1], [1, 1], [1, 1, 1, 1], [1] * 8, [1, 3]], ids=str)
 def test_any_number_of_shards_gives_the_same_logits(model, tmp_path, cuts):
     loaded, tokenizer = load_llama(write_shards(model, tmp_path / "w", cuts))
     assert torch.equal(loaded(tokens(2, 9)), model(tokens(2, 9)))

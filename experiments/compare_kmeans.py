@@ -1,0 +1,107 @@
+"""kmeans of cluster.py beside scikit-learn's KMeans(n_init=10), in one process on the same data.
+
+Three kinds of data, `--sets` of each, five numbers of clusters: how the two inertias compare and
+how long both took. Needs scikit-learn, which nothing else here does.
+
+    python -m experiments.compare_kmeans             # quality and time, about a minute
+    python -m experiments.compare_kmeans --elbow     # axes of the elbow, on a known number of blobs
+    python -m experiments.compare_kmeans --large     # 15,000 records of width 4096, k from 1 to 10
+"""
+
+import argparse
+import math
+import time
+
+import numpy as np
+import torch
+
+from cluster import find_elbow, kmeans
+
+CLUSTERS = (2, 3, 5, 8, 12)
+
+
+def blobs(rng):
+    centres = rng.uniform(-10, 10, size=(rng.integers(3, 11), rng.integers(2, 20)))
+    return centres[rng.integers(len(centres), size=1500)] + rng.normal(size=(1500, len(centres[0])))
+
+
+def overlapping(rng):
+    spread = rng.choice([0.7, 1.5, 3.0])
+    centres = spread * rng.normal(size=(rng.integers(3, 9), rng.integers(2, 30)))
+    return centres[rng.integers(len(centres), size=2000)] + rng.normal(size=(2000, len(centres[0])))
+
+
+def sparse(rng):
+    """30 words a record from 200, half of them its topic's, half anybody's; rows of length one."""
+    topics = 0.5 * rng.dirichlet(np.full(200, 0.1), size=rng.integers(3, 9)) + 0.5 / 200
+    counts = rng.multinomial(30, topics[rng.integers(len(topics), size=1500)]).astype(float)
+    return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+
+
+def compare(sets):
+    from sklearn.cluster import KMeans
+
+    print(f"{'data':14}{'runs':>5}{'ours/theirs: mean':>19}{'worst':>9}{'best':>9}"
+          f"{'ours':>9}{'theirs':>9}")
+    for make in (blobs, overlapping, sparse):
+        ratios, ours, theirs = [], 0.0, 0.0
+        for seed in range(sets):
+            x = make(np.random.default_rng(seed)).astype(np.float32)
+            for k in CLUSTERS:
+                clock = time.perf_counter()
+                inertia = kmeans(x, k, seed=seed)[2]
+                between = time.perf_counter()
+                ratios.append(inertia / KMeans(k, n_init=10, random_state=seed).fit(x).inertia_)
+                ours += between - clock
+                theirs += time.perf_counter() - between
+        print(f"{make.__name__:14}{len(ratios):5}{np.mean(ratios):19.5f}{max(ratios):9.5f}"
+              f"{min(ratios):9.5f}{ours:7.1f} s{theirs:7.1f} s")
+
+
+def compare_elbows(sets):
+    """How far the elbow of the plain and of the logarithmic curve is from 2 to 9 known blobs."""
+    errors = {"plain": [], "logarithmic": []}
+    for seed in range(sets):
+        rng = np.random.default_rng(seed)
+        known, width = int(rng.integers(2, 10)), int(rng.choice([5, 20, 60]))
+        centres = rng.choice([0.7, 1.0, 1.5, 3.0]) * rng.normal(size=(known, width))
+        x = centres[rng.choice(known, p=rng.dirichlet(np.full(known, 5)), size=600)]
+        x = x + rng.normal(size=x.shape)
+        curve = {k: kmeans(x, k, n_init=5)[2] for k in range(1, 11)}
+        plain = {k: math.exp(inertia / curve[1]) for k, inertia in curve.items()}
+        errors["plain"].append(find_elbow(plain)[0] - known)
+        errors["logarithmic"].append(find_elbow(curve)[0] - known)
+    for axis, error in errors.items():
+        error = np.array(error)
+        print(f"{axis:12} mean {error.mean():+.2f}, mean distance {abs(error).mean():.2f}, "
+              f"exact {(error == 0).mean():.0%} of {sets}")
+
+
+def time_large():
+    generator = torch.Generator().manual_seed(0)
+    centres = 0.3 * torch.randn(12, 4096, generator=generator)
+    x = torch.randn(15000, 4096, generator=generator)
+    x += centres[torch.randint(12, (15000,), generator=generator)]
+    clock = time.perf_counter()
+    for k in range(1, 11):
+        inertia = kmeans(x, k)[2]
+        print(f"k {k:2}  inertia {inertia:.5g}  {time.perf_counter() - clock:6.1f} s so far")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sets", type=int, default=20, help="data sets of each kind (20)")
+    parser.add_argument("--elbow", action="store_true", help="compare the elbow's axes instead")
+    parser.add_argument("--large", action="store_true", help="time a large case instead")
+    args = parser.parse_args(argv)
+    print(f"{torch.get_num_threads()} threads")
+    if args.large:
+        time_large()
+    elif args.elbow:
+        compare_elbows(args.sets)
+    else:
+        compare(args.sets)
+
+
+if __name__ == "__main__":
+    main()
