@@ -39,10 +39,11 @@ from model import load_llama, save_llama
 WORLD_DIR = Path(__file__).resolve().parent / "data" / "world"
 # without --weights: the embedded world
 WORLD = dict(weights=str(WORLD_DIR / "base"), data=str(WORLD_DIR / "train.jsonl"), lr=4e-3,
-             epochs=3, batch_size=16, grad_accum=1, max_seq_len=256, dropout=0.0)
+             epochs=3, batch_size=16, grad_accum=1, dropout=0.0)
 # with --weights: the recipe of the paper's released script
-PAPER = dict(lr=2e-4, epochs=1, batch_size=1, grad_accum=8, max_seq_len=1024, dropout=0.05)
+PAPER = dict(lr=2e-4, epochs=1, batch_size=1, grad_accum=8, dropout=0.05)
 BOTH = dict(rank=8, alpha=32.0, targets="w1,w2,w3", gate="learned")
+MAX_SEQ_LEN = 1024  # the recipe's; a model made for less gets what it was made for
 METHODS = ["hydralora", "lora", "lora-split", "full"]
 WARMUP, CLIP, BETAS = 0.03, 1.0, (0.9, 0.999)
 VAL_SHARE, EVAL_BATCH, LOG_EVERY = 0.05, 16, 10
@@ -67,7 +68,7 @@ def parse_args(argv=None):
     p.add_argument("--max-steps", type=int, default=0, help="stop after so many steps, 0: off")
     p.add_argument("--batch-size", type=int, help="records a forward pass (1; world: 16)")
     p.add_argument("--grad-accum", type=int, help="forward passes a step (8; world: 1)")
-    p.add_argument("--max-seq-len", type=int, help="tokens a record may have (1024; world: 256)")
+    p.add_argument("--max-seq-len", type=int, help="tokens a record may have (1024, or the model's own)")
     p.add_argument("--dtype", choices=DTYPES, help="base and products (fp32 on CPU, bf16 on GPU)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
     p.add_argument("--checkpoint-activations", action="store_true",
@@ -97,7 +98,7 @@ def parse_args(argv=None):
 def check(args, parser):
     """Refuses impossible settings before anything is read."""
     for name in ("rank", "epochs", "batch_size", "grad_accum", "max_seq_len"):
-        if getattr(args, name) < 1:
+        if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if min(args.max_steps, args.save_every) < 0:
         parser.error("--max-steps and --save-every must not be negative")
@@ -140,9 +141,12 @@ def load_base(args):
     # full: the weights that train are fp32, only their products are in --dtype
     dtype = torch.float32 if args.method == "full" else DTYPES[args.dtype]
     model, tokenizer = load_llama(args.weights, device=args.device, dtype=dtype)
-    if args.max_seq_len > model.args.max_seq_len:
-        raise ValueError(f"--max-seq-len {args.max_seq_len} is more than the {args.weights} "
-                         f"model's {model.args.max_seq_len}")
+    longest = model.args.max_seq_len
+    if args.max_seq_len is None:
+        args.max_seq_len = min(MAX_SEQ_LEN, longest)
+    if args.max_seq_len > longest:
+        raise ValueError(f"--max-seq-len {args.max_seq_len} is more than the {longest} of the "
+                         f"model in {args.weights}")
     model.checkpoint_activations = args.checkpoint_activations
     return model, tokenizer
 

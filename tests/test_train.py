@@ -62,9 +62,19 @@ def test_without_weights_the_worlds_defaults_hold_and_with_weights_the_papers():
     assert args.weights == str(WORLD / "base") and args.val_data == str(WORLD / "val.jsonl")
     assert (args.heads, args.rank, args.lr) == (3, 8, train.WORLD["lr"])
     args = train.parse_args(["--weights", "w", "--data", "d"])
-    got = (args.lr, args.epochs, args.batch_size, args.grad_accum, args.max_seq_len, args.alpha,
-           args.dropout, args.targets, args.val_data)
-    assert got == (2e-4, 1, 1, 8, 1024, 32.0, 0.05, ["w1", "w2", "w3"], None)
+    got = (args.lr, args.epochs, args.batch_size, args.grad_accum, args.alpha, args.dropout,
+           args.targets, args.val_data)
+    assert got == (2e-4, 1, 1, 8, 32.0, 0.05, ["w1", "w2", "w3"], None)
+
+
+def test_records_may_be_as_long_as_the_recipes_unless_the_model_is_shorter(weights, tmp_path):
+    args = train.parse_args(["--weights", str(weights), "--data", "d", "--device", "cpu"])
+    train.load_base(args)
+    assert args.max_seq_len == 128
+    save_llama(tiny_model(max_seq_len=4096), WORLD / "base" / "tokenizer.model", tmp_path / "long")
+    args = train.parse_args(["--weights", str(tmp_path / "long"), "--data", "d", "--device", "cpu"])
+    train.load_base(args)
+    assert args.max_seq_len == 1024
 
 
 @pytest.mark.parametrize("flags, message", [
