@@ -68,7 +68,8 @@ def parse_args(argv=None):
     p.add_argument("--max-steps", type=int, default=0, help="stop after so many steps, 0: off")
     p.add_argument("--batch-size", type=int, help="records a forward pass (1; world: 16)")
     p.add_argument("--grad-accum", type=int, help="forward passes a step (8; world: 1)")
-    p.add_argument("--max-seq-len", type=int, help="tokens a record may have (1024, or the model's own)")
+    p.add_argument("--max-seq-len", type=int,
+                   help="tokens a record may have (1024, or the model's own where that is less)")
     p.add_argument("--dtype", choices=DTYPES, help="base and products (fp32 on CPU, bf16 on GPU)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
     p.add_argument("--checkpoint-activations", action="store_true",
