@@ -1,7 +1,8 @@
 """kmeans of cluster.py beside scikit-learn's KMeans(n_init=10), in one process on the same data.
 
-Three kinds of data, `--sets` of each, five numbers of clusters: how the two inertias compare and
-how long both took. Needs scikit-learn, which nothing else here does.
+Three kinds of data, `--sets` of each, clustered into the number they were made of and into five
+other numbers: how the inertias compare and how long both took. Needs scikit-learn, which nothing
+else here does.
 
     python -m experiments.compare_kmeans             # quality and time, about a minute
     python -m experiments.compare_kmeans --elbow     # axes of the elbow, on a known number of blobs
@@ -20,42 +21,51 @@ from cluster import find_elbow, kmeans
 CLUSTERS = (2, 3, 5, 8, 12)
 
 
+def draw(centres, m, rng):
+    """m records around centres (k, F), every coordinate off by N(0, 1)."""
+    return centres[rng.integers(len(centres), size=m)] + rng.normal(size=(m, centres.shape[1]))
+
+
 def blobs(rng):
-    centres = rng.uniform(-10, 10, size=(rng.integers(3, 11), rng.integers(2, 20)))
-    return centres[rng.integers(len(centres), size=1500)] + rng.normal(size=(1500, len(centres[0])))
+    """(records, the number of clusters they were made of)."""
+    k = int(rng.integers(3, 11))
+    return draw(rng.uniform(-10, 10, size=(k, rng.integers(2, 20))), 1500, rng), k
 
 
 def overlapping(rng):
-    spread = rng.choice([0.7, 1.5, 3.0])
-    centres = spread * rng.normal(size=(rng.integers(3, 9), rng.integers(2, 30)))
-    return centres[rng.integers(len(centres), size=2000)] + rng.normal(size=(2000, len(centres[0])))
+    k, spread = int(rng.integers(3, 9)), rng.choice([0.7, 1.5, 3.0])
+    return draw(spread * rng.normal(size=(k, rng.integers(2, 30))), 2000, rng), k
 
 
 def sparse(rng):
     """30 words a record from 200, half of them its topic's, half anybody's; rows of length one."""
-    topics = 0.5 * rng.dirichlet(np.full(200, 0.1), size=rng.integers(3, 9)) + 0.5 / 200
-    counts = rng.multinomial(30, topics[rng.integers(len(topics), size=1500)]).astype(float)
-    return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+    k = int(rng.integers(3, 9))
+    topics = 0.5 * rng.dirichlet(np.full(200, 0.1), size=k) + 0.5 / 200
+    counts = rng.multinomial(30, topics[rng.integers(k, size=1500)]).astype(float)
+    return counts / np.linalg.norm(counts, axis=1, keepdims=True), k
 
 
 def compare(sets):
     from sklearn.cluster import KMeans
 
-    print(f"{'data':14}{'runs':>5}{'ours/theirs: mean':>19}{'worst':>9}{'best':>9}"
+    print(f"{'data':14}{'k':12}{'runs':>5}{'ours/theirs: mean':>19}{'worst':>9}{'best':>9}"
           f"{'ours':>9}{'theirs':>9}")
     for make in (blobs, overlapping, sparse):
-        ratios, ours, theirs = [], 0.0, 0.0
+        rows = {"its own": [], "2 to 12": []}  # (ratio, our seconds, their seconds)
         for seed in range(sets):
-            x = make(np.random.default_rng(seed)).astype(np.float32)
-            for k in CLUSTERS:
+            x, own = make(np.random.default_rng(seed))
+            x = x.astype(np.float32)
+            for k in [own, *CLUSTERS]:
                 clock = time.perf_counter()
                 inertia = kmeans(x, k, seed=seed)[2]
                 between = time.perf_counter()
-                ratios.append(inertia / KMeans(k, n_init=10, random_state=seed).fit(x).inertia_)
-                ours += between - clock
-                theirs += time.perf_counter() - between
-        print(f"{make.__name__:14}{len(ratios):5}{np.mean(ratios):19.5f}{max(ratios):9.5f}"
-              f"{min(ratios):9.5f}{ours:7.1f} s{theirs:7.1f} s")
+                ratio = inertia / KMeans(k, n_init=10, random_state=seed).fit(x).inertia_
+                rows["its own" if k == own else "2 to 12"].append(
+                    (ratio, between - clock, time.perf_counter() - between))
+        for name, row in rows.items():
+            ratio, ours, theirs = np.array(row).T
+            print(f"{make.__name__:14}{name:12}{len(row):5}{ratio.mean():19.5f}{ratio.max():9.5f}"
+                  f"{ratio.min():9.5f}{ours.sum():7.1f} s{theirs.sum():7.1f} s")
 
 
 def compare_elbows(sets):
