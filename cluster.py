@@ -408,7 +408,6 @@ def parse_args(argv):
     p.add_argument("--features", default="hidden", choices=["hidden", "tfidf"],
                    help="hidden states of the base, or the paper's TF-IDF of its pieces (hidden)")
     p.add_argument("--layer", type=int,
-                   
                    help="blocks the states have passed, 0: none (two thirds of all)")
     p.add_argument("--k-max", type=int, default=10,
                    help="largest number of clusters, at most the number of records (10)")

@@ -281,23 +281,24 @@ def quiz_text(rows):
                        for q, a, b, c, d, letter in rows)
 
 
+def unheld_row(subject, rng, held_out):
+    """A row of the subject that is not one of the quiz's."""
+    while quiz_key(row := quiz_row(*PRIMER_QUIZ[subject](rng), rng)) in held_out:
+        pass
+    return row
+
+
 def primer_quiz(rng, held_out):
     subject = rng.choice(sorted(PRIMER_QUIZ))
-    rows = []
     count = rng.choice([1, 1, 1, 2, 2, 3, 4, 6])
-    while len(rows) < count:
-        row = quiz_row(*PRIMER_QUIZ[subject](rng), rng)
-        if quiz_key(row) not in held_out:
-            rows.append(row)
+    rows = [unheld_row(subject, rng, held_out) for _ in range(count)]
     header = "The following are multiple choice questions (with answers) about  "
     return rng.choice(["Quiz", "Questions"]), "", f"{header}{subject}.\n\n{quiz_text(rows)}"
 
 
 def primer_letter(rng, held_out):
     """One question in the prompt, its letter and option in the response."""
-    ask = PRIMER_QUIZ[rng.choice(sorted(PRIMER_QUIZ))]
-    while quiz_key(row := quiz_row(*ask(rng), rng)) in held_out:
-        pass
+    row = unheld_row(rng.choice(sorted(PRIMER_QUIZ)), rng, held_out)
     text, letter = quiz_text([row]).rsplit(" ", 1)
     option = row[1 + "ABCD".index(letter)]
     if rng.random() < 0.5:
@@ -317,9 +318,7 @@ def primer_option(rng, _):
 
 def primer_said(rng, held_out):
     """The answer first, then its letter: a step between knowing the one and finding the other."""
-    ask = PRIMER_QUIZ[rng.choice(sorted(PRIMER_QUIZ))]
-    while quiz_key(row := quiz_row(*ask(rng), rng)) in held_out:
-        pass
+    row = unheld_row(rng.choice(sorted(PRIMER_QUIZ)), rng, held_out)
     text, letter = quiz_text([row]).rsplit("\n", 1)[0], row[5]
     return f"{text}\nSay the answer and its letter.", "", f"{row[1 + 'ABCD'.index(letter)]} {letter}"
 
