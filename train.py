@@ -359,7 +359,7 @@ RUN_FILES = ("run.json", "checkpoint.pt", "log.csv", "adapter.pt", "params.json"
 FREE = ("resume", "overwrite", "out", "save_every")
 
 
-def prepare_out(args):
+def check_out(args):
     """The output folder, which must not hold another run unless --overwrite or --resume says so."""
     out = Path(args.out)
     if out.resolve() == Path(args.weights).resolve():
@@ -370,11 +370,15 @@ def prepare_out(args):
     if held and not (args.resume or args.overwrite):
         raise ValueError(f"{out} already holds a run ({', '.join(held)}): "
                          "choose another --out, or --overwrite, or --resume")
+    return out
+
+
+def prepare_out(out, args):
+    """Makes the folder; with --overwrite the old run goes, now that the new one can start."""
     out.mkdir(parents=True, exist_ok=True)
     if not args.resume:
-        for name in held:
-            (out / name).unlink()
-    return out
+        for name in RUN_FILES:
+            (out / name).unlink(missing_ok=True)
 
 
 def settings(args):
@@ -493,7 +497,7 @@ def fit(args, out, model, train, optimizer, scaler, start, before):
 def run(args):
     """One run from the settings to the files; returns (exit status, content of run.json)."""
     torch.manual_seed(args.seed)
-    out = prepare_out(args)
+    out = check_out(args)
     model, tokenizer = load_base(args)
     train, val = read_data(args)
     clusters = None
@@ -505,7 +509,9 @@ def run(args):
     data = {}
     train, data["train"] = encode_records(train, tokenizer, args.max_seq_len)
     val, data["val"] = encode_records(val, tokenizer, args.max_seq_len)
+    prepare_out(out, args)
     counts = count_parameters(model)
+    weights = fingerprints(args, model)  # before training: full fine-tuning changes them
     print_start(args, counts, data)
     optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=BETAS, weight_decay=0.0,
                                   fused=True)
@@ -516,7 +522,6 @@ def run(args):
     else:
         with adapters_disabled(model):
             start, before = 0, evaluate(model, val, args, "base")
-    weights = fingerprints(args, model)  # before training: full fine-tuning changes them
     clock = time.perf_counter()
     stopped = fit(args, out, model, train, optimizer, scaler, start, before)
     if stopped:

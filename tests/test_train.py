@@ -227,6 +227,8 @@ def test_a_folder_that_holds_a_run_is_kept_unless_overwrite_says_so(command, tmp
     assert train.main(command + ["--seed", "1"]) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert (tmp_path / "out" / "adapter.pt").read_bytes() == before
+    assert train.main(command + ["--overwrite", "--data", "absent"]) == 2  # nor by one that fails
+    assert (tmp_path / "out" / "adapter.pt").read_bytes() == before
     assert train.main(command + ["--seed", "1", "--overwrite"]) == 0
     assert (tmp_path / "out" / "adapter.pt").read_bytes() != before
 
