@@ -87,11 +87,11 @@ def compare_elbows(sets):
               f"exact {(error == 0).mean():.0%} of {sets}")
 
 
-def time_large():
+def time_large(records):
     generator = torch.Generator().manual_seed(0)
     centres = 0.3 * torch.randn(12, 4096, generator=generator)
-    x = torch.randn(15000, 4096, generator=generator)
-    x += centres[torch.randint(12, (15000,), generator=generator)]
+    x = torch.randn(records, 4096, generator=generator)
+    x += centres[torch.randint(12, (records,), generator=generator)]
     clock = time.perf_counter()
     for k in range(1, 11):
         inertia = kmeans(x, k)[2]
@@ -102,11 +102,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sets", type=int, default=20, help="data sets of each kind (20)")
     parser.add_argument("--elbow", action="store_true", help="compare the elbow's axes instead")
-    parser.add_argument("--large", action="store_true", help="time a large case instead")
+    parser.add_argument("--large", type=int, nargs="?", const=15000, metavar="RECORDS",
+                        help="time so many records of width 4096 instead (15000)")
     args = parser.parse_args(argv)
     print(f"{torch.get_num_threads()} threads")
     if args.large:
-        time_large()
+        time_large(args.large)
     elif args.elbow:
         compare_elbows(args.sets)
     else:
