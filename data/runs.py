@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import signal
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,9 +58,12 @@ def check_out(args):
         raise ValueError(f"--overwrite: {out} holds {', '.join(held)} but none of "
                          f"{', '.join(MARKS)}, so it is no run: name another --out")
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {out} cannot be written, since {there} is read-only or no folder: "
-                         "name another")
+    try:
+        with tempfile.TemporaryFile(dir=there):  # nameless: os.access would ask for another user
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written, since {there} is read-only or no folder "
+                         f"({error.strerror}): name another") from error
     return out
 
 
