@@ -9,6 +9,7 @@ Used by every script and module that writes a result or opens a checkpoint.
 import hashlib
 import json
 import os
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def read_torch(path, kind, mmap=False):
     """What torch.save wrote: tensors and plain values, nothing else, so no code in it can run.
     Raises ValueError, saying that the file is not `kind`, for whatever cannot be read so."""
     try:
-        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on the pickles that it refuses
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # a damaged file raises half a dozen types
         reason = str(error).strip().split("\n")[0]
         if "weights_only" in str(error):  # torch's own advice is to trust the file
