@@ -34,6 +34,7 @@ from hydralora import base_fingerprint, load_adapter
 from model import LayerCache, load_llama
 
 WORLD_DIR = Path(__file__).resolve().parent / "data" / "world"
+QUESTION_KEYS = {"subject", "index", "prediction", "answer", "logprobs"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -108,9 +109,12 @@ def read_partial(path, settings):
         raise ValueError(f"{path} is of a stopped run with another {', '.join(differ)}: finish it, "
                          "delete that file, or choose another --out")
     try:
-        return {(q["subject"], q["index"]): q for q in lines[1:]}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not of a stopped run: delete it") from error
+        done = {(q["subject"], q["index"]): q for q in lines[1:] if q.keys() == QUESTION_KEYS}
+    except (AttributeError, TypeError):
+        done = {}
+    if len(done) < len(lines[1:]):
+        raise ValueError(f"{path} is not of a stopped run: delete it, or choose another --out")
+    return done
 
 
 def answer_questions(model, tokenizer, questions, examples, *, batch_size, done, file):

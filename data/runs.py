@@ -161,11 +161,13 @@ def restore(path, args, prints, model, optimizer, scaler):
         shapes = {name: p.shape for name, p in state["tensors"].items()}
         if shapes != {name: p.shape for name, p in wanted.items()}:
             raise ValueError("its tensors are not those that train here")
-        optimizer.load_state_dict(state["optimizer"])
-        for parameter, of in optimizer.state.items():
+        moments, trained = state["optimizer"]["state"], list(wanted.values())
+        for i, of in moments.items():
             check_tensors(of)
-            if any(value.shape not in ((), parameter.shape) for value in of.values()):
+            check_finite(of, path)
+            if any(value.shape not in ((), trained[i].shape) for value in of.values()):
                 raise ValueError("the optimiser's state has other shapes")
+        optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None:
@@ -273,4 +275,4 @@ def places(batches):
     """Where in the data file the records of a step stand."""
     named = [s.place for batch in batches for s in batch]
     more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-    return ", ".join(named[:NAMED]) + more
+    return f"{', '.join(named[:NAMED])}{more} of the training data"

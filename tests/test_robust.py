@@ -428,7 +428,7 @@ def test_a_nan_stops_the_run_naming_step_records_and_checkpoint_and_is_never_sav
     assert f"the last good checkpoint is {out / 'checkpoint.pt'}, of step 4" in line
     kept, _ = hold_out(read_records(data), train.VAL_SHARE, 0)
     numbers = [read_records(data).index(kept[s.record]) + 2 for b in steps[5] for s in b]
-    assert f"on {', '.join(f'line {i}' for i in numbers)}: " in line
+    assert f"on {', '.join(f'line {i}' for i in numbers)} of the training data: " in line
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert state["step"] == 4 and all(t.isfinite().all() for t in state["tensors"].values())
     assert not (out / "adapter.pt").exists()
@@ -855,11 +855,32 @@ def test_memory_that_runs_out_is_one_line_and_a_bug_keeps_its_traceback(made, pl
                   RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory")):
         monkeypatch.setattr(module, "load_llama", fail(error))
         status, errors = call(script, made, [])
-        assert status == 1 and errors.count("\n") == 1 and "needs less" in errors or (
-            "smaller --batch-size" in errors)
+        assert status == 1 and errors.count("\n") == 1
+        assert "needs less" in errors or "smaller --batch-size" in errors
     monkeypatch.setattr(module, "load_llama", fail(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         call(script, made, [])
+
+
+@pytest.mark.parametrize("script, module, name, line", [
+    (C, cluster, "kmeans", "interrupted; nothing new was written"),
+    (E, eval_mmlu, "letter_logprobs", "stopped; the same command goes on from here")])
+def test_sigterm_stops_the_other_scripts_as_ctrl_c_does(made, place, monkeypatch, script, module,
+                                                        name, line):
+    monkeypatch.setattr(module, name, lambda *a, **k: stop(signal.SIGTERM)())
+    status, errors = call(script, made, [])
+    assert status == 143 and errors.strip().split("\n")[-1].startswith(f"{script}: {line}")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_partial_file_with_a_foreign_line_is_refused(made, place, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(eval_mmlu, "letter_logprobs", lambda *a, **k: stop()())
+        assert call(E, made, [])[0] == 130
+    head = (place / "mmlu.json.partial").read_text()
+    for foreign in ('{"subject": "art", "index": 0}', "3", '{"subject": [], "index": 0}'):
+        (place / "mmlu.json.partial").write_text(head + foreign + "\n")
+        assert_refused(E, made, place, [], ["mmlu.json.partial is not of a stopped run"])
 
 
 def test_activations_may_be_recomputed_from_the_checkpoint_on(made, place, monkeypatch):
