@@ -151,7 +151,8 @@ def digest(*content):
 
 def compare_runs(args):
     """Raises ValueError where an adapter, or the weights that --method full wrote, are not what the
-    run.json beside them says. Weights are named only: load_adapter compares their values."""
+    run.json beside them says. Weights in other files are named only: load_adapter has compared
+    their values by now."""
     if not args.adapter:
         if compare_run(args.weights, lambda: {"tuned": weights_fingerprint(args.weights)}):
             raise ValueError(f"the weights in {args.weights} are not those that its run.json "
@@ -167,16 +168,16 @@ def compare_runs(args):
                          "records: give adapter and weights of one run, or move run.json away")
     if differ:
         print(f"warning: {args.weights} holds other files than those that {args.adapter} was "
-              "trained on; the values of the weights are compared next")
+              "trained on, with the same weights as far as load_adapter compares them")
 
 
 def load(args):
     """(model with its adapter, tokenizer), each compared with the run.json that describes it."""
-    compare_runs(args)
     model, tokenizer = load_llama(args.weights, device=args.device, dtype=DTYPES[args.dtype],
                                   max_seq_len=args.max_seq_len)
     if args.adapter:
         load_adapter(model, args.adapter)
+    compare_runs(args)
     return model.eval(), tokenizer
 
 

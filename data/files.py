@@ -53,9 +53,9 @@ def read_torch(path, kind, mmap=False):
             warnings.simplefilter("ignore")  # torch remarks on the pickles that it refuses
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # a damaged file raises half a dozen types
-        reason = str(error).strip().split("\n")[0]
-        if "weights_only" in str(error):  # torch's own advice is to trust the file
-            reason = "it holds more than tensors and plain values, or is damaged"
+        reason = "it holds more than tensors and plain values, or is damaged"
+        if isinstance(error, (OSError, RuntimeError)):  # the others say to trust it, or nothing
+            reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is not {kind}: {reason}") from error
 
 

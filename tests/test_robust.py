@@ -784,6 +784,11 @@ BAD = {
     "checkpoint of NaN": (T, change("stopped/checkpoint.pt", lambda s: s["tensors"][KEY].fill_(
         math.nan)), RESUME, "not finite"),
     "adapter missing": (E, nothing, ["--adapter", "absent.pt"], "absent.pt is not an adapter"),
+    "adapter missing from its run": (E, remove("run/adapter.pt"), ["--adapter", "run/adapter.pt"],
+                                     "run/adapter.pt is not an adapter"),
+    "adapter is text": (E, nothing, ["--adapter", "data.jsonl"], "not an adapter", "or is damaged"),
+    "weights of the quiz absent": (E, nothing, ["--weights", "absent", "--adapter",
+                                                "run/adapter.pt"], "absent has no params.json"),
     "adapter truncated": (E, truncate(ADAPTER), ["--adapter", ADAPTER], "is not an adapter"),
     "adapter is a shard": (E, nothing, ["--adapter", SHARD], "is not an adapter"),
     "adapter of another model": (E, change(SHARD, lambda s: s["norm.weight"].mul_(2)),
