@@ -438,7 +438,8 @@ def run(args):
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "fp16")
     start = 0
     if args.resume:
-        start, before = restore(out / "checkpoint.pt", args, prints, model, optimizer, scaler)
+        start, before = restore(out / "checkpoint.pt", args, prints, model, optimizer, scaler,
+                                categories={"", *(s.category for s in val)})
         print(f"resumed after step {start}")
     else:
         with adapters_disabled(model):

@@ -87,7 +87,7 @@ def check_finite(tensors, path):
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise ValueError(f"{path}: {len(bad)} of {len(tensors)} tensors hold values that are not "
-                         f"finite, {bad[0]} the first")
+                         f"finite, {bad[0]} the first: they are neither written nor loaded")
 
 
 # ---------------------------------------------------------------- fingerprints

@@ -130,20 +130,33 @@ def save_checkpoint(path, args, prints, model, optimizer, scaler, step, before, 
 
 def read_checkpoint(path):
     """The state that save_checkpoint wrote; raises ValueError for any other file."""
-    kind = "a checkpoint of train.py"
+    kind = "a checkpoint of a run"
     state = read_torch(path, kind)
     if not isinstance(state, dict) or state.keys() != CHECKPOINT_KEYS:
         found = sorted(map(str, state))[:4] if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} is not {kind}: found {found}")
-    if not (isinstance(state["step"], int) and isinstance(state["settings"], dict)
-            and isinstance(state["fingerprints"], dict)):
-        raise ValueError(f"{path} is not {kind}: step, settings or fingerprints are amiss")
+    clusters = state["clusters"]
+    if not (type(state["step"]) is int and state["step"] > 0
+            and isinstance(state["settings"], dict) and isinstance(state["fingerprints"], dict)
+            and (clusters is None or isinstance(clusters, dict)
+                 and clusters.get("k") == state["settings"].get("heads"))):
+        raise ValueError(f"{path} is not {kind}: its step, settings, fingerprints or clusters are "
+                         "damaged")
     return state
 
 
-def restore(path, args, prints, model, optimizer, scaler):
-    """(steps done, losses of the base) of an interrupted run, whose state is put in place when its
-    settings, data and weights were these; raises ValueError that names each difference."""
+def check_losses(losses, categories):
+    """Raises ValueError unless these are the losses that evaluate returns for the categories."""
+    if losses.keys() != categories or any(
+            type(row[key]) not in (int, float) or not math.isfinite(row[key])
+            for row in losses.values() for key in ("loss", "exact", "records", "tokens")):
+        raise ValueError("its losses of the base are damaged")
+
+
+def restore(path, args, prints, model, optimizer, scaler, categories):
+    """(steps done, losses of the base by category) of an interrupted run, whose state is put in
+    place when its settings, data and weights were these; raises ValueError that names each
+    difference."""
     state, now = read_checkpoint(path), settings(args)
     changed = [f"{key} was {state['settings'].get(key)}, is {now[key]}"
                for key in sorted(now) if now[key] != state["settings"].get(key)]
@@ -156,6 +169,7 @@ def restore(path, args, prints, model, optimizer, scaler):
                          "the old files back, or start anew in another --out")
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
+        check_losses(state["before"], categories)
         check_tensors(state["tensors"])
         check_finite(state["tensors"], path)
         shapes = {name: p.shape for name, p in state["tensors"].items()}
@@ -185,7 +199,7 @@ def how_to_go_on(out):
     path = out / "checkpoint.pt"
     if not path.exists():
         return f"no checkpoint was written to {out} yet"
-    step = read_torch(path, "a checkpoint of train.py", mmap=True)["step"]
+    step = read_torch(path, "a checkpoint of a run", mmap=True)["step"]
     return (f"the last good checkpoint is {path}, of step {step}; the same command with --resume "
             "goes on from it")
 
@@ -215,7 +229,7 @@ class Log:
 
     def __init__(self, path, start, fp16):
         self.fp16, self.skipped, kept = fp16, 0, []
-        if start:  # resumed: steps after the checkpoint will come again
+        if start and path.exists():  # resumed: steps after the checkpoint will come again
             with open(path, encoding="utf-8", newline="") as file:
                 kept = [row for row in csv.reader(file) if len(row) == len(self.FIELDS)
                         and row[0].isdecimal() and int(row[0]) <= start]

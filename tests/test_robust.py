@@ -557,7 +557,7 @@ def made(weights, lines, tmp_path_factory):
                                         for i in range(count)])
     flags = ["--weights", "w", "--data", "data.jsonl", "--heads", "2", "--rank", "2", "--device",
              "cpu", "--max-seq-len", "128", "--max-steps", "4", "--batch-size", "4", "--dropout",
-             "0"]
+             "0", "--grad-accum", "2"]
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         assert train.main(flags + ["--out", "run"]) == 0
@@ -888,6 +888,19 @@ def test_a_partial_file_with_a_foreign_line_is_refused(made, place, monkeypatch)
         assert_refused(E, made, place, [], ["mmlu.json.partial is not of a stopped run"])
 
 
+def test_a_run_whose_log_is_gone_or_torn_goes_on(made, place):
+    want = (place / "run" / "adapter.pt").read_bytes()
+    rows = (place / "run" / "log.csv").read_text().splitlines()
+    shutil.copytree("stopped", "torn")
+    (place / "torn" / "log.csv").write_text("\r\n".join(rows[:3]) + "\r\n3,0.5")
+    (place / "stopped" / "log.csv").unlink()
+    for folder, first in (("stopped", "3"), ("torn", "1")):
+        assert call(T, made, ["--out", folder, "--resume"])[0] == 0
+        assert (place / folder / "adapter.pt").read_bytes() == want
+        assert [row[0] for row in csv.reader(open(place / folder / "log.csv"))] == [
+            "step", *"1234"["1234".index(first):]]
+
+
 def test_activations_may_be_recomputed_from_the_checkpoint_on(made, place, monkeypatch):
     base = json.loads((place / "run" / "run.json").read_text())["fingerprints"]["adapter"]
     assert call(T, made, [*RESUME, "--checkpoint-activations"])[0] == 0
@@ -977,7 +990,7 @@ def mutated(r, value):
             return {**value, random_text(r): random_json(r)}
         return {**value, key: mutated(r, value[key])}
     if isinstance(value, torch.Tensor) and r.random() < 0.7:
-        return r.choice([value.flatten(), value[:1], value.double(), value.to(torch.int8),
+        return r.choice([value.flatten(), value.reshape(-1)[:1], value.double(), value.to(torch.int8),
                          value.to(torch.complex64), value.to_sparse(), value * math.nan,
                          value.new_zeros(1).expand(2**40), value.to("meta")])
     return random_json(r)
@@ -1083,6 +1096,23 @@ def test_any_adapter_is_loaded_or_refused(made, place, only_refusals):
             torch.save(r.choice([random_json(r), mutated(r, content), mutated(r, content)]), path)
         passed += only_refusals("adapter", i, load)
     assert 10 < passed < FUZZ
+
+
+def test_any_checkpoint_is_resumed_or_refused(made, place):
+    whole = {path.name: path.read_bytes() for path in (place / "stopped").iterdir()}
+    content, statuses = torch.load("stopped/checkpoint.pt", weights_only=True), []
+    keys = sorted(content)
+    for i in range(4 * len(keys)):
+        r, key = random.Random(i), keys[i % len(keys)]
+        torch.save({**content, key: mutated(r, content[key])}, "stopped/checkpoint.pt")
+        status, errors = call(T, made, RESUME)
+        assert status in (0, 2) and errors.count("train.py: ") == (status == 2), (i, errors)
+        statuses.append(status)
+        for path in (place / "stopped").iterdir():
+            path.unlink()
+        for name, content_of in whole.items():
+            (place / "stopped" / name).write_bytes(content_of)
+    assert statuses.count(2) > len(keys)
 
 
 def test_the_scripts_themselves_refuse_surprises_in_one_line(made, place):
