@@ -10,7 +10,6 @@ deviation: features are mean-pooled hidden states; --features tfidf is the paper
 Shapes: M records, F features, k clusters, S starts, B batch, T tokens, D model width.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -25,7 +24,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.corpus import encode_prompts, length_batches, pad, prompt_text, read_records
-from hydralora import base_fingerprint, write_file
+from data.files import check_tensors, read_torch, write_file
+from data.scripts import Parser, pick_device, run_script
+from hydralora import base_fingerprint
 from model import Tokenizer, load_llama, read_params
 
 WORLD_DIR = Path(__file__).resolve().parent / "data" / "world"
@@ -93,12 +94,11 @@ def cached(path, key, compute):
     if not Path(path).exists():
         content = {"key": key, "features": compute()}
         write_file(path, lambda file: torch.save(content, file))
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        same = content["key"] == key
-    except Exception as error:  # a damaged file raises almost anything
-        raise ValueError(f"{path} is not a feature file: {str(error).splitlines()[0]}") from None
-    if not same:
+    content = read_torch(path, "a feature file")
+    if not isinstance(content, dict) or content.keys() != {"key", "features"}:
+        raise ValueError(f"{path} is not a feature file: delete it, or give another --cache")
+    check_tensors({"features": content["features"]})
+    if content["key"] != key:
         raise ValueError(f"{path} holds the features of other data, weights or settings: "
                          "give another --cache, or delete it")
     return content["features"]
@@ -400,7 +400,7 @@ def print_report(result):
 
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser("cluster.py", __doc__)
     p.add_argument("--weights", default=str(WORLD_DIR / "base"),
                    help="checkpoint folder in Meta's layout (the embedded world's)")
     p.add_argument("--data", default=str(WORLD_DIR / "train.jsonl"),
@@ -426,13 +426,13 @@ def check(args):
     for name, least in [("k_max", 1), ("batch_size", 1), ("max_seq_len", 2)]:
         value = getattr(args, name)
         if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
     for path in (args.out, args.cache):
         if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-            raise ValueError(f"{path} is a folder, or in a folder that does not exist")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch finds no CUDA device here")
+            raise ValueError(f"{path} is a folder, or in a folder that does not exist: name a file")
+    args.device = pick_device(args.device)
 
 
 def run(args):
@@ -453,19 +453,14 @@ def run(args):
     print_report(result)
     write_file(args.out, lambda file: file.write(json.dumps(result).encode()))
     print(f"\nwrote {args.out}")
+    return 0
 
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        run(args)
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"cluster.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("cluster.py: interrupted; nothing new was written", file=sys.stderr)
-        return 130
+    return run_script("cluster.py", lambda: run(args), argv,
+                      stopped="interrupted; nothing new was written: start again",
+                      memory="a smaller --batch-size or --max-seq-len needs less")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Shapes: B questions of a batch, P shared tokens, T further tokens, K key/value h
 D width, V vocabulary.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -27,11 +26,15 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.questions import LETTERS, encode_prompt, letter_ids, read_questions
-from hydralora import base_fingerprint, load_adapter, write_file
-from model import LayerCache, load_llama
+from data.files import file_fingerprint, weights_fingerprint, write_file
+from data.runs import compare_run
 from data.scores import compare, print_summary, summarise
+from data.scripts import Parser, pick_device, run_script
+from hydralora import base_fingerprint, load_adapter
+from model import LayerCache, load_llama
 
 WORLD_DIR = Path(__file__).resolve().parent / "data" / "world"
+QUESTION_KEYS = {"subject", "index", "prediction", "answer", "logprobs"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -94,16 +97,24 @@ def read_partial(path, settings):
     """{(subject, index): question} as a stopped run left them, a torn last line dropped. Raises
     ValueError when its settings were others: its answers would not be this run's."""
     lines = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
         try:
             lines.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     if lines and lines[0] != settings:
-        differ = [key for key in settings if lines[0].get(key) != settings[key]]
+        first = lines[0] if isinstance(lines[0], dict) else {}
+        differ = [key for key in settings if first.get(key) != settings[key]]
         raise ValueError(f"{path} is of a stopped run with another {', '.join(differ)}: finish it, "
                          "delete that file, or choose another --out")
-    return {(q["subject"], q["index"]): q for q in lines[1:]}
+    try:
+        done = {(q["subject"], q["index"]): q for q in lines[1:] if q.keys() == QUESTION_KEYS}
+    except (AttributeError, TypeError):
+        done = {}
+    if len(done) < len(lines[1:]):
+        raise ValueError(f"{path} is not of a stopped run: delete it, or choose another --out")
+    return done
 
 
 def answer_questions(model, tokenizer, questions, examples, *, batch_size, done, file):
@@ -138,17 +149,35 @@ def digest(*content):
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
+def compare_runs(args):
+    """Raises ValueError where an adapter, or the weights that --method full wrote, are not what the
+    run.json beside them says. Weights in other files are named only: load_adapter has compared
+    their values by now."""
+    if not args.adapter:
+        if compare_run(args.weights, lambda: {"tuned": weights_fingerprint(args.weights)}):
+            raise ValueError(f"the weights in {args.weights} are not those that its run.json "
+                             "describes: give the whole folder of one run")
+        return
+    if args.adapter.name != "adapter.pt":
+        return  # not the file that a run.json beside it would describe
+    differ = compare_run(args.adapter.parent, lambda: {
+        "adapter": file_fingerprint(args.adapter), "weights": weights_fingerprint(args.weights),
+        "tokenizer": file_fingerprint(args.weights / "tokenizer.model")})
+    if set(differ) - {"weights"}:
+        raise ValueError(f"{', '.join(differ)}: not what the run.json beside {args.adapter} "
+                         "records: give adapter and weights of one run, or move run.json away")
+    if differ:
+        print(f"warning: {args.weights} holds other files than those that {args.adapter} was "
+              "trained on, with the same weights as far as load_adapter compares them")
+
+
 def load(args):
-    """(model with its adapter, tokenizer); raises ValueError for a device that is not there."""
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {args.device} cannot be used: {reason}") from None
+    """(model with its adapter, tokenizer), each compared with the run.json that describes it."""
     model, tokenizer = load_llama(args.weights, device=args.device, dtype=DTYPES[args.dtype],
                                   max_seq_len=args.max_seq_len)
     if args.adapter:
         load_adapter(model, args.adapter)
+    compare_runs(args)
     return model.eval(), tokenizer
 
 
@@ -194,7 +223,7 @@ def evaluate(args):
 
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser("eval_mmlu.py", __doc__)
     p.add_argument("--weights", type=Path, default=WORLD_DIR / "base",
                    help="checkpoint folder in Meta's layout (the embedded world's)")
     p.add_argument("--data", type=Path, default=WORLD_DIR / "quiz",
@@ -211,7 +240,7 @@ def parse_args(argv):
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), type=Path,
                    help="print what result B gains on result A, and measure nothing (off)")
     args = p.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = pick_device(args.device)
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     args.subjects = None if args.subjects is None else args.subjects.split(",")
     args.out = args.out or (args.adapter.parent if args.adapter else Path("runs")) / "mmlu.json"
@@ -223,21 +252,16 @@ def parse_args(argv):
     return args
 
 
-def main(argv=None):
-    try:
-        args = parse_args(argv)
-        compare(*args.compare) if args.compare else evaluate(args)
-    except torch.OutOfMemoryError as error:
-        print(f"eval_mmlu.py: {str(error).splitlines()[0]} The same command with a smaller "
-              "--batch-size goes on from here", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"eval_mmlu.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("eval_mmlu.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+def run(argv):
+    args = parse_args(argv)
+    compare(*args.compare) if args.compare else evaluate(args)
     return 0
+
+
+def main(argv=None):
+    return run_script("eval_mmlu.py", lambda: run(argv), argv,
+                      stopped="stopped; the same command goes on from here",
+                      memory="the same command with a smaller --batch-size goes on from here")
 
 
 if __name__ == "__main__":

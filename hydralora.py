@@ -11,12 +11,14 @@ The same class is LoRA (heads=1), LoRA (Split) (share_a=False) and the uniform g
 Shapes: N heads, R rank, I width in, O width out; "..." any leading dimensions (batch, tokens).
 """
 
-import os
+import math
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from data.files import check_finite, check_tensors, read_torch, write_file
 
 GATES = ("learned", "uniform")
 CONFIG_KEYS = ("targets", "rank", "heads", "alpha", "dropout", "gate", "share_a")
@@ -38,6 +40,8 @@ class HydraLinear(nn.Module):
             raise ValueError(f"rank and heads must be at least 1, got {rank} and {heads}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha must be finite, got {alpha}")
         if gate not in GATES:
             raise ValueError(f"gate must be one of {GATES}, got {gate!r}")
         self.base = base.requires_grad_(False)
@@ -98,11 +102,9 @@ def hydra_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, HydraLinear)}
 
 
-def add_hydralora(model, *, targets=("w1", "w2", "w3"), rank=8, heads=3, alpha=32.0, dropout=0.0,
-                  gate="learned", share_a=True):
-    """Freezes the model, wraps every nn.Linear whose last name is exactly one of targets, and
-    returns the number of trainable parameters, router included. Raises ValueError for a target
-    that matches nothing and for a model that already has adapters."""
+def find_linears(model, targets):
+    """{name: every nn.Linear whose last name is exactly one of targets}; raises ValueError for a
+    target that matches nothing and for a model that already has adapters."""
     if hydra_layers(model):
         raise ValueError("the model already has adapters")
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -111,6 +113,15 @@ def add_hydralora(model, *, targets=("w1", "w2", "w3"), rank=8, heads=3, alpha=3
     if unmatched or not found:
         names = sorted({name.split(".")[-1] for name in linears})
         raise ValueError(f"no linear layer is called {sorted(unmatched)}; there are {names}")
+    return found
+
+
+def add_hydralora(model, *, targets=("w1", "w2", "w3"), rank=8, heads=3, alpha=32.0, dropout=0.0,
+                  gate="learned", share_a=True):
+    """Freezes the model, wraps every nn.Linear whose last name is exactly one of targets, and
+    returns the number of trainable parameters, router included. Raises ValueError for a target
+    that matches nothing and for a model that already has adapters."""
+    found = find_linears(model, targets)
     config = dict(targets=list(targets), rank=rank, heads=heads, alpha=alpha, dropout=dropout,
                   gate=gate, share_a=share_a)
     settings = {key: value for key, value in config.items() if key != "targets"}
@@ -192,56 +203,62 @@ def same_base(a, b):
 
 
 def save_adapter(model, path):
-    """Writes the adapter's tensors, its config and the base's fingerprint to one file."""
+    """Writes the adapter's tensors, its config and the base's fingerprint to one file. Raises
+    ValueError, and writes nothing, where a value is not finite."""
     tensors = {name: p.detach().cpu() for name, p in adapter_parameters(model).items()}
     if not tensors:
         raise ValueError("the model has no adapters to save")
     content = {"config": model.hydralora_config, "base": base_fingerprint(model),
                "tensors": tensors}
+    check_finite(tensors, path)
     write_file(path, lambda file: torch.save(content, file))
 
 
-def write_file(path, write):
-    """write(file) to a temporary name, then synced and renamed: the whole file or none."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def adapter_shapes(model, *, targets, **settings):
+    """{tensor name: shape} that add_hydralora would make, found on the meta device: a config that
+    asks for a terabyte costs nothing."""
+    def twin(linear):
+        shape = dict(in_features=linear.in_features, out_features=linear.out_features)
+        return HydraLinear(nn.Linear(**shape, bias=False, device="meta"), **settings)
+
+    return {f"{name}.{key}": parameter.shape
+            for name, linear in find_linears(model, targets).items()
+            for key, parameter in twin(linear).named_parameters(recurse=False)}
 
 
 def load_adapter(model, path):
     """Adds the layers that the file's config describes, loads every tensor, returns the config.
 
     Raises ValueError, with the model as it was, when the file is no adapter, belongs to another
-    base model, or has a tensor missing, extra, renamed or mis-shaped.
+    base model, holds a value that is not finite, or has a tensor missing, extra, renamed or
+    mis-shaped.
     """
+    if hydra_layers(model):
+        raise ValueError("the model already has adapters")
+    content = read_torch(path, "an adapter of this project")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
         config, base, tensors = content["config"], content["base"], content["tensors"]
         settings = {key: config[key] for key in CONFIG_KEYS}
+        if not isinstance(settings["targets"], list):
+            raise ValueError(f"its targets are {type(settings['targets']).__name__}, not a list")
+        check_tensors(tensors)
         same = same_base(base, base_fingerprint(model))
-    except Exception as error:  # a damaged file raises almost anything
+        wanted = adapter_shapes(model, **settings) if same else None
+    except Exception as error:  # damaged content raises almost anything
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is not an adapter of this project: {reason}") from None
+        raise ValueError(f"{path} is not an adapter of this project: {reason}") from error
     if not same:
-        raise ValueError(f"{path} was trained on another base model than this one")
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    add_hydralora(model, **settings)
-    wanted = adapter_parameters(model)
+        raise ValueError(f"{path} was trained on another base model than this one: give that one "
+                         "as --weights")
     wrong = sorted(name for name in wanted.keys() | tensors.keys()
                    if name not in wanted or name not in tensors
-                   or wanted[name].shape != tensors[name].shape)
+                   or wanted[name] != tensors[name].shape)
     if wrong:
-        for name, layer in hydra_layers(model).items():
-            set_module(model, name, layer.base)
-        del model.hydralora_config
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
         raise ValueError(f"{path} does not fit its own config: {wrong[:4]} missing, extra or "
                          "mis-shaped")
+    check_finite(tensors, path)
+    add_hydralora(model, **settings)
     with torch.no_grad():
-        for name, parameter in wanted.items():
+        for name, parameter in adapter_parameters(model).items():
             parameter.copy_(tensors[name])
     return config

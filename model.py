@@ -13,7 +13,6 @@ F feed-forward width, V vocabulary.
 
 import json
 import math
-import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -22,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from data.files import check_finite, check_tensors, read_json, read_torch, write_file
 
 
 @dataclass
@@ -206,6 +207,7 @@ class Transformer(nn.Module):
 SPLIT_DIM = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1,
              "w1": 0, "w2": 1, "w3": 0, "output": 0}
 DROPPED_KEY = "rope.freqs"  # a buffer of Meta's code, computed here instead
+PADDING = 1000
 
 
 def read_params(directory, max_seq_len=None):
@@ -215,15 +217,46 @@ def read_params(directory, max_seq_len=None):
         raise ValueError(f"{directory} has no params.json: give the folder of a checkpoint in "
                          "Meta's layout (params.json, consolidated.NN.pth, tokenizer.model)")
     try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-        unknown = set(params) - {field.name for field in fields(ModelArgs)}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from None
+        params = read_json(path)
+        if not isinstance(params, dict):
+            raise ValueError(f"found {type(params).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON object: {error}") from error
+    unknown = set(params) - {field.name for field in fields(ModelArgs)}
     if unknown:
         raise ValueError(f"{path} has keys this model does not know: {sorted(unknown)}")
     if max_seq_len is not None:
         params["max_seq_len"] = max_seq_len
-    return ModelArgs(**params)
+    args = ModelArgs(**params)
+    check_params(args, path)
+    return args
+
+
+def check_params(args, path):
+    """Raises ValueError for values that no LLaMA has, before anything of their size is made."""
+    limits = {"dim": 2**20, "n_layers": 2**12, "n_heads": 2**20, "n_kv_heads": 2**20,
+              "vocab_size": 2**24, "multiple_of": 2**20, "max_seq_len": 2**31}
+    for name, most in limits.items():
+        value = getattr(args, name)
+        absent = (name, value) in (("n_kv_heads", None), ("vocab_size", -1))
+        if not absent and (type(value) is not int or not 1 <= value <= most):
+            raise ValueError(f"{path}: {name} must be a whole number from 1 to {most}, "
+                             f"found {shown(value)}")
+    for name, most in {"norm_eps": 1, "rope_theta": 1e12, "ffn_dim_multiplier": 1000}.items():
+        value = getattr(args, name)
+        absent = (name, value) == ("ffn_dim_multiplier", None)
+        if not absent and (type(value) not in (int, float) or not 0 < value <= most):
+            raise ValueError(f"{path}: {name} must be a number above 0 and up to {most:g}, "
+                             f"found {shown(value)}")
+    if args.dim % (2 * args.n_heads) or args.n_heads % (args.n_kv_heads or args.n_heads):
+        raise ValueError(f"{path}: dim {args.dim} must be an even multiple of n_heads "
+                         f"{args.n_heads}, and that a multiple of n_kv_heads {args.n_kv_heads}")
+
+
+def shown(value):
+    """A value from a file, short enough for a message."""
+    text = f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def read_shards(directory):
@@ -235,12 +268,12 @@ def read_shards(directory):
                          f"... without a gap; found {[path.name for path in paths] or 'none'}")
     shards = []
     for path in paths:
+        shard = read_torch(path, "a whole PyTorch checkpoint", mmap=True)
         try:
-            shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            shard.pop(DROPPED_KEY, None)
-        except Exception as error:  # torch.load raises half a dozen types for a damaged file
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{path} is not a whole PyTorch checkpoint: {reason}") from None
+            check_tensors(shard)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a shard in Meta's layout: {error}") from error
+        shard.pop(DROPPED_KEY, None)
         shards.append(shard)
     keys = [set(shard) for shard in shards]
     if any(k != keys[0] for k in keys):
@@ -255,7 +288,11 @@ def merge_shards(shards, name):
     split = SPLIT_DIM.get(name.split(".")[-2]) if name.count(".") else None
     if len(parts) == 1 or split is None:
         return parts[0]
-    return torch.cat(parts, dim=split)
+    try:
+        return torch.cat(parts, dim=split)
+    except (RuntimeError, IndexError) as error:
+        shapes = [tuple(part.shape) for part in parts]
+        raise ValueError(f"the shards' parts of {name} do not fit together: {shapes}") from error
 
 
 def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None):
@@ -272,9 +309,14 @@ def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None):
                          f"{sorted(shards[0])[:4]}: is it in Meta's layout?")
     if args.vocab_size == -1:
         args.vocab_size = shards[0]["tok_embeddings.weight"].shape[0]
-    if tokenizer.vocab_size > args.vocab_size:
+    # fewer pieces than rows are a padded embedding, but not by a thousand
+    if not args.vocab_size - PADDING < tokenizer.vocab_size <= args.vocab_size:
         raise ValueError(f"the tokenizer in {directory} has {tokenizer.vocab_size} pieces, "
-                         f"the embedding {args.vocab_size} rows: they do not belong together")
+                         f"the embedding {args.vocab_size} rows: they do not belong together, "
+                         "copy the model's own tokenizer.model there")
+    if args.n_layers > len(shards[0]):
+        raise ValueError(f"params.json in {directory} asks for {args.n_layers} layers, its shards "
+                         f"hold {len(shards[0])} tensors: they do not belong together")
     with torch.device("meta"):
         model = Transformer(args)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -296,16 +338,19 @@ def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None):
 def save_llama(model, tokenizer_path, directory, dtype=None):
     """Writes the model in Meta's layout, one shard, in a dtype (None: its own); load_llama reads it
     back. params.json comes last, so a folder that was not finished is not taken for a checkpoint.
+    Raises ValueError, and writes nothing, where a weight is not finite.
     """
     directory = Path(directory)
+    state = {name: weight.detach().to("cpu", dtype) for name, weight in model.named_parameters()}
+    check_finite(state, directory)
+    tokenizer = Path(tokenizer_path).read_bytes()
+    params = {key: value for key, value in asdict(model.args).items() if value is not None}
+    text = json.dumps(params, indent=1) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "params.json").unlink(missing_ok=True)
-    if Path(tokenizer_path).resolve() != (directory / "tokenizer.model").resolve():
-        shutil.copyfile(tokenizer_path, directory / "tokenizer.model")
-    state = {name: weight.detach().to("cpu", dtype) for name, weight in model.named_parameters()}
-    torch.save(state, directory / "consolidated.00.pth")
-    params = {key: value for key, value in asdict(model.args).items() if value is not None}
-    (directory / "params.json").write_text(json.dumps(params, indent=1) + "\n", encoding="utf-8")
+    write_file(directory / "tokenizer.model", lambda file: file.write(tokenizer))
+    write_file(directory / "consolidated.00.pth", lambda file: torch.save(state, file))
+    write_file(directory / "params.json", lambda file: file.write(text.encode()))
 
 
 class Tokenizer:
@@ -313,12 +358,14 @@ class Tokenizer:
 
     def __init__(self, path):
         if not Path(path).is_file():
-            raise ValueError(f"there is no tokenizer at {path}")
+            raise ValueError(f"there is no tokenizer at {path}: copy the model's there")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:
-            raise ValueError(f"{path} is not a sentencepiece model: {error}") from None
+            raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(f"{path} has no BOS or no EOS, so it is no LLaMA tokenizer")
         self.vocab_size = self.model.vocab_size()
 
     def encode(self, text, bos=True, eos=False):

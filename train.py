@@ -10,21 +10,14 @@ adapter.pt, run.json and log.csv. What is fp32 and what is in the chosen --dtype
     softmax of gate and attention, RMSNorm, rotary, loss: fp32    --method full: fp32 weights
 """
 
-import argparse
-import csv
-import hashlib
 import json
 import math
-import platform
 import resource
-import signal
 import sys
 import time
 from itertools import combinations, islice
 from pathlib import Path
 
-import numpy as np
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -32,8 +25,12 @@ from tqdm import tqdm
 from cluster import choose_heads, print_report
 from data.corpus import (collate, encode_records, hold_out, length_batches, read_records,
                          without_duplicates)
-from hydralora import (adapter_parameters, add_hydralora, adapters_disabled, base_fingerprint,
-                       hydra_layers, record_gates, save_adapter, write_file)
+from data.files import file_fingerprint, weights_fingerprint, write_file
+from data.runs import (Log, catch_signals, check_out, fingerprints, how_to_go_on, prepare_out,
+                       read_checkpoint, restore, save_checkpoint, versions)
+from data.scripts import Parser, pick_device, run_script, signal_number
+from hydralora import (adapter_parameters, add_hydralora, adapters_disabled, hydra_layers,
+                       record_gates, save_adapter)
 from model import load_llama, save_llama
 
 WORLD_DIR = Path(__file__).resolve().parent / "data" / "world"
@@ -52,7 +49,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def parse_args(argv=None):
     """Every setting of a run; what is not given comes from WORLD, PAPER and BOTH."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser("train.py", __doc__)
     p.add_argument("--weights", help="checkpoint folder in Meta's layout (the embedded world's)")
     p.add_argument("--data", help="training records, JSON lines or array (the embedded world's)")
     p.add_argument("--val-data", help="validation records (5 %% of --data, drawn by --seed)")
@@ -77,7 +74,7 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of initial weights, order and split (0)")
     p.add_argument("--out", help="folder to write (runs/METHOD)")
     p.add_argument("--overwrite", action="store_true", help="replace the run in --out (off)")
-    p.add_argument("--save-every", type=int, default=500, help="steps a checkpoint, 0: off (500)")
+    p.add_argument("--save-every", type=int, default=500, help="steps a checkpoint, 0: at the end (500)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out (off)")
     args = p.parse_args(argv)
     if args.weights and not args.data:
@@ -87,7 +84,10 @@ def parse_args(argv=None):
     for name, value in {**(PAPER if args.weights else WORLD), **BOTH}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        args.device = pick_device(args.device)
+    except ValueError as error:
+        p.error(str(error))
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     args.out = args.out or f"runs/{args.method}"
     args.heads = args.heads or ("1" if args.method == "lora" else "3")
@@ -103,13 +103,19 @@ def check(args, parser):
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if min(args.max_steps, args.save_every) < 0:
         parser.error("--max-steps and --save-every must not be negative")
-    if not (args.lr > 0 and math.isfinite(args.lr) and math.isfinite(args.alpha)):
-        parser.error("--lr must be positive, --lr and --alpha finite")
+    if not (args.lr > 0 and math.isfinite(args.lr)):
+        parser.error(f"--lr must be positive and finite, got {args.lr}")
+    if not (args.alpha > 0 and math.isfinite(args.alpha)):
+        parser.error(f"--alpha must be positive and finite, got {args.alpha}: 0 trains nothing")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run and --overwrite deletes it: give one of them")
     if not 0 <= args.dropout < 1:
         parser.error("--dropout must be at least 0 and below 1")
     if args.heads != "auto":
-        if not args.heads.isdecimal() or int(args.heads) < 1:
-            parser.error("--heads must be auto or a number of at least 1")
+        if not (args.heads.isdecimal() and len(args.heads) < 5 and int(args.heads) >= 1):
+            parser.error("--heads must be auto or a number from 1 to 9999")
         args.heads = int(args.heads)
     if args.method == "lora" and args.heads != 1:
         parser.error(f"--method lora has one head, not {args.heads}: drop --heads or the method")
@@ -117,8 +123,6 @@ def check(args, parser):
         parser.error("--heads auto needs heads to count: --method full has none")
     if args.gate == "uniform" and args.method in ("lora", "full"):
         parser.error(f"--gate uniform needs heads to weigh: --method {args.method} has none")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: torch finds no CUDA device here")
 
 
 def read_data(args):
@@ -130,7 +134,8 @@ def read_data(args):
         train, val = hold_out(train, VAL_SHARE, args.seed)
     kept = without_duplicates(train, val)
     if not kept:
-        raise ValueError(f"every record of {args.data} stands in the validation data too")
+        raise ValueError(f"every record of {args.data} stands in the validation data too: give "
+                         "other records to one of them")
     if len(kept) < len(train):
         print(f"warning: {len(train) - len(kept)} training records stand in the validation data "
               "too, word for word, and were removed")
@@ -147,7 +152,10 @@ def load_base(args):
         args.max_seq_len = min(MAX_SEQ_LEN, longest)
     if args.max_seq_len > longest:
         raise ValueError(f"--max-seq-len {args.max_seq_len} is more than the {longest} of the "
-                         f"model in {args.weights}")
+                         f"model in {args.weights}: give less")
+    if args.method != "full" and args.rank > model.args.ffn_dim:
+        raise ValueError(f"--rank {args.rank} is more than any layer in {args.weights} is wide "
+                         f"({model.args.ffn_dim}): give less")
     model.checkpoint_activations = args.checkpoint_activations
     return model, tokenizer
 
@@ -283,12 +291,6 @@ def print_start(args, counts, data):
     print()
 
 
-def versions():
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "sentencepiece": sentencepiece.__version__,
-            "platform": platform.platform(), "threads": torch.get_num_threads()}
-
-
 def metrics(before, after):
     """val_loss, val_loss_base and the exact matches, in total and per category."""
     def pair(category):
@@ -343,130 +345,16 @@ def peak_memory(args):
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def fingerprints(args, model):
-    """sha256 of the data files, and of the sampled base weights."""
-    prints = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest()
-              for name, path in [("data", args.data), ("val_data", args.val_data)] if path}
-    weights = json.dumps(base_fingerprint(model)).encode()
-    return {**prints, "weights": hashlib.sha256(weights).hexdigest()}
-
-
 # ---------------------------------------------------------------- the run
 
 
-RUN_FILES = ("run.json", "checkpoint.pt", "log.csv", "adapter.pt", "params.json")
-# settings that may differ between a run and its continuation
-FREE = ("resume", "overwrite", "out", "save_every")
-
-
-def check_out(args):
-    """The output folder, which must not hold another run unless --overwrite or --resume says so."""
-    out = Path(args.out)
-    if out.resolve() == Path(args.weights).resolve():
-        raise ValueError(f"--out {out} is the folder of the weights: name another")
-    held = [name for name in RUN_FILES if (out / name).exists()]
-    if args.resume and "checkpoint.pt" not in held:
-        raise ValueError(f"--resume: {out} holds no checkpoint.pt, found {held or 'no run'}")
-    if held and not (args.resume or args.overwrite):
-        raise ValueError(f"{out} already holds a run ({', '.join(held)}): "
-                         "choose another --out, or --overwrite, or --resume")
-    return out
-
-
-def prepare_out(out, args):
-    """Makes the folder; with --overwrite the old run goes, now that the new one can start."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
-        for name in RUN_FILES:
-            (out / name).unlink(missing_ok=True)
-
-
-def settings(args):
-    return {key: value for key, value in vars(args).items() if key not in FREE}
-
-
-def save_checkpoint(path, args, model, optimizer, scaler, step, before):
-    """All that the next step depends on; the place in the data follows from seed and step."""
-    cuda = args.device.startswith("cuda")
-    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"settings": settings(args), "step": step, "before": before, "tensors": tensors,
-             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-             "rng": torch.get_rng_state(),
-             "cuda_rng": torch.cuda.get_rng_state(args.device) if cuda else None}
-    write_file(path, lambda file: torch.save(state, file))
-
-
-def load_checkpoint(path, args, model, optimizer, scaler):
-    """(next step, losses of the base) of an interrupted run with the same settings."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    now = settings(args)
-    changed = sorted(key for key in now if now[key] != state["settings"].get(key))
-    if changed:
-        raise ValueError("--resume with other settings: " + ", ".join(
-            f"{key} was {state['settings'].get(key)}, is {now[key]}" for key in changed))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(state["tensors"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"], args.device)
-    return state["step"], state["before"]
-
-
-class Log:
-    """log.csv, one row a step. Losses stay on the device until flush, so that the loop does not
-    wait for the GPU at every step."""
-
-    FIELDS = ("step", "loss", "grad_norm", "lr", "tokens_per_second")
-
-    def __init__(self, path, start):
-        kept = []
-        if start:  # resumed: steps after the checkpoint will come again
-            with open(path, encoding="utf-8", newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-        self.file = open(path, "w", encoding="utf-8", newline="")
-        self.writer = csv.DictWriter(self.file, self.FIELDS)
-        self.writer.writeheader()
-        self.writer.writerows(kept)
-        self.rows, self.tokens, self.clock = [], 0, time.perf_counter()
-
-    def add(self, step, loss, norm, lr, tokens):
-        self.rows.append((step, loss, norm, lr))
-        self.tokens += tokens
-
-    def flush(self, check):
-        """Writes the rows and returns the latest; a loss that is not finite raises if check."""
-        if not self.rows:
-            return None
-        losses = torch.stack([row[1] for row in self.rows]).tolist()
-        norms = torch.stack([row[2] for row in self.rows]).tolist()
-        speed = self.tokens / (time.perf_counter() - self.clock)
-        for (step, _, _, lr), loss, norm in zip(self.rows, losses, norms):
-            latest = dict(zip(self.FIELDS, (step, loss, norm, lr, round(speed))))
-            self.writer.writerow(latest)
-            if check and not (math.isfinite(loss) and math.isfinite(norm)):
-                self.file.flush()
-                raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}; nothing after "
-                                 "the last checkpoint is kept: lower --lr and --resume")
-        self.file.flush()
-        self.rows, self.tokens, self.clock = [], 0, time.perf_counter()
-        return latest
-
-
-def fit(args, out, model, train, optimizer, scaler, start, before):
-    """The loop. Returns 0 at its end; after Ctrl-C or SIGTERM it finishes the step, writes a
-    checkpoint to go on from and returns the signal's number."""
+def fit(args, out, model, train, optimizer, scaler, start, save):
+    """The loop; save(step) writes a checkpoint, at the end too. Returns 0 at the end; after Ctrl-C
+    or SIGTERM it finishes the step, saves and returns the signal's number."""
     steps = sum(1 for _ in all_steps(train, args))
-    log = Log(out / "log.csv", start)
-    signals = []
-    handlers = {s: signal.signal(s, lambda number, _: signals.append(number))
-                for s in (signal.SIGINT, signal.SIGTERM)}
     model.train()
-    bar = tqdm(total=steps, initial=start, desc="train")
-    try:
+    with (Log(out / "log.csv", start, fp16=args.dtype == "fp16") as log,
+          catch_signals() as signals, tqdm(total=steps, initial=start, desc="train") as bar):
         for step, batches in enumerate(all_steps(train, args), start=1):
             if step <= start:
                 continue
@@ -474,91 +362,116 @@ def fit(args, out, model, train, optimizer, scaler, start, before):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             loss, norm = train_step(model, batches, optimizer, scaler, args)
-            log.add(step, loss, norm, lr, sum(len(s.ids) for batch in batches for s in batch))
+            log.add(step, loss, norm, lr, batches)
             bar.update()
-            save = signals or (args.save_every and step % args.save_every == 0 and step < steps)
-            if step % LOG_EVERY == 0 or step == steps or save:
-                row = log.flush(check=args.dtype != "fp16")
+            saves = signals or step == steps or (args.save_every and step % args.save_every == 0)
+            if step % LOG_EVERY == 0 or saves:
+                row = log.flush()
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, lr {lr:.1e}, "
                                     f"{row['tokens_per_second']} tokens/s, "
                                     f"peak {peak_memory(args):.1f} GiB")
-            if save:
-                save_checkpoint(out / "checkpoint.pt", args, model, optimizer, scaler, step, before)
+            if saves:
+                save(step)
             if signals:
-                return signals[0]
-    finally:
-        bar.close()
-        log.file.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return 0
+                break
+    return signals[0] if signals else 0
 
 
-def run(args):
-    """One run from the settings to the files; returns (exit status, content of run.json)."""
-    torch.manual_seed(args.seed)
-    out = check_out(args)
+def prepare(args, out):
+    """(model, training and validation sequences, clusters, what run.json says of the data)."""
     model, tokenizer = load_base(args)
     train, val = read_data(args)
-    clusters = None
+    # a run that goes on does not choose its heads again
+    clusters = read_checkpoint(out / "checkpoint.pt")["clusters"] if args.resume else None
     if args.heads == "auto":
-        clusters = choose_heads(train, model, tokenizer, seed=args.seed)
+        clusters = clusters or choose_heads(train, model, tokenizer, seed=args.seed)
         args.heads = clusters["k"]
         print_report(clusters)
     add_adapters(model, args)
     data = {}
     train, data["train"] = encode_records(train, tokenizer, args.max_seq_len)
     val, data["val"] = encode_records(val, tokenizer, args.max_seq_len)
-    prepare_out(out, args)
-    counts = count_parameters(model)
-    weights = fingerprints(args, model)  # before training: full fine-tuning changes them
-    print_start(args, counts, data)
-    optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=BETAS, weight_decay=0.0,
-                                  fused=True)
-    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "fp16")
-    if args.resume:
-        start, before = load_checkpoint(out / "checkpoint.pt", args, model, optimizer, scaler)
-        print(f"resumed after step {start}")
-    else:
-        with adapters_disabled(model):
-            start, before = 0, evaluate(model, val, args, "base")
-    clock = time.perf_counter()
-    stopped = fit(args, out, model, train, optimizer, scaler, start, before)
-    if stopped:
-        print(f"stopped; go on with the same command and --resume (checkpoint in {out})")
-        return 128 + stopped, None
-    seconds = time.perf_counter() - clock
-    after = evaluate(model, val, args, "tuned")
+    return model, train, val, clusters, data
+
+
+def measure(model, val, args, name):
+    """evaluate, of a model that must give numbers: JSON has no NaN, and nobody wants the model."""
+    losses = evaluate(model, val, args, name)
+    if not math.isfinite(losses[""]["loss"]):
+        raise ValueError(f"the validation loss of the {name} model is {losses['']['loss']}: try "
+                         "--dtype fp32, or other weights")
+    return losses
+
+
+def finish(args, out, model, val, before, result):
+    """After training: measures, prints and writes the model, then run.json, then lets go of the
+    checkpoint; returns the content of run.json."""
+    after = measure(model, val, args, "tuned")
     print_losses(before, after)
-    result = {"settings": vars(args), "versions": versions(), "fingerprints": weights,
-              "parameters": counts, "data": data, "clusters": clusters, "seconds": seconds,
-              "peak_gib": peak_memory(args), "metrics": metrics(before, after)}
+    result["metrics"] = metrics(before, after)
     if args.method == "full":
         save_llama(model, Path(args.weights) / "tokenizer.model", out)
-        print(f"\nwrote the checkpoint, run.json and log.csv to {out}")
+        result["fingerprints"]["tuned"] = weights_fingerprint(out)
     else:
         if args.heads > 1:
             result["routing"] = routing(model, val, args)
             print_routing(result["routing"])
         save_adapter(model, out / "adapter.pt")
-        print(f"\nwrote adapter.pt, run.json and log.csv to {out}")
+        result["fingerprints"]["adapter"] = file_fingerprint(out / "adapter.pt")
     text = json.dumps(result, indent=1) + "\n"
     write_file(out / "run.json", lambda file: file.write(text.encode()))
     (out / "checkpoint.pt").unlink(missing_ok=True)
-    return 0, result
+    wrote = "the checkpoint" if args.method == "full" else "adapter.pt"
+    print(f"\nwrote {wrote}, run.json and log.csv to {out}")
+    return result
+
+
+def run(args):
+    """One run from the settings to the files; returns (exit status, content of run.json)."""
+    torch.manual_seed(args.seed)
+    out = check_out(args)
+    model, train, val, clusters, data = prepare(args, out)
+    counts, prints = count_parameters(model), fingerprints(args)
+    print_start(args, counts, data)
+    optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=BETAS, weight_decay=0.0,
+                                  fused=True)
+    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "fp16")
+    start = 0
+    if args.resume:
+        start, before = restore(out / "checkpoint.pt", args, prints, model, optimizer, scaler,
+                                categories={"", *(s.category for s in val)})
+        print(f"resumed after step {start}")
+    else:
+        with adapters_disabled(model):
+            before = measure(model, val, args, "base")
+
+    def save(step):
+        save_checkpoint(out / "checkpoint.pt", args, prints, model, optimizer, scaler, step, before,
+                        clusters)
+
+    clock = time.perf_counter()
+    try:
+        prepare_out(out, args)
+        stopped = fit(args, out, model, train, optimizer, scaler, start, save)
+        if not stopped:
+            return 0, finish(args, out, model, val, before, {
+                "settings": vars(args), "versions": versions(), "fingerprints": prints,
+                "parameters": counts, "data": data, "clusters": clusters,
+                "seconds": time.perf_counter() - clock, "peak_gib": peak_memory(args)})
+    except KeyboardInterrupt as error:  # outside the loop; its last step's checkpoint stands
+        stopped = signal_number(error)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; {how_to_go_on(out)}") from error
+    print(f"stopped; {how_to_go_on(out)}")
+    return 128 + stopped, None
 
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        return run(args)[0]
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: interrupted outside the training loop; nothing new was written",
-              file=sys.stderr)
-        return 130
+    return run_script("train.py", lambda: run(args)[0], argv,
+                      stopped="stopped before training; --out is as it was: start again",
+                      memory="--checkpoint-activations needs less, with --resume as well; so does "
+                             "a new run with a smaller --batch-size or --max-seq-len")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,18 @@ def read_records(path):
         rows = [(f"line {i}", parse(line, f"{path}, line {i}"))
                 for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not rows:
-        raise ValueError(f"{path} holds no records")
-    return [read_record(row, f"{path}, {place}") for place, row in rows]
+        raise ValueError(f"{path} holds no records: it needs JSON lines or one JSON array")
+    records = []
+    for place, row in rows:
+        records.append(read_record(row, f"{path}, {place}"))
+        records[-1].place = place
+    return records
+
+
+class Record(dict):
+    """instruction, context, response, category; place is where it stood, such as "line 3"."""
+
+    place = None
 
 
 def parse(text, place):
@@ -62,12 +72,15 @@ def read_record(row, place):
         if not isinstance(value, str):
             raise ValueError(f"{place} needs a text under {' or '.join(map(repr, names))}, "
                              f"found {type(value).__name__}")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError(f"{place} has half a surrogate pair under {names[0]!r}: JSON can write "
+                             "it, UTF-8 cannot; mend the text")
         return value
 
-    record = {"instruction": field(["instruction"], required=True),
-              "context": field(CONTEXT_NAMES, required=False),
-              "response": field(RESPONSE_NAMES, required=True),
-              "category": field(["category"], required=False)}
+    record = Record(instruction=field(["instruction"], required=True),
+                    context=field(CONTEXT_NAMES, required=False),
+                    response=field(RESPONSE_NAMES, required=True),
+                    category=field(["category"], required=False))
     for name in ("instruction", "response"):
         if not record[name].strip():
             raise ValueError(f"{place} has an empty {name}")
@@ -85,6 +98,7 @@ class Sequence:
     start: int  # index in ids of the response's first token
     record: int  # which record it came from, in file order
     category: str
+    place: str = ""  # of the record in its file, for messages
 
 
 def encode_record(record, tokenizer, max_seq_len):
@@ -114,10 +128,12 @@ def encode_records(records, tokenizer, max_seq_len):
         if encoded is None:
             continue
         ids, start, cut = encoded
-        sequences.append(Sequence(ids, start, index, record["category"]))
+        place = getattr(record, "place", None) or f"record {index + 1}"
+        sequences.append(Sequence(ids, start, index, record["category"], place))
         shortened += cut
     if not sequences:
-        raise ValueError(f"none of the {len(records)} records fits max_seq_len {max_seq_len}")
+        raise ValueError(f"none of the {len(records)} records fits max_seq_len {max_seq_len}: give "
+                         "more of it, or shorter records")
     return sequences, {"records": len(sequences), "shortened": shortened,
                        "skipped": len(records) - len(sequences)}
 

@@ -6,9 +6,9 @@ question is a dict with at least subject, index, prediction and answer. Used by 
     python eval_mmlu.py --compare runs/mmlu.json runs/hydralora/mmlu.json
 """
 
-import json
 import math
 
+from data.files import read_json
 from data.questions import CATEGORY
 
 Z = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
@@ -92,11 +92,14 @@ def print_summary(result):
 def read_result(path):
     """(settings, {(subject, index, answer): right?}) of a file that eval_mmlu.py wrote."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        return result["settings"], {(q["subject"], q["index"], q["answer"]):
-                                    q["prediction"] == q["answer"] for q in result["questions"]}
+        result = read_json(path)
+        right = {(q["subject"], q["index"], q["answer"]): q["prediction"] == q["answer"]
+                 for q in result["questions"]}
+        if not right or not all(isinstance(subject, str) for subject, _, _ in right):
+            raise ValueError("it needs questions, each with a subject")
+        return dict(result["settings"]), right
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a result of eval_mmlu.py: {error!r}") from None
+        raise ValueError(f"{path} is not a result of eval_mmlu.py: {error!r}") from error
 
 
 def compare(path_a, path_b):
