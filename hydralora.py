@@ -13,6 +13,7 @@ Shapes: N heads, R rank, I width in, O width out; "..." any leading dimensions (
 
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -202,13 +203,21 @@ def save_adapter(model, path):
 
 
 def write_file(path, write):
-    """write(file) to a temporary name, then synced and renamed: the whole file or none."""
+    """write(file) to a temporary name, then synced and renamed: the whole file, or none and no
+    trace."""
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # all that torch.save says of a full disk
+            reason = str(error).strip().split("\n")[0]
+            raise OSError(f"{path} cannot be written, is the disk full? ({reason})") from None
+        raise
 
 
 def load_adapter(model, path):
