@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 from conftest import WORLD
-from test_tools import (RECORDS, loss_of, losses, make_adapter, official_folder, run, tokens,
-                        tuned)
+from test_tools import make_adapter, official_folder, run, tokens, tuned
+from test_tools_adapters import RECORDS, loss_of, losses
 
-from model import load_llama
+from model import load_llama, save_llama
 from tools import export_hf, import_hf, official_adapter, to_lora
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -141,7 +141,6 @@ def apply_formula(hf, tensors, alpha, rank, heads):
 @pytest.mark.parametrize("targets", [FEED_FORWARD, ATTENTION], ids=["feed-forward", "attention"])
 def test_their_adapter_gives_the_logits_of_the_formula_in_their_layout(
         model, tmp_path, targets, heads):
-    from model import save_llama
     save_llama(model, TOKENIZER, tmp_path / "meta")
     run(export_hf, tmp_path / "meta", tmp_path / "hf")
     hf, ids = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").eval(), tokens(2, 20)
@@ -192,8 +191,8 @@ def test_peft_has_the_loss_that_was_printed_for_several_heads(
     path = make_adapter(hf_weights, tmp_path / "a.pt", ALL, heads=3)
     records = tmp_path / "records.json"
     records.write_text(json.dumps(RECORDS))
-    run(to_lora, path, tmp_path / "lora", "--weights", hf_weights, "--gate", gate, "--data", records,
-        "--val-data", records)
+    run(to_lora, path, tmp_path / "lora", "--weights", hf_weights, "--gate", gate,
+        "--data", records, "--val-data", records)
     base, before, after = losses(capsys.readouterr().out)
     theirs = peft_model(tmp_path)
     assert after == pytest.approx(loss_of(lambda ids: theirs(ids).logits, tokenizer, RECORDS),

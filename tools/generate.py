@@ -14,6 +14,7 @@ Shapes: T tokens, N heads.
 import argparse
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from tools.hf_layout import run_tool
 from tools.official_adapter import WORLD_BASE
 
 ADAPTER, MADE_BY = Path("runs/hydralora/adapter.pt"), "python train.py --heads 3 --rank 8"
-SHOWN = 4  # records of the embedded world that are answered without a prompt
+SHOWN = 4  # records of the embedded world, one a family, that are answered without a prompt
 COLOURS = [31, 32, 34, 33, 35, 36, 91, 92, 94, 93, 95, 96]  # ANSI: red, green, blue, ...
 
 
@@ -126,19 +127,22 @@ def talk(model, tokenizer, prompt, args):
     new = answer(model, tokenizer, ids, args)
     if args.show_routing:
         print()
-        show_routing(model, tokenizer, ids, new, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        show_routing(model, tokenizer, ids, new, coloured)
 
 
 def run(args):
     check(args)
     model, tokenizer = load(args)
     if args.show_routing and all(layer.router is None for layer in hydra_layers(model).values()):
-        raise ValueError(f"--show-routing: {args.adapter} has no router, one head or a uniform gate")
+        raise ValueError(f"--show-routing: {args.adapter} has no router (one head, or the "
+                         "uniform gate)")
     prompts = [(prompt, None) for prompt in args.prompts]
-    if not prompts:  # the first records of as many families
-        records = read_records(WORLD_BASE.parent / "val.jsonl")
-        first = {record["category"]: record for record in reversed(records)}
-        prompts = [(prompt_text(r), r["response"]) for r in list(first.values())[-SHOWN:]]
+    if not prompts:
+        first = {}  # of each family
+        for record in read_records(WORLD_BASE.parent / "val.jsonl"):
+            first.setdefault(record["category"], record)
+        prompts = [(prompt_text(r), r["response"]) for r in islice(first.values(), SHOWN)]
     for prompt, expected in prompts:
         print(f"> {prompt}")
         if expected is not None:

@@ -5,7 +5,7 @@ Every tensor has another name; the rows of wq and wk stand in another order, bec
 position embedding pairs row i of a head with i + E/2 in place of its neighbour; and the files are
 safetensors, a public format of one JSON header and raw bytes, which is read and written here.
 
-    weights = read_safetensors("TinyLlama-1.1B/model.safetensors")     # {name: memory-mapped tensor}
+    weights = read_safetensors("TinyLlama-1.1B/model.safetensors")     # {name: mapped tensor}
 
 Shapes: H heads, E head width.
 """
@@ -36,8 +36,8 @@ TARGETS = {meta.split(".")[-1]: hf.split(".")[-1] for meta, hf in {**INNER, **OU
 
 
 def hf_name(name):
-    """Hugging Face's name of a module of ours: layers.0.attention.wq, model.layers.0.self_attn.q_proj.
-    Raises KeyError for a name that a LLaMA has not."""
+    """Hugging Face's name of a module of ours: layers.0.attention.wq is their
+    model.layers.0.self_attn.q_proj."""
     if not name.startswith("layers."):
         return OUTER[name]
     _, layer, rest = name.split(".", 2)
@@ -62,12 +62,16 @@ def rotary_heads(name, args):
 def meta_rows(rows, heads):
     """Rows (H * E, ...) in Hugging Face's order, put into Meta's: of each head's two halves, first
     with first, second with second. heads None: as they are."""
-    return rows if heads is None else rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    if heads is None:
+        return rows
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def hf_rows(rows, heads):
     """The inverse of meta_rows: each head's even rows, then its odd ones."""
-    return rows if heads is None else rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    if heads is None:
+        return rows
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 # ---------------------------------------------------------------- files
@@ -139,9 +143,12 @@ def read_safetensors(path):
         if 8 + length + end > size:
             raise ValueError(f"{path} is cut short: {name!r} ends {8 + length + end - size} bytes "
                              "after the file; get it again")
-        flat = (torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=8 + length + start)
-                if stop > start else torch.empty(0, dtype=dtype))
-        tensors[name] = flat.view(shape)
+        if stop > start:
+            flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape),
+                                    offset=8 + length + start)
+            tensors[name] = flat.view(shape)
+        else:
+            tensors[name] = torch.empty(shape, dtype=dtype)
     if 8 + length + end != size:
         raise ValueError(f"{path} is damaged: {size - 8 - length - end} bytes after its last "
                          "tensor; get it again")

@@ -1,6 +1,6 @@
 """A LLaMA from Hugging Face becomes a folder in Meta's layout, which everything here reads.
 
-    python -m tools.import_hf TinyLlama-1.1B tinyllama       # then: train.py --weights tinyllama ...
+    python -m tools.import_hf TinyLlama-1.1B tinyllama     # then: train.py --weights tinyllama
 
 SRC holds config.json, tokenizer.model and the weights, in one or several model*.safetensors or
 pytorch_model*.bin. It is the same model (Touvron et al. 2023, section 2.2) under other names, with
@@ -94,9 +94,11 @@ def read_bin(path):
     if not isinstance(tensors, dict):
         raise ValueError(f"{path} holds a {type(tensors).__name__}, not a dict of tensors")
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPE_NAMES:
-            found = getattr(tensor, "dtype", type(tensor).__name__)
-            raise ValueError(f"{path}: {name!r} is {found}; quantised or integer weights cannot be "
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: {name!r} is {type(tensor).__name__}, not a named tensor")
+        if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{path}: {name!r} is {tensor.dtype}, {tensor.layout} on "
+                             f"{tensor.device}; quantised, integer or sparse weights cannot be "
                              "used, take the checkpoint in float32, float16 or bfloat16")
     return tensors
 

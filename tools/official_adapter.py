@@ -1,7 +1,7 @@
 """Adapters in the format of the paper's released code, to ours and back.
 
-    python -m tools.official_adapter their-adapter adapter.pt --weights llama-2-7b    # theirs to ours
-    python -m tools.official_adapter adapter.pt their-adapter --weights llama-2-7b    # ours to theirs
+    python -m tools.official_adapter theirs adapter.pt --weights llama-2-7b     # theirs to ours
+    python -m tools.official_adapter adapter.pt theirs --weights llama-2-7b     # ours to theirs
 
 Tian et al., NeurIPS 2024, section 3.1. Their folder holds adapter_config.json (r, lora_alpha, and
 lora_nums, the number of heads) and adapter_model.bin with, for every adapted layer, the weights of

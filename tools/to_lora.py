@@ -113,7 +113,8 @@ def approximate(args):
 def export(args):
     """adapter.pt -> PEFT's folder; a learned gate without --gate raises ValueError."""
     if args.gate == "calibrated" and not args.data:
-        raise ValueError("--gate calibrated needs --data FILE, the records to take the mean gate on")
+        raise ValueError("--gate calibrated needs --data FILE, the records to take the mean "
+                         "gate on")
     with new_folder(args.out) as folder:
         model, _ = load_llama(args.weights)
         config = load_adapter(model, args.adapter)
