@@ -217,7 +217,7 @@ def test_any_feed_forward_width_survives_metas_rounding(tmp_path, dim, width):
 
 
 @pytest.mark.parametrize("change, theta", [
-    ({"rope_theta": 5e5}, 5e5), ({"rope_theta": None}, 1e4),
+    ({"rope_theta": 5e5}, 5e5), ({"rope_theta": 100000000}, 1e8), ({"rope_theta": None}, 1e4),
     ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}, 2e4)])
 def test_rope_theta_is_read_where_old_and_new_configs_keep_it(tmp_path, change, theta):
     config = tmp_path / "config.json"
@@ -343,6 +343,10 @@ def test_a_model_that_this_one_is_not_is_refused_by_name(model, tmp_path, capsys
     assert os.listdir(tmp_path) == ["hf"]
 
 
+def write_tied(folder):
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "tie_word_embeddings": True}))
+
+
 def without(state, name):
     return {key: weight for key, weight in state.items() if key != name}
 
@@ -363,6 +367,10 @@ def without(state, name):
     (lambda f, s: (f / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "../../secret.safetensors"}}'), "no weight_map of plain file names"),
     (lambda f, s: (f / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
+    (lambda f, s: (write_tied(f), (f / "model.safetensors").write_bytes(safetensors_bytes(
+        without(s, "model.embed_tokens.weight")))), r"missing \['model.embed_tokens.weight'\]"),
+    (lambda f, s: (write_tied(f), (f / "model.safetensors").write_bytes(safetensors_bytes(
+        {**s, "lm_head.weight": s["lm_head.weight"].bfloat16()}))), "holds another lm_head.weight"),
     (lambda f, s: (f / "model-2.safetensors").write_bytes(safetensors_bytes(s)), "repeats"),
     (lambda f, s: (f / "model.safetensors").write_bytes(
         safetensors_bytes(without(s, "model.layers.1.mlp.up_proj.weight"))),

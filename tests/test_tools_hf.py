@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import WORLD
+from conftest import WORLD, asset
 from test_tools import make_adapter, official_folder, run, tokens, tuned
 from test_tools_adapters import RECORDS, loss_of, losses
 
@@ -102,6 +102,18 @@ def test_a_bf16_model_keeps_its_bytes(tmp_path):
     assert before.keys() == after.keys() and all(
         torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8))
         for name in before)
+
+
+def test_stories260k_tells_its_story_in_transformers(tmp_path):
+    folder = asset("stories260k")
+    run(export_hf, folder, tmp_path / "hf")
+    hf = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    model, tokenizer = load_llama(folder)
+    want = (folder / "expected_greedy.txt").read_text(encoding="utf-8")
+    ids = torch.tensor([tokenizer.encode(want)])
+    told = logits(hf, ids)[0, :-1].argmax(-1).tolist()
+    assert told == ids[0, 1:].tolist()
+    assert (logits(hf, ids) - model(ids)).abs().max() < 1e-4
 
 
 def test_transformers_tokenizer_gives_our_ids_after_export(tmp_path, tokenizer):

@@ -112,7 +112,8 @@ def read_number(config, key, path, *, default=None, whole=True):
     that no LLaMA has, raises ValueError."""
     value = config.get(key)
     value = default if value is None else value
-    if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < 2**24:
+    kinds, limit = ((int,), 2**24) if whole else ((int, float), 2**40)
+    if type(value) not in kinds or not 0 < value < limit:
         raise ValueError(f"{path}: {key} is {value!r}, not a number that a LLaMA can have")
     return value
 

@@ -139,9 +139,10 @@ def read_weights(source):
 
 def check_weights(weights, args, tied, source):
     """{our name: tensor as it is in the files}, every name and shape checked."""
-    if tied:
-        shared = weights.get("model.embed_tokens.weight")
-        if "lm_head.weight" in weights and not torch.equal(weights["lm_head.weight"], shared):
+    if tied and "model.embed_tokens.weight" in weights:
+        shared = weights["model.embed_tokens.weight"]
+        own = weights.get("lm_head.weight", shared)
+        if own.dtype != shared.dtype or not torch.equal(own, shared):
             raise ValueError(f"{source} ties its output to the embedding (tie_word_embeddings) but "
                              "holds another lm_head.weight: correct config.json")
         weights["lm_head.weight"] = shared
