@@ -393,36 +393,47 @@ def sample(logits, temperature, top_p, generators):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
-    """Completions of prompts of unequal length, each ended by EOS (left out) or max_new_tokens.
+def generate_tokens(model, tokenizer, ids, *, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
+    """Yields, step by step, the next token of every row of ids (lists of tokens, BOS included): a
+    list, None where a row has met its EOS. Ends when all have, or after max_new_tokens.
 
-    Every prompt draws from its own generator with the same seed, so its text does not depend on
-    the rest of the batch. Raises ValueError when prompt and completion exceed max_seq_len.
+    Every row draws from its own generator with the same seed, so it does not depend on the rest of
+    the batch. Raises ValueError when a row and its completion could exceed max_seq_len.
     """
-    if not prompts:
-        return []
     device = model.tok_embeddings.weight.device
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
     lengths = torch.tensor([len(row) for row in ids], device=device)
     width = int(lengths.max())
-    # padded on the right: a prompt's tokens never see what comes after them
+    # padded on the right: a row's tokens never see what comes after them
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
-    cache = model.make_cache(len(prompts), width + max_new_tokens)
-    generators = [torch.Generator().manual_seed(seed) for _ in prompts]
-    positions = torch.arange(width, device=device).expand(len(prompts), -1)
+    cache = model.make_cache(len(ids), width + max_new_tokens)
+    generators = [torch.Generator().manual_seed(seed) for _ in ids]
+    positions = torch.arange(width, device=device).expand(len(ids), -1)
     last = lengths - 1  # which token of the current input is each row's newest
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    done = torch.zeros(len(ids), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         h = model.hidden_states(tokens, cache, positions)
-        h = h[torch.arange(len(prompts), device=device), last]  # (B, D)
+        h = h[torch.arange(len(ids), device=device), last]  # (B, D)
         tokens = sample(model.output(h), temperature, top_p, generators)[:, None]
         done |= tokens[:, 0] == tokenizer.eos_id
-        for row, token, ended in zip(ids, tokens[:, 0].tolist(), done.tolist()):
-            if not ended:
-                row.append(token)
         if done.all():
-            break
+            return
+        yield [None if ended else token
+               for token, ended in zip(tokens[:, 0].tolist(), done.tolist())]
         positions, last = (lengths + step)[:, None], torch.zeros_like(last)
+
+
+def generate(model, tokenizer, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
+    """Completions of prompts of unequal length, each ended by EOS (left out) or max_new_tokens; for
+    the rest see generate_tokens."""
+    if not prompts:
+        return []
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    new = [[] for _ in prompts]
+    for tokens in generate_tokens(model, tokenizer, ids, max_new_tokens=max_new_tokens,
+                                  temperature=temperature, top_p=top_p, seed=seed):
+        for row, token in zip(new, tokens):
+            if token is not None:
+                row.append(token)
     # a piece carries its own leading space: decode the whole and cut the prompt off
-    return [tokenizer.decode(row)[len(tokenizer.decode(row[:n])):]
-            for row, n in zip(ids, lengths.tolist())]
+    return [tokenizer.decode(prompt + row)[len(tokenizer.decode(prompt)):]
+            for prompt, row in zip(ids, new)]

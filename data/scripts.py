@@ -1,4 +1,4 @@
-"""What train.py, cluster.py and eval_mmlu.py share as scripts: how they refuse, stop, find a device.
+"""What the scripts share as scripts: how they refuse, stop, find a device.
 
     p = Parser("cluster.py", __doc__)
     return run_script("cluster.py", lambda: run(args), argv, stopped="...", memory="...")
@@ -58,12 +58,12 @@ def out_of_memory(error):
 
 
 def run_script(name, work, argv, *, stopped, memory):
-    """The exit status: what work() returns; 2 for what it refuses (ValueError, OSError), 1 when the
+    """The exit status: what work() returns, None for 0; 2 for what it refuses (ValueError, OSError), 1 when the
     memory is used up, 128 and the signal's number for Ctrl-C and SIGTERM, each with one line on
     standard error. The last two lines end in what the caller gives. A bug keeps its traceback."""
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        return work()
+        return work() or 0
     except (ValueError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise

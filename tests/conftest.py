@@ -9,7 +9,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-from model import ModelArgs, Tokenizer, Transformer  # noqa: E402
+from model import ModelArgs, Tokenizer, Transformer, save_llama  # noqa: E402
 
 WORLD = ROOT / "data" / "world"
 ASSETS = ROOT.parent / "shared" / "assets"  # real models and data, where somebody put them
@@ -41,6 +41,13 @@ def tiny_model(seed=0, **changes):
 @pytest.fixture
 def model():
     return tiny_model()
+
+
+@pytest.fixture
+def weights(model, tmp_path):
+    """A checkpoint folder of the tiny model."""
+    save_llama(model, WORLD / "base" / "tokenizer.model", tmp_path / "weights")
+    return tmp_path / "weights"
 
 
 @pytest.fixture(scope="session")

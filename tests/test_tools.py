@@ -1,0 +1,518 @@
+"""tools/: checkpoints and adapters in and out, hostile files, generation. What compares with
+transformers and peft is in test_tools_hf.py."""
+
+import json
+import os
+import re
+import resource
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, WORLD
+
+from hydralora import adapter_parameters, add_hydralora, load_adapter, save_adapter
+from model import load_llama
+from tools import export_hf, hf_layout, import_hf, official_adapter, to_lora
+
+TOKENIZER = WORLD / "base" / "tokenizer.model"
+HF_NAMES = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+            "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+            "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+            "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
+            "ffn_norm": "post_attention_layernorm"}
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32,
+          "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "vocab_size": 768, "max_position_embeddings": 128,
+          "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu"}
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(3, 768, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def halves(weight, heads):
+    """Hugging Face's row order, row by row: a head's even rows first."""
+    size = len(weight) // heads
+    order = [head * size + row for head in range(heads)
+             for row in [*range(0, size, 2), *range(1, size, 2)]]
+    return weight[order]
+
+
+def hf_state(model):
+    """The tensors of a model under Hugging Face's names and in its row order, by a slow twin."""
+    state = {}
+    for name, weight in model.state_dict().items():
+        if name.endswith("wq.weight"):
+            weight = halves(weight, 4)
+        if name.endswith("wk.weight"):
+            weight = halves(weight, 2)
+        for ours, theirs in HF_NAMES.items():
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        name = "model." + name if name.startswith("layers.") else name
+        for ours, theirs in (("tok_embeddings.", "model.embed_tokens."), ("output.", "lm_head.")):
+            name = name.replace(ours, theirs)
+        state["model.norm.weight" if name == "norm.weight" else name] = weight.clone()
+    return state
+
+
+def safetensors_bytes(state):
+    """A safetensors file, put together by hand."""
+    header, data = {}, b""
+    for name, weight in state.items():
+        raw = weight.contiguous().view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": {torch.float32: "F32", torch.bfloat16: "BF16"}[weight.dtype],
+                        "shape": list(weight.shape), "data_offsets": [len(data), len(data + raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def write_hf(folder, state, files=1, index=False, kind="safetensors", **config):
+    """A Hugging Face folder that holds the state in so many files."""
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    names, weight_map = list(state), {}
+    stem, end = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
+    for i in range(files):
+        name = f"{stem}-{i + 1:05d}-of-{files:05d}.{end}" if files > 1 else f"{stem}.{end}"
+        part = {key: state[key] for key in names[i::files]}
+        weight_map.update(dict.fromkeys(part, name))
+        if kind == "safetensors":
+            (folder / name).write_bytes(safetensors_bytes(part))
+        else:
+            torch.save(part, folder / name)
+    if index:
+        (folder / f"{stem}.{end}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.fixture
+def hf(model, tmp_path):
+    return write_hf(tmp_path / "hf", hf_state(model))
+
+
+def make_adapter(weights, path, targets=("w1", "w2", "w3"), rank=4, heads=3, seed=0, **settings):
+    """An adapter.pt whose every tensor matters."""
+    model, _ = load_llama(weights)
+    add_hydralora(model, targets=targets, rank=rank, heads=heads, **settings)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in adapter_parameters(model).items():
+            p.copy_(torch.randn(p.shape, generator=generator) * (2 if "router" in name else 0.3))
+    save_adapter(model, path)
+    return path
+
+
+def tuned(weights, path):
+    model, _ = load_llama(weights, dtype=torch.float32)
+    load_adapter(model, path)
+    return model.eval()
+
+
+@torch.no_grad()
+def official_folder(folder, model, targets=("gate_proj", "down_proj", "up_proj"), heads=3, rank=4,
+                    alpha=8, seed=0, dtype=torch.float32, **config):
+    """An adapter as the paper's code saves it, with random tensors."""
+    generator, folder = torch.Generator().manual_seed(seed), Path(folder)
+    folder.mkdir()
+    tensors = {}
+    for name, weight in hf_state(model).items():
+        module = name.removesuffix(".weight")
+        if module.split(".")[-1] in targets:
+            out, wide = weight.shape
+            shapes = {"lora_A": (rank, wide), "lora_route": (heads, wide),
+                      **{f"lora_B{i}": (out, rank) for i in range(heads)}}
+            for part, shape in shapes.items():
+                tensors[f"base_model.model.{module}.{part}.weight"] = (
+                    torch.randn(shape, generator=generator) * 0.3).to(dtype)
+    torch.save(tensors, folder / "adapter_model.bin")
+    (folder / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
+        "lora_nums": heads, "lora_dropout": 0.05, "target_modules": list(targets), "bias": "none",
+        "blc_alpha": 0.0, "blc_weight": 0.0, "fan_in_fan_out": False, "enable_lora": None,
+        "merge_weights": False, "modules_to_save": None, "inference_mode": True, **config}))
+    return tensors
+
+
+def run(tool, *argv):
+    return tool.main([str(arg) for arg in argv])
+
+
+def refused(capsys, tool, *argv):
+    """The one line with which a tool turns its arguments down."""
+    assert run(tool, *argv) == 2
+    err = capsys.readouterr().err
+    name = Path(tool.__file__).name
+    assert err.startswith(f"{name}: ") and err.count("\n") == 1, err
+    return err
+
+
+# ---------------------------------------------------------------- import_hf, export_hf
+
+
+@pytest.mark.parametrize("files, index, kind", [
+    (1, False, "safetensors"), (3, True, "safetensors"), (3, False, "safetensors"),
+    (1, False, "bin"), (3, True, "bin"), (3, False, "bin")])
+def test_an_imported_model_is_the_model_bit_for_bit(model, tmp_path, files, index, kind):
+    folder = write_hf(tmp_path / "hf", hf_state(model), files, index, kind)
+    assert run(import_hf, folder, tmp_path / "meta") == 0
+    loaded, tokenizer = load_llama(tmp_path / "meta")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
+    assert torch.equal(loaded(tokens(2, 9)), model(tokens(2, 9)))
+    assert tokenizer.vocab_size == 768 and loaded.args.max_seq_len == 128
+    assert sorted(os.listdir(tmp_path)) == ["hf", "meta"]  # no scratch file left
+
+
+def test_the_way_back_holds_the_same_bytes(hf, tmp_path):
+    assert run(import_hf, hf, tmp_path / "meta") == run(export_hf, tmp_path / "meta",
+                                                        tmp_path / "back") == 0
+    before = hf_layout.read_safetensors(hf / "model.safetensors")
+    after = hf_layout.read_safetensors(tmp_path / "back" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8))
+               for name in before)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {key: config[key] for key in CONFIG} == CONFIG and not config["tie_word_embeddings"]
+    assert (tmp_path / "back" / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
+
+
+def test_every_dtype_stays_what_it_is_tensor_by_tensor(model, tmp_path):
+    state = {name: weight if weight.ndim == 1 else weight.bfloat16()
+             for name, weight in hf_state(model).items()}
+    run(import_hf, write_hf(tmp_path / "hf", state), tmp_path / "meta")
+    loaded, _ = load_llama(tmp_path / "meta")
+    assert loaded.norm.weight.dtype == torch.float32
+    assert torch.equal(loaded.layers[0].attention.wq.weight,
+                       model.layers[0].attention.wq.weight.bfloat16())
+
+
+def test_a_tied_output_becomes_a_tensor_of_its_own_and_is_tied_again_on_the_way_back(
+        model, tmp_path):
+    state = hf_state(model)
+    del state["lm_head.weight"]
+    run(import_hf, write_hf(tmp_path / "hf", state, tie_word_embeddings=True), tmp_path / "meta")
+    loaded, _ = load_llama(tmp_path / "meta")
+    assert torch.equal(loaded.output.weight, loaded.tok_embeddings.weight)
+    with torch.no_grad():  # full fine-tuning must not move both at once
+        loaded.output.weight.add_(1)
+    assert torch.equal(loaded.tok_embeddings.weight, model.tok_embeddings.weight)
+    run(export_hf, tmp_path / "meta", tmp_path / "back")
+    assert "lm_head.weight" not in hf_layout.read_safetensors(
+        tmp_path / "back" / "model.safetensors")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("dim, width", [(32, 88), (32, 8), (32, 1000), (576, 1536), (2048, 5632),
+                                        (4096, 11008), (8192, 28672), (4096, 14336), (33, 7)])
+def test_any_feed_forward_width_survives_metas_rounding(tmp_path, dim, width):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**CONFIG, "hidden_size": dim * 8, "intermediate_size": width}))
+    assert import_hf.read_config(config)[0].ffn_dim == width
+
+
+@pytest.mark.parametrize("change, theta", [
+    ({"rope_theta": 5e5}, 5e5), ({"rope_theta": 100000000}, 1e8), ({"rope_theta": None}, 1e4),
+    ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}, 2e4)])
+def test_rope_theta_is_read_where_old_and_new_configs_keep_it(tmp_path, change, theta):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**CONFIG, **change}))
+    assert import_hf.read_config(config)[0].rope_theta == theta
+
+
+def test_an_old_checkpoints_rotary_buffer_is_left_out(model, tmp_path):
+    state = hf_state(model)
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    assert run(import_hf, write_hf(tmp_path / "hf", state), tmp_path / "meta") == 0
+
+
+def test_a_pickle_from_before_pytorch_1_6_is_read_too(model, tmp_path):
+    folder = write_hf(tmp_path / "hf", hf_state(model), kind="bin")
+    torch.save(hf_state(model), folder / "pytorch_model.bin",
+               _use_new_zipfile_serialization=False)
+    assert run(import_hf, folder, tmp_path / "meta") == 0
+    assert torch.equal(load_llama(tmp_path / "meta")[0](tokens(1, 5)), model(tokens(1, 5)))
+
+
+def test_a_tensor_that_is_part_of_a_larger_one_is_written_alone(model, tmp_path):
+    state, fused = hf_state(model), torch.zeros(100000)
+    norm = state["model.norm.weight"]
+    fused[:len(norm)] = norm
+    state["model.norm.weight"] = fused[:len(norm)]
+    run(import_hf, write_hf(tmp_path / "hf", state, kind="bin"), tmp_path / "meta")
+    size = (tmp_path / "meta" / "consolidated.00.pth").stat().st_size
+    assert size < sum(p.nbytes for p in model.parameters()) + 50000
+    assert torch.equal(load_llama(tmp_path / "meta")[0].norm.weight, norm)
+
+
+def test_a_tokenizer_can_be_named(hf, tmp_path, capsys):
+    (hf / "tokenizer.model").rename(tmp_path / "mine.model")
+    assert "has no tokenizer.model" in refused(capsys, import_hf, hf, tmp_path / "meta")
+    (hf / "tokenizer.json").write_text("{}")
+    assert "has tokenizer.json but no tokenizer.model" in refused(
+        capsys, import_hf, hf, tmp_path / "meta")
+    assert "there is no file" in refused(capsys, import_hf, hf, tmp_path / "meta",
+                                         "--tokenizer", tmp_path / "absent")
+    assert run(import_hf, hf, tmp_path / "meta", "--tokenizer", tmp_path / "mine.model") == 0
+    assert load_llama(tmp_path / "meta")[1].vocab_size == 768
+
+
+def anonymous_memory():
+    """Bytes of this process that no file backs."""
+    status = Path("/proc/self/status")
+    if not status.exists() or "RssAnon" not in status.read_text():
+        pytest.skip("only Linux tells anonymous memory apart")
+    return int(re.search(r"RssAnon:\s*(\d+)", status.read_text())[1]) * 1024
+
+
+def test_import_holds_neither_the_model_nor_the_copies_of_its_rows(hf, tmp_path):
+    run(import_hf, hf, tmp_path / "first")  # what PyTorch imports at its first use is no matter
+    dim, layers = 1024, 12  # 96 MiB of wq and wk, 96 MiB of wv and wo
+    shapes = {"model.embed_tokens.weight": (768, dim), "model.norm.weight": (dim,)}
+    for i in range(layers):
+        for name in HF_NAMES.values():
+            width = {"mlp.gate_proj": (8, dim), "mlp.up_proj": (8, dim), "mlp.down_proj": (dim, 8)}
+            norm = (dim,) if name.endswith("norm") else (dim, dim)
+            shapes[f"model.layers.{i}.{name}.weight"] = width.get(name, norm)
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    folder = write_hf(tmp_path / "large", {}, hidden_size=dim, intermediate_size=8,
+                      num_hidden_layers=layers, num_key_value_heads=4, tie_word_embeddings=True)
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    start = peak = anonymous_memory()
+    stop = threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not stop.wait(0.001):
+            peak = max(peak, anonymous_memory())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        assert run(import_hf, folder, tmp_path / "meta") == 0
+    finally:
+        stop.set()
+        thread.join()
+    assert end > 192 * 2**20 and peak - start < 48 * 2**20
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "mistral"}, "architecture is 'mistral', not 'llama'"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling is 'linear'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling is 'llama3'"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling is 'yarn'"),
+    ({"rope_scaling": "dynamic"}, "rope scaling is 'dynamic'"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ({"attention_bias": True}, "attention_bias is set"),
+    ({"mlp_bias": True}, "mlp_bias is set"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+    ({"head_dim": 16}, "head_dim is 16"),
+    ({"num_attention_heads": 5}, "cannot be divided over 5 heads"),
+    ({"num_key_value_heads": 3}, "3 key/value heads"),
+    ({"hidden_size": "32"}, "hidden_size is '32'"),
+    ({"num_hidden_layers": 10**30}, "num_hidden_layers is 1000"),
+    ({"num_hidden_layers": 10**6}, "holds 21 tensors, too few for the 1000000 layers"),
+    ({"rms_norm_eps": float("nan")}, "it holds NaN"),
+    ({"rope_theta": float("inf")}, "it holds Infinity"),
+    ({"intermediate_size": None}, "intermediate_size is None"),
+    ({"vocab_size": 700}, "768 pieces, the embedding 700 rows"),
+    ({"vocab_size": 769}, r"embed_tokens.weight in .* is \(768, 32\), .* asks for \(769"),
+    ({"intermediate_size": 96}, r"gate_proj.weight in .* is \(88, 32\)"),
+    ({"tie_word_embeddings": True}, "ties its output to the embedding .* another lm_head"),
+])
+def test_a_model_that_this_one_is_not_is_refused_by_name(model, tmp_path, capsys, change, message):
+    folder = write_hf(tmp_path / "hf", hf_state(model), **change)
+    assert re.search(message, refused(capsys, import_hf, folder, tmp_path / "meta"))
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def write_tied(folder):
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "tie_word_embeddings": True}))
+
+
+def without(state, name):
+    return {key: weight for key, weight in state.items() if key != name}
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f, s: (f / "config.json").unlink(), "has no config.json"),
+    (lambda f, s: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+    (lambda f, s: (f / "config.json").write_text("[" * 100000), "config.json is not valid JSON"),
+    (lambda f, s: (f / "config.json").write_text("[]"), "not a JSON object but list"),
+    (lambda f, s: (f / "config.json").write_bytes(b"\xff\xfe{}"), "config.json is not valid JSON"),
+    (lambda f, s: (f / "config.json").write_text('{"rms_norm_eps": 1e999, "model_type": "llama"}'),
+     "is None, not a number"),
+    (lambda f, s: (f / "model.safetensors").unlink(), "holds no model.*give the folder"),
+    (lambda f, s: (f / "tokenizer.model").write_text("x"), "not a sentencepiece model"),
+    (lambda f, s: (f / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'),
+     r"lacks \['model-00002-of-00002.safetensors'\]"),
+    (lambda f, s: (f / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../../secret.safetensors"}}'), "no weight_map of plain file names"),
+    (lambda f, s: (f / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
+    (lambda f, s: (write_tied(f), (f / "model.safetensors").write_bytes(safetensors_bytes(
+        without(s, "model.embed_tokens.weight")))), r"missing \['model.embed_tokens.weight'\]"),
+    (lambda f, s: (write_tied(f), (f / "model.safetensors").write_bytes(safetensors_bytes(
+        {**s, "lm_head.weight": s["lm_head.weight"].bfloat16()}))), "holds another lm_head.weight"),
+    (lambda f, s: (f / "model-2.safetensors").write_bytes(safetensors_bytes(s)), "repeats"),
+    (lambda f, s: (f / "model.safetensors").write_bytes(
+        safetensors_bytes(without(s, "model.layers.1.mlp.up_proj.weight"))),
+     r"missing \['model.layers.1.mlp.up_proj.weight'\].*is a file missing"),
+    (lambda f, s: (f / "model.safetensors").write_bytes(safetensors_bytes(
+        {**s, "model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})),
+     r"extra \['model.layers.0.self_attn.q_proj.bias'\].*A bias has no place"),
+])
+def test_a_damaged_folder_is_refused_with_what_to_do(model, hf, tmp_path, capsys, damage, message):
+    damage(hf, hf_state(model))
+    assert re.search(message, refused(capsys, import_hf, hf, tmp_path / "meta"))
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def headed(header, data=bytes(8)):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "not a whole safetensors file"),
+    (b"1234567", "not a whole safetensors file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "Git LFS pointer"),
+    (struct.pack("<Q", 2**63) + b"{}", "not a whole safetensors file"),
+    (headed({"a": ONE})[:-1], "cut short: 'a' ends 1 bytes after the file"),
+    (headed({"a": ONE}, bytes(12)), "4 bytes after its last tensor"),
+    (headed(b"{"), "header of .* is not valid JSON"),
+    (headed(b"\xff{}"), "header of .* is not valid JSON"),
+    (headed(b"[" * 100000), "header of .* is not valid JSON"),
+    (headed(b'{"a": NaN}'), "it holds NaN"),
+    (headed(b'{"a": {}, "a": {}}'), "it holds a name twice"),
+    (headed([]), "is not a JSON object"),
+    (headed({"a": 1}), "'a' has no dtype, shape and data_offsets"),
+    (headed({"a": {**ONE, "dtype": ["F32"]}}), "'a' has no dtype"),
+    (headed({"a": {**ONE, "shape": [-2]}}), "'a' has no dtype"),
+    (headed({"a": {**ONE, "shape": [True, 2]}}), "'a' has no dtype"),
+    (headed({"a": {**ONE, "shape": [2.0]}}), "'a' has no dtype"),
+    (headed({"a": {**ONE, "data_offsets": [8, 0]}}), "has the offsets"),
+    (headed({"a": {**ONE, "data_offsets": [0]}}), "has the offsets"),
+    (headed({"a": {**ONE, "data_offsets": []}}), "has the offsets"),
+    (headed({"a": {**ONE, "data_offsets": [-8, 0]}}), "'a' has no dtype"),
+    (headed({"a": {**ONE, "shape": [3]}}), "12 bytes of F32"),
+    (headed({"a": {**ONE, "shape": [2**62, 2**62]}}), "has the offsets"),
+    (headed({"a": {**ONE, "data_offsets": [2**62, 2**62 + 8]}}), "what stands before it ends at 0"),
+    (headed({"a": ONE, "b": ONE}), "'b' starts at byte 0, what stands before it ends at 8"),
+    (headed({"a": ONE, "b": {**ONE, "data_offsets": [4, 12]}}, bytes(12)), "'b' starts at byte 4"),
+    (headed({"a": {**ONE, "dtype": "I8", "shape": [8]}}), "quantised or integer"),
+    (headed({"a": {**ONE, "dtype": "F8_E4M3", "shape": [8]}}), "quantised or integer"),
+])
+def test_a_hostile_safetensors_file_is_refused_in_one_line(hf, tmp_path, capsys, content, message):
+    (hf / "model.safetensors").write_bytes(content)
+    assert re.search(message, refused(capsys, import_hf, hf, tmp_path / "meta"))
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_an_unaligned_file_and_an_empty_tensor_are_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(headed(b' {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+                            b'"b": {"dtype": "F32", "shape": [0, 3], "data_offsets": [8, 8]}}',
+                            struct.pack("<2f", 1.5, -2.0)))
+    read = hf_layout.read_safetensors(path)
+    assert read["a"].tolist() == [1.5, -2.0] and read["b"].shape == (0, 3)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("content, message", [
+    (lambda path: {"a": Evil(path)}, "not a file of tensors alone"),
+    (lambda path: [torch.zeros(1)], "holds a list"),
+    (lambda path: {"a": torch.zeros(2, dtype=torch.int8)}, "'a' is torch.int8, torch.strided"),
+    (lambda path: {"a": torch.ones(2).to_sparse()}, "'a' is torch.float32, torch.sparse_coo"),
+    (lambda path: {"a": torch.ones(2, device="meta")}, "torch.strided on meta"),
+    (lambda path: {"a": 1}, "'a' is int, not a named tensor"),
+    (lambda path: {1: torch.zeros(2)}, "1 is Tensor, not a named tensor"),
+    (lambda path: torch.zeros(3), "holds a Tensor"),
+])
+def test_a_pickle_that_holds_more_than_tensors_is_refused_and_runs_nothing(
+        tmp_path, capsys, content, message):
+    folder = write_hf(tmp_path / "hf", {}, kind="bin")
+    torch.save(content(tmp_path / "owned"), folder / "pytorch_model.bin")
+    assert message in refused(capsys, import_hf, folder, tmp_path / "meta")
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_a_destination_that_exists_is_left_alone(hf, weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("x")
+    adapter = make_adapter(weights, tmp_path / "adapter.pt")
+    for tool, argv in [(import_hf, [hf, out]), (export_hf, [weights, out]),
+                       (official_adapter, [adapter, out, "--weights", weights]),
+                       (to_lora, [adapter, out, "--weights", weights, "--gate", "uniform"])]:
+        assert "exists already" in refused(capsys, tool, *argv)
+    assert os.listdir(out) == ["mine"]
+    assert "there is no folder" in refused(capsys, import_hf, hf, tmp_path / "absent" / "out")
+
+
+@pytest.fixture
+def small_disk():
+    """Files end at 20 kB, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(hf, weights, tmp_path, capsys, request):
+    adapter = make_adapter(weights, tmp_path / "adapter.pt", rank=64, heads=1)
+    run(official_adapter, adapter, tmp_path / "theirs", "--weights", weights)
+    names = sorted(os.listdir(tmp_path))
+    request.getfixturevalue("small_disk")
+    out = tmp_path / "out"
+    for tool, argv in [(import_hf, [hf, out]), (export_hf, [weights, out]),
+                       (official_adapter, [adapter, out, "--weights", weights]),
+                       (official_adapter, [tmp_path / "theirs", out, "--weights", weights]),
+                       (to_lora, [adapter, out, "--weights", weights])]:
+        assert re.search("File too large|disk full", refused(capsys, tool, *argv))
+        assert sorted(os.listdir(tmp_path)) == names
+
+
+@pytest.mark.parametrize("place", ["write_safetensors", "save_llama"])
+def test_ctrl_c_leaves_nothing_and_exits_130(hf, tmp_path, capsys, monkeypatch, place):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_hf, place, interrupted)
+    assert run(import_hf, hf, tmp_path / "meta") == 130
+    assert capsys.readouterr().err == "import_hf.py: interrupted; nothing was written\n"
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_the_tools_run_as_modules_from_the_repository_root(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "tools.export_hf", tmp_path, tmp_path / "out"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"export_hf.py: {tmp_path} has no params.json")

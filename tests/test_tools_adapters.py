@@ -1,0 +1,385 @@
+"""tools/official_adapter.py, tools/to_lora.py, tools/generate.py. What compares with transformers
+and peft is in test_tools_hf.py."""
+
+import json
+import os
+import re
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, WORLD
+from test_tools import (Evil, make_adapter, official_folder, refused, run, safetensors_bytes, tokens,
+                        tuned, without)
+
+from hydralora import hydra_layers
+from model import generate, load_llama
+from tools import export_hf, generate as talk, hf_layout, import_hf, official_adapter, to_lora
+
+# ---------------------------------------------------------------- official_adapter
+
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj", "lm_head")
+
+
+@pytest.mark.parametrize("targets", [("gate_proj", "down_proj", "up_proj"), ALL], ids=len)
+def test_their_adapter_comes_back_exactly(model, weights, tmp_path, targets):
+    before = official_folder(tmp_path / "theirs", model, targets)
+    for source, out in [("theirs", "ours.pt"), ("ours.pt", "again")]:
+        assert run(official_adapter, tmp_path / source, tmp_path / out, "--weights", weights) == 0
+    after = torch.load(tmp_path / "again" / "adapter_model.bin", weights_only=True)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text())
+               for name in ("theirs", "again")]
+    assert {**configs[1], "base_model_name_or_path": 0} == {**configs[0],
+                                                            "base_model_name_or_path": 0}
+
+
+def test_our_adapter_comes_back_exactly_through_their_format(weights, tmp_path):
+    make_adapter(weights, tmp_path / "a.pt", targets=("wq", "wk", "w2"), dropout=0.1)
+    run(official_adapter, tmp_path / "a.pt", tmp_path / "theirs", "--weights", weights)
+    run(official_adapter, tmp_path / "theirs", tmp_path / "b.pt", "--weights", weights)
+    a, b = (torch.load(tmp_path / name, weights_only=True) for name in ("a.pt", "b.pt"))
+    assert {**a["config"], "targets": sorted(a["config"]["targets"])} == {
+        **b["config"], "targets": sorted(b["config"]["targets"])}
+    assert all(torch.equal(a["tensors"][name], b["tensors"][name]) for name in a["tensors"])
+
+
+def test_a_bf16_adapter_of_theirs_keeps_its_numbers(model, weights, tmp_path):
+    tensors = official_folder(tmp_path / "theirs", model, dtype=torch.bfloat16)
+    run(official_adapter, tmp_path / "theirs", tmp_path / "a.pt", "--weights", weights)
+    layer = tuned(weights, tmp_path / "a.pt").layers[0].feed_forward.w1
+    want = tensors["base_model.model.model.layers.0.mlp.gate_proj.lora_B2.weight"]
+    assert layer.lora_B.dtype == torch.float32 and torch.equal(layer.lora_B[2], want.float())
+
+
+@pytest.mark.parametrize("settings", [{"heads": 1}, {"heads": 3, "gate": "uniform"}], ids=str)
+def test_an_adapter_without_a_router_gets_one_that_does_nothing(weights, tmp_path, settings):
+    make_adapter(weights, tmp_path / "a.pt", **settings)
+    run(official_adapter, tmp_path / "a.pt", tmp_path / "theirs", "--weights", weights)
+    assert run(official_adapter, tmp_path / "theirs", tmp_path / "b.pt", "--weights", weights) == 0
+    a, b = tuned(weights, tmp_path / "a.pt"), tuned(weights, tmp_path / "b.pt")
+    assert torch.allclose(a(tokens(1, 9)), b(tokens(1, 9)), atol=1e-5)
+
+
+def rename(tensors, old, new):
+    return {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("config, change, message", [
+    ({"lora_nums": None}, None, "lora_nums is None"),
+    ({"r": 10**7}, None, "says r 10000000 and lora_nums 3; .* rank \\[4\\] and 3 heads"),
+    ({"lora_nums": 5}, None, "lora_nums 5; the tensors beside it have rank .4. and 3 heads"),
+    ({"lora_alpha": float("nan")}, None, "it holds NaN"),
+    ({"lora_alpha": None}, None, "lora_alpha is None"),
+    ({"lora_dropout": "0.1"}, None, "lora_dropout is '0.1'"),
+    ({"lora_dropout": 1.5}, None, "dropout must be in"),
+    ({"target_modules": "all-linear"}, None, "target_modules is 'all-linear'"),
+    ({"target_modules": ["gate_proj", "c_attn"]}, None, "c_attn"),
+    ({"target_modules": ["gate_proj", "up_proj"]}, None, "does not fit its config"),
+    ({"bias": "all"}, None, "bias is 'all'"),
+    ({"modules_to_save": ["embed_tokens"]}, None, "modules_to_save is"),
+    ({"fan_in_fan_out": True}, None, "fan_in_fan_out is True"),
+    ({}, lambda t: without(t, next(iter(t))), "lora_A.weight'.* missing, extra or mis-shaped"),
+    ({}, lambda t: rename(t, "layers.1.", "layers.7."), "missing, extra or mis-shaped"),
+    ({}, lambda t: {name: x[..., :8] for name, x in t.items()}, "mis-shaped"),
+    ({}, lambda t: {name: x.to(torch.int8) for name, x in t.items()}, "torch.int8"),
+    ({}, lambda t: {"a": Evil(ROOT / "owned")}, "not a file of tensors alone"),
+])
+def test_a_foreign_adapter_is_refused_with_its_reason(model, weights, tmp_path, capsys, config,
+                                                      change, message):
+    tensors = official_folder(tmp_path / "theirs", model, **config)
+    if change:
+        torch.save(change(tensors), tmp_path / "theirs" / "adapter_model.bin")
+    argv = [tmp_path / "theirs", tmp_path / "a.pt", "--weights", weights]
+    assert re.search(message, refused(capsys, official_adapter, *argv))
+    assert sorted(os.listdir(tmp_path)) == ["theirs", "weights"]
+    assert not (ROOT / "owned").exists()
+
+
+def test_what_is_no_adapter_of_theirs_or_ours_is_refused(model, weights, tmp_path, capsys):
+    def attempt(source, out="out"):
+        return refused(capsys, official_adapter, source, tmp_path / out, "--weights", weights)
+
+    assert "holds no adapter_model.bin" in attempt(weights)
+    assert "is not an adapter of this project" in attempt(weights / "consolidated.00.pth")
+    assert "is not an adapter of this project" in attempt(tmp_path / "absent.pt")
+    make_adapter(weights, tmp_path / "split.pt", share_a=False)
+    assert "an A for every head" in attempt(tmp_path / "split.pt")
+    official_folder(tmp_path / "theirs", model)
+    assert "exists already" in attempt(tmp_path / "theirs", "split.pt")
+    config = tmp_path / "theirs" / "adapter_config.json"
+    config.write_text('{"peft_type": "LORA", "r": 4}')
+    assert "no lora_nums: an ordinary LoRA" in attempt(tmp_path / "theirs")
+    config.unlink()
+    assert "there is no" in attempt(tmp_path / "theirs")
+
+
+# ---------------------------------------------------------------- to_lora
+
+
+def merged(weights, lora, folder):
+    """The model with an exported LoRA added to its weights, in Hugging Face's layout."""
+    run(export_hf, weights, folder / "hf")
+    state = hf_layout.read_safetensors(folder / "hf" / "model.safetensors")
+    config = json.loads((lora / "adapter_config.json").read_text())
+    tensors = hf_layout.read_safetensors(lora / "adapter_model.safetensors")
+    for name in state:
+        place = "base_model.model." + name.removesuffix(".weight")
+        if f"{place}.lora_A.weight" in tensors:
+            state[name] = state[name] + config["lora_alpha"] / config["r"] * (
+                tensors[f"{place}.lora_B.weight"] @ tensors[f"{place}.lora_A.weight"])
+    (folder / "hf" / "model.safetensors").write_bytes(safetensors_bytes(state))
+    run(import_hf, folder / "hf", folder / "merged")
+    return load_llama(folder / "merged")[0]
+
+
+TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+
+
+@pytest.mark.parametrize("settings", [
+    {"heads": 1}, {"heads": 1, "alpha": 5.0}, {"heads": 3, "gate": "uniform"},
+    {"heads": 3, "gate": "uniform", "share_a": False}], ids=str)
+def test_what_a_single_lora_can_say_is_exported_exactly(weights, tmp_path, capsys, settings):
+    path = make_adapter(weights, tmp_path / "a.pt", TARGETS, **settings)
+    assert run(to_lora, path, tmp_path / "lora", "--weights", weights) == 0
+    assert "exact: " in capsys.readouterr().out
+    want = tuned(weights, path)(tokens(2, 9))
+    got = merged(weights, tmp_path / "lora", tmp_path)(tokens(2, 9))
+    assert torch.allclose(got, want, atol=1e-4 * want.abs().max().item())
+
+
+RECORDS = [{"instruction": f"What is {i} plus {i}?", "response": f"It is {2 * i}."}
+           for i in range(40)]
+
+
+@pytest.fixture
+def records(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(map(json.dumps, RECORDS)))
+    return path
+
+
+def losses(text):
+    """The three losses that to_lora prints."""
+    return [float(x) for x in re.search(
+        r"base (\d+\.\d+), HydraLoRA (\d+\.\d+), this LoRA (\d+\.\d+)", text).groups()]
+
+
+def loss_of(model, tokenizer, records):
+    """Mean over the response's tokens, record by record."""
+    total = count = 0
+    for record in records:
+        ids = tokenizer.encode(record["instruction"], eos=True)
+        new = tokenizer.encode(record["response"], bos=False, eos=True)
+        with torch.no_grad():
+            logp = model(torch.tensor([ids + new]))[0].log_softmax(-1)
+        total -= sum(logp[len(ids) - 1 + i, token].item() for i, token in enumerate(new))
+        count += len(new)
+    return total / count
+
+
+@pytest.mark.parametrize("share_a", [True, False])
+@pytest.mark.parametrize("gate", ["uniform", "calibrated"])
+def test_several_heads_become_one_lora_whose_printed_loss_is_its_own(
+        weights, tokenizer, records, tmp_path, capsys, gate, share_a):
+    path = make_adapter(weights, tmp_path / "a.pt", TARGETS, share_a=share_a)
+    argv = [path, tmp_path / "lora", "--weights", weights, "--gate", gate, "--val-data", records,
+            "--dtype", "fp32", "--device", "cpu"]
+    assert run(to_lora, *argv, *(["--data", records] if gate == "calibrated" else [])) == 0
+    base, before, after = losses(capsys.readouterr().out)
+    assert base == pytest.approx(loss_of(load_llama(weights)[0], tokenizer, RECORDS), abs=2e-4)
+    assert before == pytest.approx(loss_of(tuned(weights, path), tokenizer, RECORDS), abs=2e-4)
+    model = merged(weights, tmp_path / "lora", tmp_path)
+    assert after == pytest.approx(loss_of(model, tokenizer, RECORDS), abs=2e-3)
+
+
+def test_the_calibrated_gate_is_the_mean_over_every_token_of_the_data(
+        weights, tokenizer, records, tmp_path):
+    path = make_adapter(weights, tmp_path / "a.pt", ("w1",))
+    run(to_lora, path, tmp_path / "lora", "--weights", weights, "--gate", "calibrated", "--data",
+        records, "--val-data", records)
+    model, seen = tuned(weights, path), []
+    layer = model.layers[0].feed_forward.w1
+    layer.register_forward_hook(lambda _, x, y: seen.append((layer.router @ x[0][0].T).softmax(0)))
+    for record in RECORDS:
+        ids = tokenizer.encode(record["instruction"], eos=True)
+        ids += tokenizer.encode(record["response"], bos=False)  # its EOS is predicted, never read
+        model(torch.tensor([ids]))
+    w = torch.cat(seen, 1).mean(1)
+    want = sum(w[i] * layer.lora_B[i] for i in range(3))
+    got = hf_layout.read_safetensors(tmp_path / "lora" / "adapter_model.safetensors")
+    assert torch.allclose(got["base_model.model.model.layers.0.mlp.gate_proj.lora_B.weight"], want,
+                          atol=1e-6)
+
+
+def test_a_learned_gate_is_not_exported_without_saying_how(weights, records, tmp_path, capsys):
+    path = make_adapter(weights, tmp_path / "a.pt")
+
+    def attempt(*more):
+        return refused(capsys, to_lora, path, tmp_path / "lora", "--weights", weights, *more)
+
+    assert "3 heads and a router, which no single LoRA equals: choose --gate uniform" in attempt()
+    assert "--gate calibrated needs --data FILE" in attempt("--gate", "calibrated")
+    assert "give --val-data FILE" in attempt("--gate", "uniform")
+    assert "no data file" in attempt("--gate", "uniform", "--val-data", tmp_path / "absent")
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "records.jsonl", "weights"]
+
+
+def test_without_val_data_a_share_of_the_data_is_held_out(weights, records, tmp_path, capsys):
+    path = make_adapter(weights, tmp_path / "a.pt")
+    run(to_lora, path, tmp_path / "lora", "--weights", weights, "--gate", "calibrated", "--data",
+        records)
+    assert "validation loss on 2 records" in capsys.readouterr().out  # 5 % of 40
+
+
+# ---------------------------------------------------------------- generate
+
+
+@pytest.fixture
+def adapter(weights, tmp_path):
+    return make_adapter(weights, tmp_path / "a.pt", dropout=0.5)
+
+
+def spoken(capsys, *argv):
+    assert run(talk, *argv) == 0
+    return capsys.readouterr().out
+
+
+def test_a_raw_prompt_streams_what_generate_returns(weights, adapter, tokenizer, capsys):
+    prompts = ["the cook", "the old cook"]
+    out = spoken(capsys, *prompts, "--weights", weights, "--adapter", adapter, "--raw",
+                 "--max-new-tokens", 6, "--dtype", "fp32", "--device", "cpu")
+    want = generate(tuned(weights, adapter), tokenizer, prompts, max_new_tokens=6)
+    assert out == "".join(f"> {prompt}\nadapter:  {text}\n\n" for prompt, text in zip(prompts, want))
+    assert want[0].startswith(" ")  # a piece carries its own space
+
+
+def slow_answer(model, tokenizer, prompt, count):
+    """No cache: BOS, prompt, EOS, then the likeliest token, decoded apart from the prompt."""
+    ids, new = tokenizer.encode(prompt, eos=True), []
+    for _ in range(count):
+        token = model(torch.tensor([ids + new]))[0, -1].argmax().item()
+        if token == tokenizer.eos_id:
+            break
+        new.append(token)
+    return tokenizer.decode(new).removesuffix("\ufffd")
+
+
+def test_compare_answers_an_instruction_with_the_base_and_with_the_adapter(
+        weights, adapter, tokenizer, capsys):
+    out = spoken(capsys, "What is 3?", "--weights", weights, "--adapter", adapter, "--compare",
+                 "--max-new-tokens", 9)
+    base = slow_answer(load_llama(weights)[0], tokenizer, "What is 3?", 9)
+    with_adapter = slow_answer(tuned(weights, adapter), tokenizer, "What is 3?", 9)
+    assert out == f"> What is 3?\nbase:     {base}\nadapter:  {with_adapter}\n\n"
+    assert base != with_adapter
+    assert spoken(capsys, "What is 3?", "--weights", weights, "--max-new-tokens", 9) == (
+        f"> What is 3?\nanswer:   {base}\n\n")
+
+
+def test_a_character_is_printed_when_its_last_byte_has_come(tokenizer):
+    ids = tokenizer.encode("naïve 😀!", bos=False)
+    pieces = list(talk.text_pieces(tokenizer, ids))
+    assert "".join(pieces) == "naïve 😀!" and "😀" in pieces and "" in pieces
+    before = tokenizer.encode("the old")
+    assert "".join(talk.text_pieces(tokenizer, tokenizer.encode("cook", bos=False), before)) == (
+        " cook")
+
+
+def test_sampling_follows_its_flags(weights, capsys):
+    def draw(*more):
+        return spoken(capsys, "one", "--weights", weights, "--max-new-tokens", 8, *more)
+
+    hot = ("--temperature", 2)
+    assert draw(*hot, "--seed", 1) == draw(*hot, "--seed", 1) != draw(*hot, "--seed", 2)
+    assert draw(*hot, "--top-p", 1e-6) == draw()
+
+
+@pytest.fixture
+def routed(weights, adapter, tokenizer):
+    """What --show-routing should say of a text, token by token."""
+    model, seen = tuned(weights, adapter), {}
+    prompt = tokenizer.encode("What is 3?", eos=True)
+    new = []
+    for _ in range(6):
+        new.append(model(torch.tensor([prompt + new]))[0, -1].argmax().item())
+    handles = [layer.register_forward_hook(
+        lambda layer, x, _, name=name: seen.update(
+            {name: torch.stack([(layer.router @ row).softmax(0) for row in x[0][0]])}))
+        for name, layer in hydra_layers(model).items()]
+    model(torch.tensor([prompt + new]))
+    for handle in handles:
+        handle.remove()
+    divided = max(seen, key=lambda name: seen[name].std(0).mean())
+    return seen, divided, prompt, new
+
+
+def test_show_routing_marks_each_token_by_its_strongest_head(
+        weights, adapter, tokenizer, capsys, routed, monkeypatch):
+    gates, divided, prompt, new = routed
+    argv = ["What is 3?", "--weights", weights, "--adapter", adapter, "--show-routing",
+            "--max-new-tokens", 6]
+    out = spoken(capsys, *argv)
+    assert "\033[" not in out  # not a terminal
+    legend, text = out.split("\n\n")[1].split("\n", 1)
+    assert f"in {divided}," in legend and "[1]head 1 [2]head 2 [3]head 3" in legend
+    heads, want, last = gates[divided].argmax(-1).tolist(), "", None
+    pieces = [*talk.text_pieces(tokenizer, prompt), *talk.text_pieces(tokenizer, new)]
+    for i, (head, piece) in enumerate(zip(heads, pieces, strict=True)):
+        want += " | " if i == len(prompt) else ""
+        if piece:
+            want += f"[{head + 1}]{piece}" if head != last else piece
+            last = head
+    assert text == want
+    for name, gate in gates.items():
+        row = "".join(f"{w:9.3f}" for w in gate.mean(0).tolist())
+        assert f"{name:32}{row}\n" in out
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    coloured = spoken(capsys, *argv)
+    assert f"\033[{talk.COLOURS[0]}mhead 1\033[0m" in coloured
+    painted = coloured.split("\n\n")[1].split("\n", 1)[1]
+    marked = re.findall(r"\033\[(\d+)m([^\033]*)\033\[0m", painted)
+    assert "".join(piece for _, piece in marked) == re.sub(r"\[\d\]| \| ", "", text)
+    monkeypatch.setenv("NO_COLOR", "")
+    assert spoken(capsys, *argv) == out
+
+
+def test_without_flags_it_answers_records_of_the_world_with_the_first_commands_adapter(
+        tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "make it with `python train.py --heads 3 --rank 8`" in refused(capsys, talk)
+    (tmp_path / "runs" / "hydralora").mkdir(parents=True)
+    make_adapter(WORLD / "base", tmp_path / "runs" / "hydralora" / "adapter.pt", rank=8)
+    monkeypatch.setattr(talk, "SHOWN", 2)
+    out = spoken(capsys, "--max-new-tokens", 4)
+    assert out.count("> ") == out.count("\nexpected: ") == out.count("\nadapter:  ") == 2
+
+
+def test_what_generate_cannot_do_is_said_in_one_line(weights, adapter, tmp_path, capsys):
+    def attempt(*argv):
+        return refused(capsys, talk, "one", *argv)
+
+    ours = ("--weights", weights, "--adapter", adapter)
+    one = make_adapter(weights, tmp_path / "one.pt", heads=1)
+    assert "exceed the model's 128: shorten" in attempt("--weights", weights,
+                                                        "--max-new-tokens", 126)
+    assert "exceed the model's 8:" in attempt("--weights", weights, "--max-new-tokens", 6,
+                                              "--max-seq-len", 8)
+    assert "--compare needs --adapter" in attempt("--weights", weights, "--compare")
+    assert "--show-routing needs --adapter" in attempt("--weights", weights, "--show-routing")
+    assert "has no router" in attempt("--weights", weights, "--adapter", one, "--show-routing")
+    assert "not an adapter of this project" in attempt("--adapter", tmp_path / "absent.pt")
+    assert "another base model" in attempt("--adapter", adapter)
+    assert "has no params.json" in attempt("--weights", tmp_path)
+    assert "--device nonsense cannot be used" in attempt(*ours, "--device", "nonsense")
+    assert "--temperature not negative" in attempt(*ours, "--temperature", -1)
+    assert "--top-p above 0" in attempt(*ours, "--top-p", 0)
+    assert "give a prompt" in refused(capsys, talk, *ours)
+
+
+def test_generate_runs_in_bf16(weights, adapter, capsys):
+    assert "adapter:" in spoken(capsys, "one", "--weights", weights, "--adapter", adapter,
+                                "--dtype", "bf16", "--max-new-tokens", 2)

@@ -1,0 +1,200 @@
+"""Talk to a model: prompt in, text out as it comes, from the base, an adapter, or both.
+
+    python -m tools.generate                                # the adapter of the first command
+    python -m tools.generate "What is 3 plus 4?" --compare --show-routing
+    python -m tools.generate "Give me three ideas." --weights llama-2-7b --adapter adapter.pt
+
+A prompt is taken as an instruction, as in training: BOS, prompt, EOS, and the answer follows
+(HydraLoRA, section 4); --raw continues it instead. --show-routing is section 3.2.2 made visible:
+which of the B matrices the router chose for each token.
+
+Shapes: T tokens, N heads.
+"""
+
+import os
+import sys
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from data.corpus import prompt_text, read_records
+from data.scripts import Parser, pick_device, run_script
+from eval_mmlu import DTYPES, load
+from hydralora import adapters_disabled, hydra_layers, record_gates
+from model import generate_tokens
+from tools.official_adapter import WORLD_BASE
+
+ADAPTER, MADE_BY = Path("runs/hydralora/adapter.pt"), "python train.py --heads 3 --rank 8"
+SHOWN = 4  # records of the embedded world, one a family, that are answered without a prompt
+COLOURS = [31, 32, 34, 33, 35, 36, 91, 92, 94, 93, 95, 96]  # ANSI: red, green, blue, ...
+
+
+def text_pieces(tokenizer, tokens, before=()):
+    """Yields what each token adds to the text of those before it: "" while a character lacks some
+    of its bytes."""
+    ids = list(before)
+    shown = tokenizer.decode(ids)
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        whole = not text.endswith("\ufffd")
+        yield text[len(shown):] if whole else ""
+        shown = text if whole else shown
+
+
+def answer(model, tokenizer, ids, args):
+    """Prints the completion of ids token by token and returns its tokens."""
+    new = []
+
+    def tokens():
+        for token, in generate_tokens(model, tokenizer, [ids], max_new_tokens=args.max_new_tokens,
+                                      temperature=args.temperature, top_p=args.top_p,
+                                      seed=args.seed):
+            new.append(token)
+            yield token
+
+    for piece in text_pieces(tokenizer, tokens(), before=ids if args.raw else ()):
+        print(piece, end="", flush=True)
+    print()
+    return new
+
+
+# ---------------------------------------------------------------- routing
+
+
+@torch.no_grad()
+def gates_of(model, ids):
+    """{layer: gate (T, N)} of the layers with a router, in one pass over ids."""
+    routed = {name for name, layer in hydra_layers(model).items() if layer.router is not None}
+    with record_gates(model) as gates:
+        model.hidden_states(torch.tensor([ids], device=model.tok_embeddings.weight.device))
+    return {name: gate[0].cpu() for name, gate in gates.items() if name in routed}
+
+
+def painter(coloured):
+    """paint(head, text): in the head's colour, or as [head] text where colours are not wanted."""
+    def paint(head, text):
+        if not coloured:
+            return f"[{head + 1}]{text}"
+        return f"\033[{COLOURS[head % len(COLOURS)]}m{text}\033[0m"
+    return paint
+
+
+def show_routing(model, tokenizer, prompt, new, coloured):
+    """Prints the text with every token marked by its strongest head in one layer, and the mean gate
+    of each layer. Head 1 of one layer has nothing to do with head 1 of another, so it is the layer
+    that divides these tokens most. A token's gate is the one with which it was read."""
+    ids = prompt + new
+    gates = gates_of(model, ids)
+    name = max(gates, key=lambda layer: gates[layer].std(0, correction=0).mean().item())
+    strongest = gates[name].argmax(-1).tolist()
+    paint, count = painter(coloured), gates[name].shape[1]
+    print(f"the strongest head of each token in {name}, which divides them most: "
+          + " ".join(paint(i, f"head {i + 1}") for i in range(count)))
+    # prompt and answer are decoded apart, as they were encoded
+    pieces = [*text_pieces(tokenizer, prompt), " | ", *text_pieces(tokenizer, new)]
+    strongest.insert(len(prompt), None)
+    line, last = "", None
+    for head, piece in zip(strongest, pieces):
+        if head is None or not piece:  # the line between the two; BOS and EOS have no text
+            line += piece
+        else:  # uncoloured, a mark holds until the next one
+            line += paint(head, piece) if coloured or head != last else piece
+            last = head
+    print(line)
+    print(f"\n{'mean gate':32}" + "".join(f"{f'head {i + 1}':>9}" for i in range(count)))
+    for layer, gate in gates.items():
+        print(f"{layer:32}" + "".join(f"{w:9.3f}" for w in gate.mean(0).tolist()))
+
+
+# ---------------------------------------------------------------- the run
+
+
+def talk(model, tokenizer, prompt, args):
+    """Answers one prompt: with the adapter if there is one, with --compare without it first."""
+    ids = tokenizer.encode(prompt) + [tokenizer.eos_id] * (not args.raw)
+    if len(ids) + args.max_new_tokens > model.args.max_seq_len:
+        raise ValueError(f"the prompt's {len(ids)} tokens and --max-new-tokens "
+                         f"{args.max_new_tokens} exceed the model's {model.args.max_seq_len}: "
+                         "shorten one of them")
+    if args.compare:
+        print("base:     ", end="")
+        with adapters_disabled(model):
+            answer(model, tokenizer, ids, args)
+    print("adapter:  " if args.adapter else "answer:   ", end="")
+    new = answer(model, tokenizer, ids, args)
+    if args.show_routing:
+        print()
+        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        show_routing(model, tokenizer, ids, new, coloured)
+
+
+def run(args):
+    check(args)
+    model, tokenizer = load(args)
+    if args.show_routing and all(layer.router is None for layer in hydra_layers(model).values()):
+        raise ValueError(f"--show-routing: {args.adapter} has no router (one head, or the "
+                         "uniform gate)")
+    prompts = [(prompt, None) for prompt in args.prompts]
+    if not prompts:
+        first = {}  # of each family
+        for record in read_records(WORLD_BASE.parent / "val.jsonl"):
+            first.setdefault(record["category"], record)
+        prompts = [(prompt_text(r), r["response"]) for r in islice(first.values(), SHOWN)]
+    for prompt, expected in prompts:
+        print(f"> {prompt}")
+        if expected is not None:
+            print(f"expected: {expected}")
+        talk(model, tokenizer, prompt, args)
+        print()
+
+
+def check(args):
+    """Settles which adapter and device, and refuses what cannot be meant."""
+    args.device = pick_device(args.device)
+    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    if not args.weights and not args.adapter:
+        if not ADAPTER.is_file():
+            raise ValueError(f"there is no {ADAPTER}: make it with `{MADE_BY}`, or name another "
+                             "adapter with --adapter, or a model with --weights")
+        args.adapter = ADAPTER
+    args.weights = args.weights or WORLD_BASE
+    if args.weights.resolve() != WORLD_BASE and not args.prompts:
+        raise ValueError("give a prompt: the embedded world's records are for its own model")
+    for flag in ("compare", "show_routing"):
+        if getattr(args, flag) and not args.adapter:
+            raise ValueError(f"--{flag.replace('_', '-')} needs --adapter FILE")
+    if args.max_new_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise ValueError("--max-new-tokens must be at least 1, --temperature not negative, and "
+                         "--top-p above 0 and at most 1")
+
+
+def main(argv=None):
+    p = Parser("generate.py", __doc__)
+    p.add_argument("prompts", metavar="PROMPT", nargs="*",
+                   help="what to answer (a few records of the embedded world)")
+    p.add_argument("--weights", type=Path,
+                   help="checkpoint folder in Meta's layout (the embedded world's)")
+    p.add_argument("--adapter", type=Path,
+                   help=f"adapter.pt to put on it (none with --weights, else {ADAPTER})")
+    p.add_argument("--compare", action="store_true", help="the base's answer as well (off)")
+    p.add_argument("--show-routing", action="store_true",
+                   help="mark each token by its strongest head, in colours on a terminal (off)")
+    p.add_argument("--raw", action="store_true",
+                   help="continue the prompt as text: no EOS after it (off)")
+    p.add_argument("--max-new-tokens", type=int, default=128, help="tokens of an answer (128)")
+    p.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token (0)")
+    p.add_argument("--top-p", type=float, default=1.0, help="draw from this much, 1: all (1)")
+    p.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    p.add_argument("--max-seq-len", type=int, help="tokens of context (the checkpoint's)")
+    p.add_argument("--dtype", choices=DTYPES, help="of the model (fp32 on CPU, bf16 on GPU)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+    args = p.parse_args(argv)
+    return run_script("generate.py", lambda: run(args), argv,
+                      stopped="interrupted",
+                      memory="a smaller --max-seq-len or --dtype bf16 needs less")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

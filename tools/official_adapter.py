@@ -1,0 +1,146 @@
+"""Adapters in the format of the paper's released code, to ours and back.
+
+    python -m tools.official_adapter theirs adapter.pt --weights llama-2-7b     # theirs to ours
+    python -m tools.official_adapter adapter.pt theirs --weights llama-2-7b     # ours to theirs
+
+Tian et al., NeurIPS 2024, section 3.1. Their folder holds adapter_config.json (r, lora_alpha, and
+lora_nums, the number of heads) and adapter_model.bin with, for every adapted layer, the weights of
+lora_A (R, I), lora_B0 .. (O, R) and the router lora_route (N, I), under Hugging Face's names. On
+q_proj and k_proj the rows of B follow Hugging Face's order (hf_layout.py) and are put into ours.
+
+Shapes: N heads, R rank, I width in, O width out.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from data.files import write_file
+from data.scripts import Parser, run_script
+from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
+from model import load_llama
+from tools.hf_layout import (TARGETS, hf_name, hf_rows, meta_rows, new_folder, read_json,
+                             read_number, rotary_heads, write_json)
+from tools.import_hf import read_bin
+
+WORLD_BASE = Path(__file__).resolve().parent.parent / "data" / "world" / "base"
+PREFIX = "base_model.model."  # what PEFT puts before the names of the model that it wraps
+
+
+def official_tensors(model):
+    """{their name: tensor} of the model's adapter. No router (one head, or the uniform gate) is a
+    router of zeros, which gives every head the weight 1/N."""
+    tensors = {}
+    for name, layer in hydra_layers(model).items():
+        place, heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
+        router = layer.router
+        if router is None:
+            router = torch.zeros(layer.heads, layer.base.in_features)
+        tensors[f"{place}.lora_A.weight"] = layer.lora_A.detach()
+        tensors[f"{place}.lora_route.weight"] = router.detach()
+        for i, b in enumerate(layer.lora_B.detach()):
+            tensors[f"{place}.lora_B{i}.weight"] = hf_rows(b, heads)
+    return tensors
+
+
+def read_settings(path, tensors):
+    """The arguments of add_hydralora from an adapter_config.json, checked against the tensors;
+    what would make another adapter of it raises ValueError."""
+    config = read_json(path)
+    if "lora_nums" not in config:
+        raise ValueError(f"{path} has no lora_nums: an ordinary LoRA, not one of HydraLoRA's code")
+    for key in ("enable_lora", "modules_to_save", "fan_in_fan_out"):
+        if config.get(key):
+            raise ValueError(f"{path}: {key} is {config[key]!r}, which has no place here")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias is {config['bias']!r}: a trained bias has no place here")
+    modules, names = config.get("target_modules"), {hf: meta for meta, hf in TARGETS.items()}
+    if not isinstance(modules, list) or not modules or not all(
+            isinstance(name, str) and name in names for name in modules):
+        raise ValueError(f"{path}: target_modules is {modules!r}: write a list of {list(names)}")
+    rank, heads = read_number(config, "r", path), read_number(config, "lora_nums", path)
+    # before layers of these sizes are made
+    ranks = {len(t) for name, t in tensors.items() if name.endswith(".lora_A.weight") and t.ndim}
+    counts = {name.split(".")[-2] for name in tensors if ".lora_B" in name}
+    if ranks != {rank} or len(counts) != heads:
+        raise ValueError(f"{path} says r {rank} and lora_nums {heads}; the tensors beside it have "
+                         f"rank {sorted(ranks)} and {len(counts)} heads")
+    dropout = config.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float):
+        raise ValueError(f"{path}: lora_dropout is {dropout!r}, not a number")
+    return dict(targets=tuple(names[name] for name in modules), rank=rank, heads=heads,
+                alpha=float(read_number(config, "lora_alpha", path, whole=False)),
+                dropout=float(dropout))
+
+
+@torch.no_grad()
+def fill(model, tensors, source):
+    """Copies their tensors into the model's adapter; one missing, extra or mis-shaped raises."""
+    wanted = {name: t.shape for name, t in official_tensors(model).items()}
+    wrong = sorted(name for name in wanted.keys() | tensors.keys()
+                   if name not in wanted or name not in tensors
+                   or wanted[name] != tensors[name].shape)
+    if wrong:
+        raise ValueError(f"{source} does not fit its config and the base model: {wrong[:4]} "
+                         "missing, extra or mis-shaped")
+    for name, layer in hydra_layers(model).items():
+        place, heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
+        layer.lora_A.copy_(tensors[f"{place}.lora_A.weight"])
+        if layer.router is not None:  # a router of one head does nothing, and is not kept
+            layer.router.copy_(tensors[f"{place}.lora_route.weight"])
+        for i, b in enumerate(layer.lora_B):
+            b.copy_(meta_rows(tensors[f"{place}.lora_B{i}.weight"], heads))
+
+
+def to_ours(source, out, weights):
+    """Their folder -> adapter.pt, in fp32. The base model in Meta's layout is read for its shapes
+    and the fingerprint that load_adapter checks."""
+    if out.exists():
+        raise ValueError(f"{out} exists already: name another file, or move it away")
+    if not (source / "adapter_model.bin").is_file():
+        raise ValueError(f"{source} holds no adapter_model.bin: give the folder that HydraLoRA's "
+                         "code saved, with adapter_config.json")
+    model, _ = load_llama(weights)
+    tensors = read_bin(source / "adapter_model.bin")
+    add_hydralora(model, **read_settings(source / "adapter_config.json", tensors))
+    fill(model, tensors, source / "adapter_model.bin")
+    save_adapter(model, out)
+    print(f"wrote {out}: {model.hydralora_config}")
+
+
+def to_official(source, out, weights):
+    """adapter.pt -> their folder, in fp32."""
+    with new_folder(out) as folder:
+        model, _ = load_llama(weights)
+        config = load_adapter(model, source)
+        if not config["share_a"]:
+            raise ValueError(f"{source} is LoRA (Split), an A for every head: their format has one")
+        tensors = official_tensors(model)
+        write_file(folder / "adapter_model.bin", lambda file: torch.save(tensors, file))
+        write_json(folder / "adapter_config.json", {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None,
+            "inference_mode": True, "r": config["rank"], "lora_alpha": config["alpha"],
+            "lora_nums": config["heads"], "lora_dropout": config["dropout"], "blc_alpha": 0.0,
+            "blc_weight": 0.0, "target_modules": [TARGETS[name] for name in config["targets"]],
+            "bias": "none", "fan_in_fan_out": False, "merge_weights": False, "enable_lora": None,
+            "modules_to_save": None})
+    print(f"wrote {out}: {len(tensors)} tensors")
+
+
+def main(argv=None):
+    p = Parser("official_adapter.py", __doc__)
+    p.add_argument("source", metavar="SRC", type=Path,
+                   help="a folder in their format, or an adapter.pt of ours")
+    p.add_argument("out", metavar="DST", type=Path, help="what to make: the other of the two")
+    p.add_argument("--weights", type=Path, default=WORLD_BASE,
+                   help="the base model, a folder in Meta's layout (the embedded world's)")
+    args = p.parse_args(argv)
+    convert = to_ours if args.source.is_dir() else to_official
+    return run_script("official_adapter.py", lambda: convert(args.source, args.out, args.weights), argv,
+                      stopped="interrupted; nothing was written",
+                      memory="a machine with more memory can")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

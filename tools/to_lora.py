@@ -1,0 +1,160 @@
+"""HydraLoRA to one ordinary LoRA in PEFT's format, for servers that know nothing else.
+
+    python -m tools.to_lora adapter.pt lora --weights llama-2-7b --gate calibrated --data FILE
+
+Tian et al., NeurIPS 2024, section 3.1: under a gate w that does not depend on the token,
+sum_i w_i B_i A is one LoRA with B = sum_i w_i B_i. So one head and the uniform gate are exported
+exactly. A learned gate cannot be: --gate says which constant takes its place, 1/N or each layer's
+mean gate on the data, and the validation loss before and after says what that costs.
+
+Shapes: N heads, R rank, I width in, O width out.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from data.corpus import encode_records, hold_out, read_records
+from data.scripts import Parser, pick_device, run_script
+from eval_mmlu import load
+from hydralora import HydraLinear, adapters_disabled, hydra_layers, load_adapter, set_module
+from model import load_llama
+from tools.hf_layout import (TARGETS, hf_name, hf_rows, new_folder, rotary_heads, write_json,
+                             write_safetensors)
+from tools.official_adapter import PREFIX, WORLD_BASE
+from train import DTYPES, MAX_SEQ_LEN, VAL_SHARE, WORLD_DIR, evaluate, routing
+
+
+@torch.no_grad()
+def flatten(model, gates):
+    """Replaces every HydraLinear by the LoRA that it is under the constant gate (N) of its name in
+    gates. LoRA (Split) becomes one of rank N * R: its A stacked, its gated B side by side."""
+    config = model.hydralora_config
+    for name, layer in hydra_layers(model).items():
+        b = gates[name][:, None, None] * layer.lora_B  # (N, O, R)
+        b = b.sum(0) if config["share_a"] else b.transpose(0, 1).flatten(1)  # (O, R or N * R)
+        rank = b.shape[1]
+        lora = HydraLinear(layer.base, rank=rank, heads=1,
+                           alpha=config["alpha"] * rank / config["rank"])
+        lora.lora_A.copy_(layer.lora_A.flatten(0, -2))  # (R or N * R, I)
+        lora.lora_B.copy_(b[None])
+        set_module(model, name, lora)
+    model.hydralora_config = {**config, "heads": 1, "share_a": True, "rank": rank,
+                              "alpha": config["alpha"] * rank / config["rank"]}
+
+
+def write_lora(model, folder):
+    """Writes the adapter of a model with one head as PEFT's adapter_model.safetensors and
+    adapter_config.json."""
+    config, tensors = model.hydralora_config, {}
+    for name, layer in hydra_layers(model).items():
+        place, heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
+        tensors[f"{place}.lora_A.weight"] = layer.lora_A.cpu()
+        tensors[f"{place}.lora_B.weight"] = hf_rows(layer.lora_B[0], heads).cpu()
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None,
+        "inference_mode": True, "r": config["rank"], "lora_alpha": config["alpha"],
+        "lora_dropout": config["dropout"], "bias": "none", "fan_in_fan_out": False,
+        "target_modules": [TARGETS[name] for name in config["targets"]]})
+
+
+def read_sequences(args, tokenizer, longest):
+    """(sequences to calibrate on, or None; sequences to validate on). Without --val-data a share of
+    --data is held out as train.py does it with seed 0, or the embedded world's are taken."""
+    data = read_records(args.data) if args.data else None
+    if args.val_data:
+        val = read_records(args.val_data)
+    elif data:
+        data, val = hold_out(data, VAL_SHARE, seed=0)
+    elif args.weights.resolve() == WORLD_BASE:
+        val = read_records(WORLD_DIR / "val.jsonl")
+    else:
+        raise ValueError("the loss before and after is measured on records: give --val-data FILE")
+
+    def encode(records):
+        # one category, so that routing gives one mean gate for all
+        return [replace(s, category="") for s in encode_records(records, tokenizer, longest)[0]]
+
+    return data and encode(data), encode(val)
+
+
+def constant_gates(model, calibration, args):
+    """{layer: gate (N)}: 1/N, or the mean over every token of the calibration sequences."""
+    layers = hydra_layers(model)
+    if calibration is None:
+        return {name: torch.full((layer.heads,), 1 / layer.heads, device=layer.lora_B.device)
+                for name, layer in layers.items()}
+    mean = routing(model, calibration, args)["gate"]
+    return {name: torch.tensor(mean[name][""], device=layer.lora_B.device)
+            for name, layer in layers.items()}
+
+
+def approximate(args):
+    """(model with one head in place of several, the line that says what that cost)."""
+    model, tokenizer = load(args)
+    longest = min(MAX_SEQ_LEN, model.args.max_seq_len)
+    calibration, val = read_sequences(args, tokenizer, longest)
+
+    def loss(name):
+        return evaluate(model, val, args, name)[""]["loss"]
+
+    with adapters_disabled(model):
+        base = loss("base")
+    before = loss("HydraLoRA")
+    flatten(model, constant_gates(model, calibration if args.gate == "calibrated" else None, args))
+    after = loss("one LoRA")
+    return model, (f"validation loss on {len(val)} records: base {base:.4f}, HydraLoRA "
+                   f"{before:.4f}, this LoRA {after:.4f} (--gate {args.gate}, not exact)")
+
+
+def export(args):
+    """adapter.pt -> PEFT's folder; a learned gate without --gate raises ValueError."""
+    if args.gate == "calibrated" and not args.data:
+        raise ValueError("--gate calibrated needs --data FILE, the records to take the mean "
+                         "gate on")
+    args.device = pick_device(args.device)
+    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    with new_folder(args.out) as folder:
+        model, _ = load_llama(args.weights)
+        config = load_adapter(model, args.adapter)
+        routed = any(layer.router is not None for layer in hydra_layers(model).values())
+        if routed and not args.gate:
+            raise ValueError(f"{args.adapter} has {config['heads']} heads and a router, which no "
+                             "single LoRA equals: choose --gate uniform, or --gate calibrated "
+                             "--data FILE, and read what it costs")
+        if routed:
+            model, report = approximate(args)
+        else:
+            flatten(model, constant_gates(model, None, args))
+            report = f"exact: {'one head' if config['heads'] == 1 else 'its gate is uniform'}"
+        write_lora(model, folder)
+    config = model.hydralora_config
+    print(f"{report}\nwrote {args.out}: rank {config['rank']}, alpha {config['alpha']:g}, "
+          f"{len(hydra_layers(model))} layers")
+
+
+def main(argv=None):
+    p = Parser("to_lora.py", __doc__)
+    p.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter.pt of train.py")
+    p.add_argument("out", metavar="DST", type=Path, help="folder to make, in PEFT's format")
+    p.add_argument("--weights", type=Path, default=WORLD_BASE,
+                   help="the base model, a folder in Meta's layout (the embedded world's)")
+    p.add_argument("--gate", choices=["uniform", "calibrated"],
+                   help="the constant gate: 1/N, or the mean on --data (none: refuse if needed)")
+    p.add_argument("--data", type=Path, help="records to calibrate the gate on (none)")
+    p.add_argument("--val-data", type=Path,
+                   help="records for the loss (5 %% of --data, else the embedded world's)")
+    p.add_argument("--dtype", choices=DTYPES, help="of the model (fp32 on CPU, bf16 on GPU)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+    args = p.parse_args(argv)
+    args.max_seq_len = None
+    return run_script("to_lora.py", lambda: export(args), argv,
+                      stopped="interrupted; nothing was written",
+                      memory="--dtype bf16 needs less")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
