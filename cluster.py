@@ -31,7 +31,7 @@ from model import Tokenizer, load_llama, read_params
 
 WORLD_DIR = Path(__file__).resolve().parent / "data" / "world"
 MAX_PIECES = 4096  # TF-IDF columns: 15,000 records stay below 250 MB
-CANDIDATES, ROUGH = 4, 1e-3  # k-means: draws for each seed; how far the starts go before the choice
+CANDIDATES, ROUGH = 4, 3e-3  # k-means: draws for each seed; how far the starts go before the choice
 STABILITY_SEEDS, SILHOUETTE_SAMPLE = 3, 1000
 WEAK = {"bend": 0.1, "silhouette": 0.1, "stability": 0.8}  # below these the text says "weak"
 
