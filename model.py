@@ -63,18 +63,18 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(positions, head_dim, theta):
-    """cos and sin (B, T, 1, E/2) in fp32 of the angle position * theta^(-2i/E) of each pair i."""
+    """e^(i angle), complex (B, T, 1, E/2) in fp32, angle = position * theta^(-2i/E) for pair i."""
     pair = torch.arange(0, head_dim, 2, device=positions.device).float()
     angle = positions[..., None].float() * theta ** (-pair / head_dim)
-    return angle.cos()[..., None, :], angle.sin()[..., None, :]
+    return torch.polar(torch.ones_like(angle), angle)[..., None, :]
 
 
 def apply_rotary(x, table):
-    """Rotates x (B, T, H, E) in fp32. Meta's layout pairs neighbours (0, 1), (2, 3), ...; the
-    Hugging Face layout pairs i with i + E/2, which loads cleanly and talks nonsense."""
-    cos, sin = table
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each (B, T, H, E/2)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
+    """Rotates x (B, T, H, E) in fp32: a pair of numbers is a complex one, turned by its angle.
+    Meta's layout pairs neighbours (0, 1), (2, 3), ...; the Hugging Face layout pairs i with i +
+    E/2, which loads cleanly and talks nonsense."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, E/2)
+    return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -94,11 +94,10 @@ class Attention(nn.Module):
         v = self.wv(x).unflatten(-1, (self.n_kv_heads, -1))
         if cache is not None:
             k, v = cache.update(positions, k, v)  # (B, S, K, E): all slots; the mask picks
-        if self.n_kv_heads < self.n_heads:  # query head h reads key/value head h // (H / K)
-            k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=2)
-            v = v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, E)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T or S, E)
+        # grouped: query head h reads key/value head h // (H / K)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.n_kv_heads < self.n_heads)
         return self.wo(y.transpose(1, 2).flatten(2))
 
 

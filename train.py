@@ -47,6 +47,7 @@ MAX_SEQ_LEN = 1024  # the recipe's; a model made for less gets what it was made 
 METHODS = ["hydralora", "lora", "lora-split", "full"]
 WARMUP, CLIP, BETAS = 0.03, 1.0, (0.9, 0.999)
 VAL_SHARE, EVAL_BATCH, LOG_EVERY = 0.05, 16, 10
+HEAD_CHUNK = 256  # targets whose logits exist at a time: (256, 32000) in fp32 are 33 MB
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -164,12 +165,41 @@ def autocast(args):
     return torch.autocast(device, DTYPES[args.dtype], enabled=args.dtype != "fp32")
 
 
-def target_logits(model, batch, args):
-    """(logits (M, V) in fp32, targets (M,)): the head runs only where there is a target."""
+def target_states(model, batch, args):
+    """(hidden states (M, D), targets (M,)): only the places whose next token is a target."""
     tokens, where, targets = collate(batch, args.device)
     with autocast(args):
-        h = model.hidden_states(tokens).flatten(0, 1)[where]  # (B * T, D) -> (M, D)
-        return model.output(h).float(), targets
+        return model.hidden_states(tokens).flatten(0, 1)[where], targets
+
+
+def target_logits(model, h, args):
+    """Logits (M, V) in fp32 of hidden states (M, D)."""
+    with autocast(args):
+        return model.output(h).float()
+
+
+def target_losses(model, h, targets, args):
+    """(loss (M,), hit (M,)): per target, and whether it is the most likely token; no gradients."""
+    losses, hits = [], []
+    for part, wanted in zip(h.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
+        logits = target_logits(model, part, args)
+        losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+        hits.append(logits.argmax(-1) == wanted)
+    return torch.cat(losses), torch.cat(hits)
+
+
+def backward(model, batch, count, scaler, args):
+    """Adds the gradients of the batch's summed loss over count, and returns it. The head goes
+    forward and back chunk by chunk, so that logits (M, V) never exist whole."""
+    h, targets = target_states(model, batch, args)
+    parts = [part.detach().requires_grad_() for part in h.split(HEAD_CHUNK)]
+    total = 0.0
+    for part, wanted in zip(parts, targets.split(HEAD_CHUNK)):
+        loss = F.cross_entropy(target_logits(model, part, args), wanted, reduction="sum") / count
+        scaler.scale(loss).backward()  # as far as part; frees this chunk's logits
+        total = total + loss.detach()
+    h.backward(torch.cat([part.grad for part in parts]))
+    return total
 
 
 def learning_rate(step, steps, peak):
@@ -197,12 +227,7 @@ def train_step(model, batches, optimizer, scaler, args):
     """One optimiser step; returns (loss, gradient norm) as tensors. The loss is the mean over every
     target token of the accumulated batches, not the mean of the batches' means."""
     count = sum(len(s.ids) - s.start for batch in batches for s in batch)
-    total = 0.0
-    for batch in batches:
-        logits, targets = target_logits(model, batch, args)
-        loss = F.cross_entropy(logits, targets, reduction="sum") / count
-        scaler.scale(loss).backward()
-        total = total + loss.detach()
+    total = sum(backward(model, batch, count, scaler, args) for batch in batches)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(trainable(model), CLIP)
     scaler.step(optimizer)  # skipped by fp16's scaler when a gradient overflowed
@@ -223,9 +248,7 @@ def evaluate(model, sequences, args, name):
     model.eval()
     sums = {}
     for batch in tqdm(length_batches(sequences, EVAL_BATCH), desc=name, leave=False):
-        logits, targets = target_logits(model, batch, args)
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        hits = logits.argmax(-1) == targets
+        losses, hits = target_losses(model, *target_states(model, batch, args), args)
         sizes = [len(s.ids) - s.start for s in batch]
         for s, loss, hit in zip(batch, losses.cpu().split(sizes), hits.cpu().split(sizes)):
             for category in {"", s.category}:
