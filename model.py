@@ -225,23 +225,26 @@ def read_params(directory, max_seq_len=None):
     return ModelArgs(**params)
 
 
+def open_shard(path):
+    """The state dict of one shard, memory-mapped, rope.freqs dropped."""
+    try:
+        shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        shard.pop(DROPPED_KEY, None)
+    except Exception as error:  # torch.load raises half a dozen types for a damaged file
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} is not a whole PyTorch checkpoint: {reason}") from None
+    return shard
+
+
 def read_shards(directory):
-    """The state dicts of consolidated.00.pth, .01.pth, ..., memory-mapped, rope.freqs dropped."""
+    """{path: state dict} of consolidated.00.pth, .01.pth, ..., which must hold the same keys."""
     paths = sorted(Path(directory).glob("consolidated.*.pth"))
     wanted = [f"consolidated.{i:02d}.pth" for i in range(len(paths))]
     if not paths or [path.name for path in paths] != wanted:
         raise ValueError(f"{directory} needs the shards consolidated.00.pth, consolidated.01.pth, "
                          f"... without a gap; found {[path.name for path in paths] or 'none'}")
-    shards = []
-    for path in paths:
-        try:
-            shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            shard.pop(DROPPED_KEY, None)
-        except Exception as error:  # torch.load raises half a dozen types for a damaged file
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{path} is not a whole PyTorch checkpoint: {reason}") from None
-        shards.append(shard)
-    keys = [set(shard) for shard in shards]
+    shards = {path: open_shard(path) for path in paths}
+    keys = [set(shard) for shard in shards.values()]
     if any(k != keys[0] for k in keys):
         differ = sorted(set.union(*keys) - set.intersection(*keys))
         raise ValueError(f"the shards of {directory} hold different tensors: {differ[:4]}")
@@ -249,12 +252,16 @@ def read_shards(directory):
 
 
 def merge_shards(shards, name):
-    """One whole tensor from its parts in every shard; a single shard stays memory-mapped."""
-    parts = [shard[name] for shard in shards]
+    """One whole tensor from its parts in every shard; a single shard stays memory-mapped.
+
+    Of several, each is mapped anew for every tensor: pages that were read count as memory of this
+    process for as long as their map lives, and would add up to a second copy of the model.
+    """
+    if len(shards) == 1:
+        return next(iter(shards.values()))[name]
+    parts = [open_shard(path)[name] for path in shards]
     split = SPLIT_DIM.get(name.split(".")[-2]) if name.count(".") else None
-    if len(parts) == 1 or split is None:
-        return parts[0]
-    return torch.cat(parts, dim=split)
+    return parts[0].clone() if split is None else torch.cat(parts, dim=split)
 
 
 def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None):
@@ -266,18 +273,19 @@ def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None):
     args = read_params(directory, max_seq_len)
     tokenizer = Tokenizer(Path(directory) / "tokenizer.model")
     shards = read_shards(directory)
-    if "tok_embeddings.weight" not in shards[0]:
+    first = next(iter(shards.values()))
+    if "tok_embeddings.weight" not in first:
         raise ValueError(f"{directory} has no tok_embeddings.weight; found "
-                         f"{sorted(shards[0])[:4]}: is it in Meta's layout?")
+                         f"{sorted(first)[:4]}: is it in Meta's layout?")
     if args.vocab_size == -1:
-        args.vocab_size = shards[0]["tok_embeddings.weight"].shape[0]
+        args.vocab_size = first["tok_embeddings.weight"].shape[0]
     if tokenizer.vocab_size > args.vocab_size:
         raise ValueError(f"the tokenizer in {directory} has {tokenizer.vocab_size} pieces, "
                          f"the embedding {args.vocab_size} rows: they do not belong together")
     with torch.device("meta"):
         model = Transformer(args)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing, extra = sorted(set(shapes) - set(shards[0])), sorted(set(shards[0]) - set(shapes))
+    missing, extra = sorted(set(shapes) - set(first)), sorted(set(first) - set(shapes))
     if missing or extra:
         raise ValueError(f"the tensors in {directory} do not fit its params.json: "
                          f"missing {missing[:4]}, extra {extra[:4]}")

@@ -75,13 +75,17 @@ def parse_args(argv=None):
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute activations in the backward pass: less memory, more time (off)")
+    p.add_argument("--dry-run", action="store_true",
+                   help="say what memory the run will need, from params.json alone, and stop (off)")
+    p.add_argument("--gpu-memory", type=float, metavar="GB",
+                   help="with --dry-run: also the longest sequence that fits so many GiB (none)")
     p.add_argument("--seed", type=int, default=0, help="of initial weights, order and split (0)")
     p.add_argument("--out", help="folder to write (runs/METHOD)")
     p.add_argument("--overwrite", action="store_true", help="replace the run in --out (off)")
     p.add_argument("--save-every", type=int, default=500, help="steps a checkpoint, 0: off (500)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out (off)")
     args = p.parse_args(argv)
-    if args.weights and not args.data:
+    if args.weights and not args.data and not args.dry_run:
         p.error("--weights needs --data FILE as well")
     if not args.weights and not args.data and not args.val_data:
         args.val_data = str(WORLD_DIR / "val.jsonl")
@@ -89,7 +93,8 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    on_gpu = args.device.startswith("cuda") or args.gpu_memory  # --gpu-memory asks about one
+    args.dtype = args.dtype or ("bf16" if on_gpu else "fp32")
     args.out = args.out or f"runs/{args.method}"
     args.heads = args.heads or ("1" if args.method == "lora" else "3")
     args.targets = args.targets.split(",")
@@ -116,6 +121,10 @@ def check(args, parser):
         parser.error(f"--method lora has one head, not {args.heads}: drop --heads or the method")
     if args.method == "full" and args.heads == "auto":
         parser.error("--heads auto needs heads to count: --method full has none")
+    if args.dry_run and args.heads == "auto":
+        parser.error("--dry-run reads no data: --heads auto must be a number")
+    if args.gpu_memory is not None and not (args.dry_run and args.gpu_memory > 0):
+        parser.error("--gpu-memory is a positive number of GiB, and a question to --dry-run")
     if args.gate == "uniform" and args.method in ("lora", "full"):
         parser.error(f"--gate uniform needs heads to weigh: --method {args.method} has none")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -240,6 +249,11 @@ def trainable(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def eval_batches(sequences, args):
+    """Longest first, of no more rows than in training: what fits to be trained fits here."""
+    return length_batches(sequences, min(EVAL_BATCH, args.batch_size))
+
+
 @torch.no_grad()
 def evaluate(model, sequences, args, name):
     """{category: {loss, exact, records, tokens}} and the total under "". Loss is the mean per
@@ -247,7 +261,7 @@ def evaluate(model, sequences, args, name):
     one forward pass tells, since every step of it would be fed the true prefix."""
     model.eval()
     sums = {}
-    for batch in tqdm(length_batches(sequences, EVAL_BATCH), desc=name, leave=False):
+    for batch in tqdm(eval_batches(sequences, args), desc=name, leave=False):
         losses, hits = target_losses(model, *target_states(model, batch, args), args)
         sizes = [len(s.ids) - s.start for s in batch]
         for s, loss, hit in zip(batch, losses.cpu().split(sizes), hits.cpu().split(sizes)):
@@ -271,7 +285,7 @@ def routing(model, sequences, args):
     layers = hydra_layers(model)
     heads = next(iter(layers.values())).heads
     gate, entropy, tokens = {name: {} for name in layers}, dict.fromkeys(layers, 0.0), {}
-    for batch in tqdm(length_batches(sequences, EVAL_BATCH), desc="routing", leave=False):
+    for batch in tqdm(eval_batches(sequences, args), desc="routing", leave=False):
         ids = collate(batch, args.device)[0]
         with record_gates(model) as gates, autocast(args):
             model.hidden_states(ids)
@@ -379,7 +393,7 @@ def fingerprints(args, model):
 
 RUN_FILES = ("run.json", "checkpoint.pt", "log.csv", "adapter.pt", "params.json")
 # settings that may differ between a run and its continuation
-FREE = ("resume", "overwrite", "out", "save_every")
+FREE = ("resume", "overwrite", "out", "save_every", "dry_run", "gpu_memory")
 
 
 def check_out(args):
@@ -574,6 +588,10 @@ def run(args):
 def main(argv=None):
     args = parse_args(argv)
     try:
+        if args.dry_run:
+            from tools.memory import print_needs
+            print_needs(args, HEAD_CHUNK)
+            return 0
         return run(args)[0]
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
