@@ -322,8 +322,9 @@ def test_the_benchmark_measures_every_part(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "FRAMEWORKS", False)
     monkeypatch.setitem(benchmark.SIZE, "vocab_size", 1000)
     monkeypatch.setattr("experiments.growth.LENGTHS", (8, 16))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     result = benchmark.main([
-        "--parts", "step,memory,dolly,growth", "--repeats", "1", "--layers", "1", "--tokens", "8",
+        "--parts", "step,memory,dolly,growth,compile", "--repeats", "1", "--layers", "1", "--tokens", "8",
         "--data", str(WORLD / "val.jsonl"), "--tokenizer",
         str(WORLD / "base" / "tokenizer.model"), "--batch-size", "2", "--batches", "2",
         "--json", str(tmp_path / "b.json"), "--picture", str(tmp_path / "growth.svg")])
