@@ -49,12 +49,14 @@ class HydraLinear(nn.Module):
         self.enabled = True
 
         def new(*shape):
-            return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=base.weight.device))
+            return torch.zeros(shape, dtype=torch.float32, device=base.weight.device)
 
-        self.lora_A = new(rank, base.in_features) if share_a else new(heads, rank, base.in_features)
-        self.lora_B = new(heads, base.out_features, rank)
+        inputs, outputs = base.in_features, base.out_features
+        self.lora_A = nn.Parameter(new(rank, inputs) if share_a else new(heads, rank, inputs))
+        # (N, O, R) laid out as (O, N, R), so that [B_1 .. B_N] side by side is a view, not a copy
+        self.lora_B = nn.Parameter(new(outputs, heads, rank).transpose(0, 1))
         routed = gate == "learned" and heads > 1
-        self.router = new(heads, base.in_features) if routed else None
+        self.router = nn.Parameter(new(heads, inputs)) if routed else None
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -83,15 +85,15 @@ class HydraLinear(nn.Module):
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             x = x.to(self.lora_A.dtype)
         w = self.gate_weights(x)  # (..., N)
-        # deviation: one dropout mask shared by all heads; the released code draws one per head
-        dropped = F.dropout(x, self.dropout, self.training)
-        # z = A x: (..., 1, R) when A is shared, (..., N, R) when every head has its own
-        z = F.linear(dropped, self.lora_A.flatten(0, -2)).unflatten(-1, (-1, self.rank))
+        z = F.linear(x, self.lora_A.flatten(0, -2))  # A x: (..., R), or (..., N * R) if not shared
+        # deviation: dropout on A x, one mask for all heads; the released code drops x, head by head
+        z = F.dropout(z, self.dropout, self.training).unflatten(-1, (-1, self.rank))
         # the gate acts in rank space, so that one product with [B_1 .. B_N] serves all heads and
         # nothing of size N * O is ever kept for the backward pass
         u = (self.scale * w[..., None] * z).flatten(-2)  # (..., N * R)
-        b = self.lora_B.transpose(0, 1).flatten(1)  # (N, O, R) -> (O, N * R)
-        return y + F.linear(u, b).to(y.dtype)
+        b = self.lora_B.transpose(0, 1).flatten(1)  # (N, O, R) -> (O, N * R), a view
+        y += F.linear(u, b).to(y.dtype)  # in place: nothing else holds the base's output
+        return y
 
     def extra_repr(self):
         return f"rank={self.rank}, heads={self.heads}, scale={self.scale:g}"

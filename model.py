@@ -64,18 +64,18 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(positions, head_dim, theta):
-    """cos and sin (B, T, 1, E/2) in fp32 of the angle position * theta^(-2i/E) of each pair i."""
+    """e^(i angle), complex (B, T, 1, E/2) in fp32, angle = position * theta^(-2i/E) for pair i."""
     pair = torch.arange(0, head_dim, 2, device=positions.device).float()
     angle = positions[..., None].float() * theta ** (-pair / head_dim)
-    return angle.cos()[..., None, :], angle.sin()[..., None, :]
+    return torch.polar(torch.ones_like(angle), angle)[..., None, :]
 
 
 def apply_rotary(x, table):
-    """Rotates x (B, T, H, E) in fp32. Meta's layout pairs neighbours (0, 1), (2, 3), ...; the
-    Hugging Face layout pairs i with i + E/2, which loads cleanly and talks nonsense."""
-    cos, sin = table
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each (B, T, H, E/2)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
+    """Rotates x (B, T, H, E) in fp32: a pair of numbers is a complex one, turned by its angle.
+    Meta's layout pairs neighbours (0, 1), (2, 3), ...; the Hugging Face layout pairs i with i +
+    E/2, which loads cleanly and talks nonsense."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, E/2)
+    return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -95,11 +95,10 @@ class Attention(nn.Module):
         v = self.wv(x).unflatten(-1, (self.n_kv_heads, -1))
         if cache is not None:
             k, v = cache.update(positions, k, v)  # (B, S, K, E): all slots; the mask picks
-        if self.n_kv_heads < self.n_heads:  # query head h reads key/value head h // (H / K)
-            k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=2)
-            v = v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, E)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T or S, E)
+        # grouped: query head h reads key/value head h // (H / K)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.n_kv_heads < self.n_heads)
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
@@ -259,23 +258,26 @@ def shown(value):
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
+def open_shard(path):
+    """The state dict of one shard, memory-mapped, rope.freqs dropped."""
+    shard = read_torch(path, "a whole PyTorch checkpoint", mmap=True)
+    try:
+        check_tensors(shard)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a shard in Meta's layout: {error}") from error
+    shard.pop(DROPPED_KEY, None)
+    return shard
+
+
 def read_shards(directory):
-    """The state dicts of consolidated.00.pth, .01.pth, ..., memory-mapped, rope.freqs dropped."""
+    """{path: state dict} of consolidated.00.pth, .01.pth, ..., which must hold the same keys."""
     paths = sorted(Path(directory).glob("consolidated.*.pth"))
     wanted = [f"consolidated.{i:02d}.pth" for i in range(len(paths))]
     if not paths or [path.name for path in paths] != wanted:
         raise ValueError(f"{directory} needs the shards consolidated.00.pth, consolidated.01.pth, "
                          f"... without a gap; found {[path.name for path in paths] or 'none'}")
-    shards = []
-    for path in paths:
-        shard = read_torch(path, "a whole PyTorch checkpoint", mmap=True)
-        try:
-            check_tensors(shard)
-        except ValueError as error:
-            raise ValueError(f"{path} is not a shard in Meta's layout: {error}") from error
-        shard.pop(DROPPED_KEY, None)
-        shards.append(shard)
-    keys = [set(shard) for shard in shards]
+    shards = {path: open_shard(path) for path in paths}
+    keys = [set(shard) for shard in shards.values()]
     if any(k != keys[0] for k in keys):
         differ = sorted(set.union(*keys) - set.intersection(*keys))
         raise ValueError(f"the shards of {directory} hold different tensors: {differ[:4]}")
@@ -283,13 +285,17 @@ def read_shards(directory):
 
 
 def merge_shards(shards, name):
-    """One whole tensor from its parts in every shard; a single shard stays memory-mapped."""
-    parts = [shard[name] for shard in shards]
+    """One whole tensor from its parts in every shard; a single shard stays memory-mapped.
+
+    Of several, each is mapped anew for every tensor: pages that were read count as memory of this
+    process for as long as their map lives, and would add up to a second copy of the model.
+    """
+    if len(shards) == 1:
+        return next(iter(shards.values()))[name]
+    parts = [open_shard(path)[name] for path in shards]
     split = SPLIT_DIM.get(name.split(".")[-2]) if name.count(".") else None
-    if len(parts) == 1 or split is None:
-        return parts[0]
     try:
-        return torch.cat(parts, dim=split)
+        return parts[0].clone() if split is None else torch.cat(parts, dim=split)
     except (RuntimeError, IndexError) as error:
         shapes = [tuple(part.shape) for part in parts]
         raise ValueError(f"the shards' parts of {name} do not fit together: {shapes}") from error
@@ -304,23 +310,24 @@ def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None):
     args = read_params(directory, max_seq_len)
     tokenizer = Tokenizer(Path(directory) / "tokenizer.model")
     shards = read_shards(directory)
-    if "tok_embeddings.weight" not in shards[0]:
+    first = next(iter(shards.values()))
+    if "tok_embeddings.weight" not in first:
         raise ValueError(f"{directory} has no tok_embeddings.weight; found "
-                         f"{sorted(shards[0])[:4]}: is it in Meta's layout?")
+                         f"{sorted(first)[:4]}: is it in Meta's layout?")
     if args.vocab_size == -1:
-        args.vocab_size = shards[0]["tok_embeddings.weight"].shape[0]
+        args.vocab_size = first["tok_embeddings.weight"].shape[0]
     # fewer pieces than rows are a padded embedding, but not by a thousand
     if not args.vocab_size - PADDING < tokenizer.vocab_size <= args.vocab_size:
         raise ValueError(f"the tokenizer in {directory} has {tokenizer.vocab_size} pieces, "
                          f"the embedding {args.vocab_size} rows: they do not belong together, "
                          "copy the model's own tokenizer.model there")
-    if args.n_layers > len(shards[0]):
+    if args.n_layers > len(first):
         raise ValueError(f"params.json in {directory} asks for {args.n_layers} layers, its shards "
-                         f"hold {len(shards[0])} tensors: they do not belong together")
+                         f"hold {len(first)} tensors: they do not belong together")
     with torch.device("meta"):
         model = Transformer(args)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing, extra = sorted(set(shapes) - set(shards[0])), sorted(set(shards[0]) - set(shapes))
+    missing, extra = sorted(set(shapes) - set(first)), sorted(set(first) - set(shapes))
     if missing or extra:
         raise ValueError(f"the tensors in {directory} do not fit its params.json: "
                          f"missing {missing[:4]}, extra {extra[:4]}")

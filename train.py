@@ -32,6 +32,7 @@ from data.scripts import Parser, pick_device, run_script, signal_number
 from hydralora import (adapter_parameters, add_hydralora, adapters_disabled, hydra_layers,
                        record_gates, save_adapter)
 from model import load_llama, save_llama
+from tools.memory import print_needs
 
 WORLD_DIR = Path(__file__).resolve().parent / "data" / "world"
 # without --weights: the embedded world
@@ -44,6 +45,7 @@ MAX_SEQ_LEN = 1024  # the recipe's; a model made for less gets what it was made 
 METHODS = ["hydralora", "lora", "lora-split", "full"]
 WARMUP, CLIP, BETAS = 0.03, 1.0, (0.9, 0.999)
 VAL_SHARE, EVAL_BATCH, LOG_EVERY = 0.05, 16, 10
+HEAD_CHUNK = 256  # targets whose logits exist at a time: (256, 32000) in fp32 are 33 MB
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,13 +73,18 @@ def parse_args(argv=None):
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute activations in the backward pass: less memory, more time (off)")
+    p.add_argument("--dry-run", action="store_true",
+                   help="say what memory the run will need, from params.json alone, and stop (off)")
+    p.add_argument("--gpu-memory", type=float, metavar="GB",
+                   help="with --dry-run: also the longest sequence that fits so many GiB (none)")
     p.add_argument("--seed", type=int, default=0, help="of initial weights, order and split (0)")
     p.add_argument("--out", help="folder to write (runs/METHOD)")
     p.add_argument("--overwrite", action="store_true", help="replace the run in --out (off)")
-    p.add_argument("--save-every", type=int, default=500, help="steps a checkpoint, 0: at the end (500)")
+    p.add_argument("--save-every", type=int, default=500,
+                   help="steps a checkpoint; 0: at the end alone (500)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out (off)")
     args = p.parse_args(argv)
-    if args.weights and not args.data:
+    if args.weights and not args.data and not args.dry_run:
         p.error("--weights needs --data FILE as well")
     if not args.weights and not args.data and not args.val_data:
         args.val_data = str(WORLD_DIR / "val.jsonl")
@@ -88,7 +95,8 @@ def parse_args(argv=None):
         args.device = pick_device(args.device)
     except ValueError as error:
         p.error(str(error))
-    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    on_gpu = args.device.startswith("cuda") or args.gpu_memory  # --gpu-memory asks about one
+    args.dtype = args.dtype or ("bf16" if on_gpu else "fp32")
     args.out = args.out or f"runs/{args.method}"
     args.heads = args.heads or ("1" if args.method == "lora" else "3")
     args.targets = args.targets.split(",")
@@ -121,6 +129,10 @@ def check(args, parser):
         parser.error(f"--method lora has one head, not {args.heads}: drop --heads or the method")
     if args.method == "full" and args.heads == "auto":
         parser.error("--heads auto needs heads to count: --method full has none")
+    if args.dry_run and args.heads == "auto":
+        parser.error("--dry-run reads no data: --heads auto must be a number")
+    if args.gpu_memory is not None and not (args.dry_run and args.gpu_memory > 0):
+        parser.error("--gpu-memory is a positive number of GiB, and a question to --dry-run")
     if args.gate == "uniform" and args.method in ("lora", "full"):
         parser.error(f"--gate uniform needs heads to weigh: --method {args.method} has none")
 
@@ -172,12 +184,41 @@ def autocast(args):
     return torch.autocast(device, DTYPES[args.dtype], enabled=args.dtype != "fp32")
 
 
-def target_logits(model, batch, args):
-    """(logits (M, V) in fp32, targets (M,)): the head runs only where there is a target."""
+def target_states(model, batch, args):
+    """(hidden states (M, D), targets (M,)): only the places whose next token is a target."""
     tokens, where, targets = collate(batch, args.device)
     with autocast(args):
-        h = model.hidden_states(tokens).flatten(0, 1)[where]  # (B * T, D) -> (M, D)
-        return model.output(h).float(), targets
+        return model.hidden_states(tokens).flatten(0, 1)[where], targets
+
+
+def target_logits(model, h, args):
+    """Logits (M, V) in fp32 of hidden states (M, D)."""
+    with autocast(args):
+        return model.output(h).float()
+
+
+def target_losses(model, h, targets, args):
+    """(loss (M,), hit (M,)): per target, and whether it is the most likely token; no gradients."""
+    losses, hits = [], []
+    for part, wanted in zip(h.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
+        logits = target_logits(model, part, args)
+        losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+        hits.append(logits.argmax(-1) == wanted)
+    return torch.cat(losses), torch.cat(hits)
+
+
+def backward(model, batch, count, scaler, args):
+    """Adds the gradients of the batch's summed loss over count, and returns it. The head goes
+    forward and back chunk by chunk, so that logits (M, V) never exist whole."""
+    h, targets = target_states(model, batch, args)
+    parts = [part.detach().requires_grad_() for part in h.split(HEAD_CHUNK)]
+    total = 0.0
+    for part, wanted in zip(parts, targets.split(HEAD_CHUNK)):
+        loss = F.cross_entropy(target_logits(model, part, args), wanted, reduction="sum") / count
+        scaler.scale(loss).backward()  # as far as part; frees this chunk's logits
+        total = total + loss.detach()
+    h.backward(torch.cat([part.grad for part in parts]))
+    return total
 
 
 def learning_rate(step, steps, peak):
@@ -205,12 +246,7 @@ def train_step(model, batches, optimizer, scaler, args):
     """One optimiser step; returns (loss, gradient norm) as tensors. The loss is the mean over every
     target token of the accumulated batches, not the mean of the batches' means."""
     count = sum(len(s.ids) - s.start for batch in batches for s in batch)
-    total = 0.0
-    for batch in batches:
-        logits, targets = target_logits(model, batch, args)
-        loss = F.cross_entropy(logits, targets, reduction="sum") / count
-        scaler.scale(loss).backward()
-        total = total + loss.detach()
+    total = sum(backward(model, batch, count, scaler, args) for batch in batches)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(trainable(model), CLIP)
     scaler.step(optimizer)  # skipped by fp16's scaler when a gradient overflowed
@@ -223,6 +259,11 @@ def trainable(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def eval_batches(sequences, args):
+    """Longest first, of no more rows than in training: what fits to be trained fits here."""
+    return length_batches(sequences, min(EVAL_BATCH, args.batch_size))
+
+
 @torch.no_grad()
 def evaluate(model, sequences, args, name):
     """{category: {loss, exact, records, tokens}} and the total under "". Loss is the mean per
@@ -230,10 +271,8 @@ def evaluate(model, sequences, args, name):
     one forward pass tells, since every step of it would be fed the true prefix."""
     model.eval()
     sums = {}
-    for batch in tqdm(length_batches(sequences, EVAL_BATCH), desc=name, leave=False):
-        logits, targets = target_logits(model, batch, args)
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        hits = logits.argmax(-1) == targets
+    for batch in tqdm(eval_batches(sequences, args), desc=name, leave=False):
+        losses, hits = target_losses(model, *target_states(model, batch, args), args)
         sizes = [len(s.ids) - s.start for s in batch]
         for s, loss, hit in zip(batch, losses.cpu().split(sizes), hits.cpu().split(sizes)):
             for category in {"", s.category}:
@@ -256,7 +295,7 @@ def routing(model, sequences, args):
     layers = hydra_layers(model)
     heads = next(iter(layers.values())).heads
     gate, entropy, tokens = {name: {} for name in layers}, dict.fromkeys(layers, 0.0), {}
-    for batch in tqdm(length_batches(sequences, EVAL_BATCH), desc="routing", leave=False):
+    for batch in tqdm(eval_batches(sequences, args), desc="routing", leave=False):
         ids = collate(batch, args.device)[0]
         with record_gates(model) as gates, autocast(args):
             model.hidden_states(ids)
@@ -428,6 +467,9 @@ def finish(args, out, model, val, before, result):
 
 def run(args):
     """One run from the settings to the files; returns (exit status, content of run.json)."""
+    if args.dry_run:
+        print_needs(args, HEAD_CHUNK)
+        return 0, None
     torch.manual_seed(args.seed)
     out = check_out(args)
     model, train, val, clusters, data = prepare(args, out)

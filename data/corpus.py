@@ -190,11 +190,19 @@ def length_batches(sequences, batch_size, generator=None, pool=50):
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+def to_device(values, device):
+    """A tensor of the values. Pinned on its way to a GPU: a copy from ordinary memory would first
+    wait for all that the GPU has still to do."""
+    tensor = torch.tensor(values)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def pad(rows, device="cpu"):
     """Token ids (B, T), padded on the right; being causal, the model never reads the padding."""
     width = max(map(len, rows))
-    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    return tokens.to(device, non_blocking=True)
+    return to_device([row + [0] * (width - len(row)) for row in rows], device)
 
 
 def collate(batch, device="cpu"):
@@ -208,5 +216,4 @@ def collate(batch, device="cpu"):
     where = [row * width + i for row, s in enumerate(batch)
              for i in range(s.start - 1, len(s.ids) - 1)]
     targets = [token for s in batch for token in s.ids[s.start:]]
-    return (tokens, torch.tensor(where).to(device, non_blocking=True),
-            torch.tensor(targets).to(device, non_blocking=True))
+    return tokens, to_device(where, device), to_device(targets, device)

@@ -311,7 +311,8 @@ def test_the_head_runs_at_the_targets_only_and_gives_what_the_whole_forward_give
     args, model, batch, _ = prepared(command, data)
     seen = []
     model.output.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0].shape[0]))
-    logits, targets = train.target_logits(model, batch, args)
+    h, targets = train.target_states(model, batch, args)
+    logits = train.target_logits(model, h, args)
     assert seen == [len(targets)] == [sum(len(s.ids) - s.start for s in batch)]
     row = 0
     for s in batch:  # the slow twin: one sequence, every position
@@ -330,8 +331,8 @@ def test_every_tensor_of_a_step_is_made_where_the_model_is(command, data, monkey
                                       vocab_size=tokenizer.vocab_size))
     train.add_adapters(model, args)
     monkeypatch.setattr(train, "autocast", lambda args: contextlib.nullcontext())  # meta has none
-    logits, targets = train.target_logits(model, batch, args)
-    F.cross_entropy(logits, targets).backward()
+    h, targets = train.target_states(model, batch, args)
+    F.cross_entropy(train.target_logits(model, h, args), targets).backward()
     assert {p.grad.device.type for p in adapter_parameters(model).values()} == {"meta"}
 
 
