@@ -211,13 +211,14 @@ def backward(model, batch, count, scaler, args):
     """Adds the gradients of the batch's summed loss over count, and returns it. The head goes
     forward and back chunk by chunk, so that logits (M, V) never exist whole."""
     h, targets = target_states(model, batch, args)
-    parts = [part.detach().requires_grad_() for part in h.split(HEAD_CHUNK)]
+    parts = [part.detach().requires_grad_(h.requires_grad) for part in h.split(HEAD_CHUNK)]
     total = 0.0
     for part, wanted in zip(parts, targets.split(HEAD_CHUNK)):
         loss = F.cross_entropy(target_logits(model, part, args), wanted, reduction="sum") / count
         scaler.scale(loss).backward()  # as far as part; frees this chunk's logits
         total = total + loss.detach()
-    h.backward(torch.cat([part.grad for part in parts]))
+    if h.requires_grad:  # not where the head alone has adapters
+        h.backward(torch.cat([part.grad for part in parts]))
     return total
 
 
