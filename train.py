@@ -299,7 +299,9 @@ def routing(model, sequences, args):
     for batch in tqdm(eval_batches(sequences, args), desc="routing", leave=False):
         ids = collate(batch, args.device)[0]
         with record_gates(model) as gates, autocast(args):
-            model.hidden_states(ids)
+            h = model.hidden_states(ids)
+            if "output" in layers:  # the head costs much, and is of use here only with a router
+                model.output(h)
         for row, s in enumerate(batch):
             tokens[s.category] = tokens.get(s.category, 0) + len(s.ids) - 1
             for name, weights in gates.items():

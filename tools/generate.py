@@ -68,7 +68,7 @@ def gates_of(model, ids):
     """{layer: gate (T, N)} of the layers with a router, in one pass over ids."""
     routed = {name for name, layer in hydra_layers(model).items() if layer.router is not None}
     with record_gates(model) as gates:
-        model.hidden_states(torch.tensor([ids], device=model.tok_embeddings.weight.device))
+        model(torch.tensor([ids], device=model.tok_embeddings.weight.device))
     return {name: gate[0].cpu() for name, gate in gates.items() if name in routed}
 
 
