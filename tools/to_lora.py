@@ -24,7 +24,7 @@ from model import load_llama
 from tools.hf_layout import (TARGETS, hf_name, hf_rows, new_folder, rotary_heads, write_json,
                              write_safetensors)
 from tools.official_adapter import PREFIX, WORLD_BASE
-from train import DTYPES, MAX_SEQ_LEN, VAL_SHARE, WORLD_DIR, evaluate, routing
+from train import EVAL_BATCH, DTYPES, MAX_SEQ_LEN, VAL_SHARE, WORLD_DIR, evaluate, routing
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def main(argv=None):
     p.add_argument("--dtype", choices=DTYPES, help="of the model (fp32 on CPU, bf16 on GPU)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
     args = p.parse_args(argv)
-    args.max_seq_len = None
+    args.max_seq_len, args.batch_size = None, EVAL_BATCH
     return run_script("to_lora.py", lambda: export(args), argv,
                       stopped="interrupted; nothing was written",
                       memory="--dtype bf16 needs less")
