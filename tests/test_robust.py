@@ -194,12 +194,13 @@ def test_a_signal_during_clustering_stops_and_a_resumed_run_keeps_its_heads(
 
 
 KILLS = """
-import json, os, random, shutil, signal, sys, time
+import json, os, random, shutil, signal, sys, threading, time
 from contextlib import redirect_stderr, redirect_stdout
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import torch
 torch.set_num_threads(1)
 import train, data.files
+train.tqdm.set_lock(threading.RLock())  # its usual one is shared by forks: a killed one could hold it
 folder, command = sys.argv[3], sys.argv[4:]
 
 def die_at(module, name, number):
