@@ -6,7 +6,7 @@ rank of 4 and, where that differs, at the authors' alpha of 32 for all ranks.
 
     python -m experiments.table1                 # 144 runs, about 50 minutes on two slow cores
     python -m experiments.table1 --weights stories260K --data dolly.jsonl --seeds 3 \\
-        --records 4000 --max-steps 200 --scaling constant     # any other checkpoint and corpus
+        --records 4000 --max-seq-len 256 --max-steps 150 --scaling constant --name table1-dolly
 
 The verdicts go by validation loss (nats per token of the response); exact match is the share of
 responses that greedy decoding gets right; the quiz is scored by eval_mmlu.py.
@@ -14,6 +14,7 @@ responses that greedy decoding gets right; the quiz is scored by eval_mmlu.py.
 
 import statistics
 import sys
+from pathlib import Path
 
 from experiments import common
 from experiments.common import FULL, claim, difference, hydra, interval, lora, show, signed, split
@@ -126,8 +127,9 @@ def main(argv=None):
     p.add_argument("--quiz", help="folder of a quiz in MMLU's layout (the world's for its base)")
     p.add_argument("--name", default="table1", help="of the files in --out (table1)")
     args, records, val = common.prepare(p, argv)
-    world = args.weights == str(common.WORLD_DIR / "base")
-    quiz = args.quiz or (str(common.WORLD_DIR / "quiz") if world else None)
+    quiz = args.quiz
+    if not quiz and Path(args.weights).resolve() == common.WORLD_DIR / "base":
+        quiz = str(common.WORLD_DIR / "quiz")
     heads = common.kmeans_heads(args, records)
     configs = methods(args, heads)
     tried = common.tune({name: (config, [records]) for name, config in configs.items()}, args)
@@ -138,12 +140,14 @@ def main(argv=None):
     claims = make_claims(runs)
     seconds = sum(run["seconds"] for run in {r["folder"]: r for of in runs.values() for r in of}
                   .values())
-    print(f"{seconds / 60:.0f} minutes of training after the sweep, on one thread each; "
+    fitted = ", ".join(f"{part} {kept['records']} records ({kept['skipped']} too long and skipped)"
+                       for part, kept in runs[HYDRA][0]["data"].items())
+    print(f"{fitted}\n{seconds / 60:.0f} minutes of training after the sweep, on one thread each; "
           f"median run {statistics.median(r['seconds'] for r in runs[HYDRA]):.0f} s for {HYDRA}")
     common.write_results(
         args, args.name,
         {"conditions": common.conditions(args, records, val), "kmeans_heads": heads,
-         "configs": configs, "sweep": tried, "rows": rows, "claims": claims},
+         "data": runs[HYDRA][0]["data"], "configs": configs, "sweep": tried, "rows": rows, "claims": claims},
         [make_table(rows, quiz), common.claims_table(claims), common.rates_table(tried)],
         lambda pyplot: draw(pyplot, rows, quiz))
     return 0
