@@ -14,9 +14,6 @@ Every run stays in runs/check_world/, so a check that was stopped goes on where 
 """
 
 import argparse
-import contextlib
-import io
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -24,8 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-import train  # noqa: E402
 from data.corpus import read_records  # noqa: E402
+from data.scripts import run_script  # noqa: E402
+from experiments.common import (best_rate, read_run, run_folder, sweep,  # noqa: E402
+                                train_once)
 from make_world import FAMILIES, WORLD, write_records  # noqa: E402
 
 RATES = {"full": (1e-3, 2e-3, 4e-3), "lora": (2e-3, 4e-3, 8e-3)}
@@ -34,25 +33,21 @@ RUNS = Path("runs/check_world")
 
 def tune(method, data, rate, seed, epochs, val=None):
     """The metrics of one run of train.py, validated on its own held-out part or on val."""
-    out = RUNS / f"{data.stem}-{method}-{rate:g}-{seed}-{epochs}{'-val' if val else ''}"
-    if not (out / "run.json").exists():
-        flags = ["--method", method, "--data", str(data), "--lr", str(rate), "--seed", str(seed),
-                 "--epochs", str(epochs), "--out", str(out), "--overwrite", "--save-every", "0"]
-        flags += ["--val-data", str(val)] if val else []
-        with contextlib.redirect_stdout(io.StringIO()):
-            status, _ = train.run(train.parse_args(flags))
-        if status:
-            sys.exit(status)
-    return json.loads((out / "run.json").read_text())["metrics"]
+    flags = ["--method", method, "--data", str(data), "--lr", str(rate), "--seed", str(seed),
+             "--epochs", str(epochs), "--save-every", "0"]
+    flags += ["--val-data", str(val)] if val else []
+    folder = run_folder(flags, RUNS)
+    train_once(flags, folder)
+    return read_run(flags, folder, None)["metrics"]
 
 
 def swept(method, data, epochs):
     """The learning rate with the lowest loss on a held-out part of the training data."""
-    losses = {rate: tune(method, data, rate, 0, epochs)["val_loss"] for rate in RATES[method]}
-    best = min(losses, key=losses.get)
+    losses = sweep([method], RATES[method], lambda asked: [
+        tune(method, data, rate, 0, epochs)["val_loss"] for _, rate in asked], widen=0)[method]
     shown = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items())
     print(f"{method} on {data.stem}: held-out loss by learning rate {shown}", flush=True)
-    return best
+    return best_rate(losses)
 
 
 def spread(values):
@@ -94,9 +89,16 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=2, help="runs of every arm (2)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the data (3)")
     args = parser.parse_args(argv)
+    return run_script("check_world.py", lambda: check(args), argv,
+                      stopped="stopped; the same command goes on from here",
+                      memory="close other programs; the same command goes on from here")
+
+
+def check(args):
     mix, val = WORLD / "train.jsonl", WORLD / "val.jsonl"
     measure_interference(args, mix, val, measure_gap(args, mix, val))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

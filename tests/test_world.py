@@ -187,7 +187,7 @@ def test_the_check_of_the_world_sweeps_every_arm_apart_and_reads_validation_once
 
     monkeypatch.setattr(check_world, "tune", tune)
     monkeypatch.setattr(check_world, "RUNS", tmp_path)
-    check_world.main(["--seeds", "2", "--epochs", "4"])
+    assert check_world.main(["--seeds", "2", "--epochs", "4"]) == 0
     out = capsys.readouterr().out
     assert "full fine-tuning ends 50.0% below LoRA" in out
     assert out.count("-10.0%") == len(make_world.FAMILIES) == 8
@@ -195,3 +195,14 @@ def test_the_check_of_the_world_sweeps_every_arm_apart_and_reads_validation_once
     assert len(swept) == (1 + 1 + 8) * 3  # three rates for each of ten arms
     final = [call for call in calls if call[5]]
     assert len(final) == 10 * 2 and {call[2] for call in final} == {4e-3}
+
+
+def test_the_check_of_the_world_keeps_its_runs_by_the_content_of_the_data(monkeypatch, tmp_path):
+    calls, run = [], train.run
+    monkeypatch.setattr(check_world, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(train, "run", lambda args: calls.append(args.data) or run(args))
+    data = tmp_path / "few.jsonl"
+    for records in (TRAIN[:24], TRAIN[:24], TRAIN[1:25]):
+        make_world.write_records(records, data)
+        metrics = check_world.tune("lora", data, 4e-3, 0, 1)
+    assert len(calls) == 2 and 0 < metrics["val_loss"] < metrics["val_loss_base"]

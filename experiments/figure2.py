@@ -1,0 +1,139 @@
+"""Figure 2 of HydraLoRA: does a mixed corpus widen the gap between low rank and full fine-tuning?
+
+The corpus goes from one family to all of them at a constant number of records. For each number of
+families the families are dealt into groups of that size, each family into one group, by the seed;
+every group is a corpus of its own, tested on its own families. The mean over the groups thus weighs
+every family alike at every point, and all methods see the same groups and seeds.
+
+    python -m experiments.figure2    # 412 short runs, about 55 minutes on two slow cores
+
+Claims (section 2.2): LoRA's gap to full fine-tuning grows with the number of families; HydraLoRA's
+gap on the mix of all families is smaller than LoRA's; and it grows less.
+"""
+
+import random
+import statistics
+import sys
+
+from experiments import common
+from experiments.common import FULL, claim, difference, hydra, interval, lora, signed
+
+LINES = {"LoRA r8": ("o", "-"), "LoRA, matched": ("s", "--"), "HydraLoRA 3x8": ("D", "-.")}
+SWEPT = 2  # groups that the learning rate is chosen on, at each number of families
+
+
+def methods(args):
+    matched = common.matched_rank(args, 1, common.trainable(args, 3, 8))
+    return {"full": FULL, "LoRA r8": lora(8), "LoRA, matched": lora(matched),
+            "HydraLoRA 3x8": hydra(3)}
+
+
+def deal(families, size, seed):
+    """The families in groups of `size`, each in one; the last ones of an odd deal are left out."""
+    families = sorted(families)
+    random.Random(f"{seed} {size}").shuffle(families)
+    return [sorted(families[i:i + size]) for i in range(0, len(families) - size + 1, size)]
+
+
+def corpus(records, group, total, seed):
+    """`total` records in equal parts from the families of a group; raises ValueError where a family
+    has too few."""
+    chosen = []
+    for family in group:
+        own = [record for record in records if record["category"] == family]
+        if len(own) < total // len(group):
+            raise ValueError(f"{family} has {len(own)} records, {total // len(group)} are wanted: "
+                             "give a smaller --total")
+        chosen += common.draw(own, total // len(group), seed)
+    return chosen
+
+
+def of_group(val, group):
+    return [record for record in val if record["category"] in group]
+
+
+def make_runs(args, configs, tried, records, val):
+    """{(name, size, seed): mean validation loss over the groups}."""
+    keys, flags = [], []
+    for name, config in configs.items():
+        for size in args.families:
+            for seed in range(args.seeds):
+                for group in deal({r["category"] for r in records}, size, seed):
+                    keys.append((name, size, seed))
+                    flags.append(common.train_flags(
+                        args, config, rate=common.best_rate(tried[f"{name}, {size}"]), seed=seed,
+                        epochs=args.epochs, data=corpus(records, group, args.total, seed),
+                        val=of_group(val, group)))
+    runs = common.run_all(flags, args)
+    common.check_converged(runs)
+    losses = {}
+    for key, run in zip(keys, runs):
+        losses.setdefault(key, []).append(run["metrics"]["val_loss"])
+    return {key: statistics.fmean(group) for key, group in losses.items()}
+
+
+def make_claims(gaps, sizes):
+    """gaps {(name, size): [loss minus full's, of each seed]}."""
+    first, last = min(sizes), max(sizes)
+    growth = {name: [b - a for a, b in zip(gaps[name, first], gaps[name, last])] for name in LINES}
+    found = [claim(f"{name}'s gap to full fine-tuning is wider on {last} families than on {first}",
+                   interval(growth[name])) for name in ("LoRA r8", "LoRA, matched")]
+    for name in ("LoRA r8", "LoRA, matched"):
+        found += [claim(f"HydraLoRA's gap on {last} families is smaller than that of {name}",
+                        difference(gaps[name, last], gaps["HydraLoRA 3x8", last])),
+                  claim(f"HydraLoRA's gap grows less than that of {name}",
+                        difference(growth[name], growth["HydraLoRA 3x8"]))]
+    return found
+
+
+def draw(pyplot, stats, sizes, total):
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for i, (name, (marker, line)) in enumerate(LINES.items()):
+        beside = [size + 0.06 * (i - 1) for size in sizes]  # or the bars would hide each other
+        common.error_bars(axes, beside, [stats[name, size] for size in sizes], marker=marker,
+                          linestyle=line, label=name)
+    axes.axhline(0, color="grey", linewidth=1)
+    axes.set_xticks(sizes)
+    axes.set_xlabel(f"families in a corpus of {total} records")
+    axes.set_ylabel("loss minus full fine-tuning's\n(nats per token)")
+    axes.legend()
+    return figure
+
+
+def main(argv=None):
+    p = common.parser("figure2", __doc__, seeds=5, epochs=3, sweep_epochs=3)
+    p.add_argument("--total", type=int, default=800, help="records of every corpus (800)")
+    p.add_argument("--families", type=int, nargs="+", default=[1, 2, 4, 8],
+                   help="numbers of families (1 2 4 8)")
+    args, records, val = common.prepare(p, argv)
+    families = {record["category"] for record in records}
+    if not 1 <= min(args.families) <= max(args.families) <= len(families):
+        raise ValueError(f"--families must be from 1 to the {len(families)} categories of the data")
+    configs = methods(args)
+    tried = common.tune({f"{name}, {size}": (config, [corpus(records, group, args.total, seed=0)
+                                                      for group in deal(families, size, 0)[:SWEPT]])
+                         for name, config in configs.items() for size in args.families}, args)
+    losses = make_runs(args, configs, tried, records, val)
+    gaps = {(name, size): [losses[name, size, seed] - losses["full", size, seed]
+                           for seed in range(args.seeds)]
+            for name in LINES for size in args.families}
+    stats = {key: interval(gap) for key, gap in gaps.items()}
+    full = {size: interval(losses["full", size, seed] for seed in range(args.seeds))
+            for size in args.families}
+    claims = make_claims(gaps, args.families)
+    table = common.markdown(
+        ["families", "loss of full fine-tuning", *(f"{name} minus full" for name in LINES)],
+        [[size, common.show(full[size]), *(signed(stats[name, size]) for name in LINES)]
+         for size in args.families])
+    common.write_results(
+        args, "figure2",
+        {"conditions": common.conditions(args, records, val), "total": args.total, "sweep": tried,
+         "full": full, "gaps": {name: {size: stats[name, size] for size in args.families}
+                                for name in LINES}, "claims": claims},
+        [table, common.claims_table(claims), common.rates_table(tried)],
+        lambda pyplot: draw(pyplot, stats, args.families, args.total))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(common.run("figure2", main, None))
