@@ -21,7 +21,6 @@ import sys
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 
 import train
 from data.corpus import collate, encode_records, length_batches
@@ -61,9 +60,10 @@ def loss_with(model, batches, args, change):
     for batch in batches:
         real = real_tokens(batch)
         with changed_gates(model, lambda name, w, real=real: change(name, w, real)):
-            logits, targets = train.target_logits(model, batch, args)
-        total += F.cross_entropy(logits, targets, reduction="sum").item()
-        count += len(targets)
+            states = train.target_states(model, batch, args)
+            losses, _ = train.target_losses(model, *states, args)
+        total += losses.sum().item()
+        count += len(losses)
     return total / count
 
 

@@ -1,5 +1,7 @@
 """Shared by the tests: paths, a tiny random model, and how to run a script as a user would."""
 
+import contextlib
+import resource
 import sys
 from pathlib import Path
 
@@ -21,6 +23,17 @@ def asset(name):
     if not path.exists():
         pytest.skip(f"{name} is not in {ASSETS}")
     return path
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """Inside, every file that this process writes ends at so many bytes, its own output too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def tiny_args(**changes):

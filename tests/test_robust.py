@@ -8,7 +8,6 @@ import math
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -22,7 +21,7 @@ import eval_mmlu
 import pytest
 import torch
 import train
-from conftest import ROOT, WORLD, tiny_model
+from conftest import ROOT, WORLD, file_size_limit, tiny_model
 from data import runs
 from data.corpus import encode_records, hold_out, read_records
 from data.files import weights_fingerprint, write_file
@@ -282,16 +281,6 @@ def test_killed_at_20_random_moments_and_amid_writing_every_run_ends_in_the_same
 
 
 # ---------------------------------------------------------------- writes that fail
-
-
-@contextlib.contextmanager
-def file_size_limit(size):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def full_disk(path):
