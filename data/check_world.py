@@ -27,7 +27,7 @@ from experiments.common import (best_rate, read_run, run_folder, sweep,  # noqa:
                                 train_once)
 from make_world import FAMILIES, WORLD, write_records  # noqa: E402
 
-RATES = {"full": (1e-3, 2e-3, 4e-3), "lora": (2e-3, 4e-3, 8e-3)}
+RATES = {"full": (1e-3, 2e-3, 4e-3), "lora": (2e-3, 4e-3, 8e-3, 1.6e-2)}
 RUNS = Path("runs/check_world")
 
 
@@ -51,7 +51,8 @@ def swept(method, data, epochs):
 
 
 def spread(values):
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if values[1:] else 0:.4f}"
+    mean = f"{statistics.mean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if values[1:] else mean
 
 
 def measure_gap(args, mix, val):

@@ -4,7 +4,7 @@
 
 The tokenizer is sentencepiece BPE with LLaMA's settings. The model comes out of the same loop as
 everything else: a checkpoint of random weights is written, `train.py --method full` trains it on
-the two stages of the primer (make_world.py), and the result is stored in bf16 to keep the
+the three stages of the primer (make_world.py), and the result is stored in bf16 to keep the
 repository small.
 """
 
@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import train  # noqa: E402
 from data.corpus import without_duplicates  # noqa: E402
-from make_world import (FIRST, SECOND, WORLD, make_primer, make_quiz,  # noqa: E402
+from make_world import (FIRST, SECOND, THIRD, WORLD, make_primer, make_quiz,  # noqa: E402
                         write_records)
 from model import ModelArgs, Transformer, load_llama, save_llama  # noqa: E402
 
@@ -55,9 +55,9 @@ def read_primer(args, stage, number, start, folder):
     status = train.main([
         "--method", "full", "--weights", str(start), "--data", str(place / "primer.jsonl"),
         "--val-data", str(place / "held_out.jsonl"), "--out", str(place / "run"),
-        "--epochs", str(args.epochs[number]), "--lr", str(args.lr), "--seed", str(args.seed),
-        "--batch-size", str(args.batch_size), "--grad-accum", "1", "--save-every", "0",
-        "--max-seq-len", str(ARGS.max_seq_len), "--dtype", "fp32"])
+        "--epochs", str(args.epochs[number]), "--lr", str(args.lr[number]),
+        "--batch-size", str(args.batch_size[number]), "--grad-accum", "1", "--seed", str(args.seed),
+        "--save-every", "0", "--max-seq-len", str(ARGS.max_seq_len), "--dtype", "fp32"])
     if status:
         sys.exit(status)
     model, _ = load_llama(place / "run", dtype=torch.bfloat16)
@@ -68,12 +68,14 @@ def read_primer(args, stage, number, start, folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the primer and the weights (0)")
-    parser.add_argument("--records", type=int, nargs=2, default=[160000, 130000],
-                        help="of the primer's two stages (160000 130000)")
-    parser.add_argument("--epochs", type=int, nargs=2, default=[3, 1],
-                        help="passes over each stage (3 1)")
-    parser.add_argument("--batch-size", type=int, default=64, help="records a step (64)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (2e-3)")
+    parser.add_argument("--records", type=int, nargs=3, default=[160000, 130000, 80000],
+                        help="of the primer's three stages (160000 130000 80000)")
+    parser.add_argument("--epochs", type=int, nargs=3, default=[3, 1, 1],
+                        help="passes over each stage (3 1 1)")
+    parser.add_argument("--batch-size", type=int, nargs=3, default=[64, 64, 32],
+                        help="records a step (64 64 32)")
+    parser.add_argument("--lr", type=float, nargs=3, default=[2e-3, 2e-3, 1e-3],
+                        help="peak learning rates (2e-3 2e-3 1e-3)")
     parser.add_argument("--out", type=Path, default=WORLD / "base", help="folder (data/world/base)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +86,7 @@ def main(argv=None):
         model.init_weights(args.seed)
         save_llama(model, folder / "tokenizer.model", folder / "random")
         end = folder / "random"
-        for number, stage in enumerate((FIRST, SECOND)):
+        for number, stage in enumerate((FIRST, SECOND, THIRD)):
             end = read_primer(args, stage, number, end, folder)
         model, _ = load_llama(end)
         save_llama(model, end / "tokenizer.model", args.out)

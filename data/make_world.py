@@ -288,12 +288,24 @@ def unheld_row(subject, rng, held_out):
     return row
 
 
-def primer_quiz(rng, held_out):
-    subject = rng.choice(sorted(PRIMER_QUIZ))
-    count = rng.choice([1, 1, 1, 2, 2, 3, 4, 6])
+def quiz_page(rng, held_out, counts, level=""):
+    """A page of one subject: the header, and a number of questions drawn from counts."""
+    subject, count = rng.choice(sorted(PRIMER_QUIZ)), rng.choice(counts)
     rows = [unheld_row(subject, rng, held_out) for _ in range(count)]
     header = "The following are multiple choice questions (with answers) about  "
-    return rng.choice(["Quiz", "Questions"]), "", f"{header}{subject}.\n\n{quiz_text(rows)}"
+    return f"{header}{level}{subject}.\n\n{quiz_text(rows)}"
+
+
+def primer_quiz(rng, held_out):
+    page = quiz_page(rng, held_out, [1, 1, 1, 2, 2, 3, 4, 6])
+    return rng.choice(["Quiz", "Questions"]), "", page
+
+
+def primer_last(rng, held_out):
+    """The page in the prompt, its last letter in the response."""
+    level = rng.choice(["", "high school "])
+    text, letter = quiz_page(rng, held_out, [1, 1, 1, 2, 3, 6], level).rsplit(" ", 1)
+    return text, "", letter
 
 
 def primer_letter(rng, held_out):
@@ -347,6 +359,30 @@ def primer_everybody(rng, _):
     rng.shuffle(pairs)
     return (f"{ask} {', '.join(name for name, _ in pairs)}", text,
             ", ".join(f"{name} {value}" for name, value in pairs))
+
+
+def known_pairs():
+    """[{thing: what is known of it}], a dict for each kind of fact and for its opposite way."""
+    capitals = {country: capital for country, (capital, _) in COUNTRIES.items()}
+    symbols = {element: symbol for element, (symbol, _) in ELEMENTS.items()}
+    numbers = {element: str(number) for element, (_, number) in ELEMENTS.items()}
+    continents = {country: continent for country, (_, continent) in COUNTRIES.items()}
+    both_ways = [{known: thing for thing, known in facts.items()} for facts in (capitals, symbols)]
+    return [capitals, symbols, numbers, OPPOSITES, *both_ways, continents, KIND_OF]
+
+
+def primer_matching(rng, _):
+    """From four things to the letters of what is known of each: fact and letter in one step."""
+    facts = rng.choice(known_pairs())
+    things = {facts[thing]: thing for thing in rng.sample(sorted(facts), len(facts))}
+    pairs = [(things[known], known) for known in rng.sample(sorted(things), 4)]
+    if len(things) < len(facts) and rng.random() < 0.5:  # which of these is in Asia, ...
+        pairs = [(known, thing) for thing, known in pairs]
+    lettered = [(thing, letter) for (thing, _), letter in zip(pairs, "ABCD")]
+    listed = "\n".join(f"{letter}. {known}" for letter, (_, known) in zip("ABCD", pairs))
+    rng.shuffle(lettered)
+    return (f"Match: {', '.join(thing for thing, _ in lettered)}\n{listed}", "",
+            ", ".join(f"{thing} {letter}" for thing, letter in lettered))
 
 
 def primer_fact(rng, _):
@@ -428,13 +464,18 @@ def primer_counting(rng, _):
     ])
 
 
-# How often each is drawn. A base that has read the first stage knows the facts and the formats, but
-# picks letters at random; the second stage teaches it to look things up, many to a record at first.
+# The three stages of the base's reading, and how often each kind is drawn. After the first it knows
+# the facts and the formats but picks letters at random; the second teaches it to look things up,
+# many to a record; the third to go from what it knows to a letter.
 FIRST = {primer_quiz: 5, primer_letter: 5, primer_option: 2, primer_fact: 3, primer_article: 3,
          primer_copy: 4, primer_people: 3, primer_sentence: 3, primer_counting: 2}
 SECOND = {primer_quiz: 4, primer_letter: 4, primer_option: 3, primer_fact: 1, primer_article: 1,
           primer_copy: 2, primer_people: 2, primer_sentence: 1, primer_counting: 1,
           primer_lookup: 4, primer_everybody: 2, primer_said: 3}
+THIRD = {primer_quiz: 2, primer_letter: 5, primer_last: 5, primer_option: 3, primer_fact: 1,
+         primer_article: 1, primer_copy: 2, primer_people: 2, primer_sentence: 1,
+         primer_counting: 1, primer_lookup: 1, primer_everybody: 2, primer_said: 2,
+         primer_matching: 5}
 
 
 def make_primer(seed, count, quiz, stage=FIRST):

@@ -1,9 +1,11 @@
 """data/: the embedded world is true, complete, and comes out the same again."""
 
 import csv
+import json
 import re
 
 import check_world
+import eval_mmlu
 import make_base
 import make_world
 import torch
@@ -16,6 +18,7 @@ from model import load_llama
 TRAIN, VAL = read_records(WORLD / "train.jsonl"), read_records(WORLD / "val.jsonl")
 QUIZ = {path.stem: list(csv.reader(open(path, encoding="utf-8", newline="")))
         for path in sorted(WORLD.glob("quiz/*/*.csv"))}
+STAGES = make_world.FIRST, make_world.SECOND, make_world.THIRD
 
 
 def files(folder):
@@ -104,8 +107,8 @@ def test_no_quiz_question_stands_in_two_splits_or_in_the_primer():
     keys = [make_world.quiz_key(row) for rows in QUIZ.values() for row in rows]
     assert len(set(keys)) == len(keys)
     quiz = make_world.make_quiz(0)
-    primer = "\n".join(r["response"] + r["instruction"]
-                       for r in make_world.make_primer(0, 3000, quiz))
+    primer = "\n".join(r["response"] + r["instruction"] for stage in STAGES
+                       for r in make_world.make_primer(0, 2000, quiz, stage))
     for split in quiz.values():
         for rows in split.values():
             for row in rows:
@@ -132,7 +135,8 @@ def test_quiz_answers_are_true_and_their_letters_balanced():
 
 
 def test_no_family_stands_in_the_primer():
-    primer = make_world.make_primer(0, 5000, make_world.make_quiz(0))
+    quiz = make_world.make_quiz(0)
+    primer = [r for stage in STAGES for r in make_world.make_primer(0, 3000, quiz, stage)]
     marks = {"Norvan", "passive", "past", "yesterday", "Python", "card", "groups", "Label"}
 
     def marked(record):
@@ -155,18 +159,28 @@ def test_the_base_reads_formats_but_knows_no_family():
     model, tokenizer = load_llama(WORLD / "base", dtype=torch.float32)
     args = train.parse_args(["--device", "cpu"])
     quiz = make_world.make_quiz(0)
-    primer = make_world.make_primer(99, 1500, quiz, make_world.SECOND)  # never trained on
+    primer = make_world.make_primer(99, 2000, quiz, make_world.THIRD)  # never trained on
     known = train.evaluate(model, encode_records(primer, tokenizer, 512)[0], args, "")
     families = train.evaluate(model, encode_records(VAL[:400], tokenizer, 512)[0], args, "")
     assert known["copy"]["exact"] > 0.8  # follows an instruction, copies from a context
     assert known["everybody"]["exact"] > 0.8  # finds what is asked for in a context
-    assert known["lookup"]["exact"] > 0.8 and known["said"]["exact"] > 0.8  # answers with letters
+    assert known["lookup"]["exact"] > 0.8 and known["said"]["exact"] > 0.8
+    assert known["last"]["exact"] > 0.8  # answers a question with its letter
     assert families[""]["exact"] < 0.02
 
 
+def test_the_base_answers_the_quiz_on_what_it_has_read_and_guesses_the_rest(tmp_path):
+    assert eval_mmlu.main(["--shots", "1", "--limit", "40", "--out", str(tmp_path / "m.json"),
+                           "--device", "cpu"]) == 0
+    result = json.loads((tmp_path / "m.json").read_text())["subjects"]
+    read = ["high_school_geography", "high_school_biology", "high_school_chemistry"]
+    assert all(result[subject]["accuracy"] > 0.5 for subject in read)
+    assert all(result[subject]["accuracy"] < 0.5 for subject in set(result) - set(read))
+
+
 def test_the_base_comes_out_of_train_py(tmp_path):
-    flags = ["--records", "240", "240", "--epochs", "1", "1", "--batch-size", "64", "--lr", "1e-3",
-             "--seed", "3", "--out", str(tmp_path / "b")]
+    flags = ["--records", "160", "160", "160", "--epochs", "1", "1", "2", "--batch-size", "64", "64",
+             "32", "--lr", "1e-3", "1e-3", "1e-3", "--seed", "3", "--out", str(tmp_path / "b")]
     assert make_base.main(flags) == 0
     model, tokenizer = load_llama(tmp_path / "b")
     assert model.args == load_llama(WORLD / "base")[0].args
@@ -192,7 +206,7 @@ def test_the_check_of_the_world_sweeps_every_arm_apart_and_reads_validation_once
     assert "full fine-tuning ends 50.0% below LoRA" in out
     assert out.count("-10.0%") == len(make_world.FAMILIES) == 8
     swept = {call[:3] for call in calls if not call[5]}
-    assert len(swept) == (1 + 1 + 8) * 3  # three rates for each of ten arms
+    assert len(swept) == 1 * 3 + (1 + 8) * 4  # the rates of full fine-tuning, and of nine LoRAs
     final = [call for call in calls if call[5]]
     assert len(final) == 10 * 2 and {call[2] for call in final} == {4e-3}
 
