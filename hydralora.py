@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.files import check_finite, check_tensors, read_torch, write_file
+from data.files import check_finite, check_tensors, misfits, read_torch, write_file
 
 GATES = ("learned", "uniform")
 CONFIG_KEYS = ("targets", "rank", "heads", "alpha", "dropout", "gate", "share_a")
@@ -252,10 +252,7 @@ def load_adapter(model, path):
     if not same:
         raise ValueError(f"{path} was trained on another base model than this one: give that one "
                          "as --weights")
-    wrong = sorted(name for name in wanted.keys() | tensors.keys()
-                   if name not in wanted or name not in tensors
-                   or wanted[name] != tensors[name].shape)
-    if wrong:
+    if wrong := misfits(wanted, tensors):
         raise ValueError(f"{path} does not fit its own config: {wrong[:4]} missing, extra or "
                          "mis-shaped")
     check_finite(tensors, path)

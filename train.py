@@ -383,8 +383,13 @@ def peak_memory(args):
     """Peak GiB: allocated on the GPU, or resident in this process on a CPU."""
     if args.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(args.device) / 2**30
+    return peak_resident() / 2**30
+
+
+def peak_resident():
+    """Peak bytes of this process in memory, pages of mapped files included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---------------------------------------------------------------- the run
@@ -471,7 +476,7 @@ def finish(args, out, model, val, before, result):
 def run(args):
     """One run from the settings to the files; returns (exit status, content of run.json)."""
     if args.dry_run:
-        print_needs(args, HEAD_CHUNK)
+        print_needs(args, HEAD_CHUNK, MAX_SEQ_LEN)
         return 0, None
     torch.manual_seed(args.seed)
     out = check_out(args)

@@ -13,7 +13,6 @@ per seed, at the rate so chosen. HydraLoRA itself is not run here: the world is 
 Every run stays in runs/check_world/, so a check that was stopped goes on where it was.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 from data.corpus import read_records  # noqa: E402
-from data.scripts import run_script  # noqa: E402
+from data.scripts import Parser, run_script  # noqa: E402
 from experiments.common import (best_rate, read_run, run_folder, sweep,  # noqa: E402
                                 train_once)
 from make_world import FAMILIES, WORLD, write_records  # noqa: E402
@@ -86,7 +85,7 @@ def measure_interference(args, mix, val, mixed_runs):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("check_world.py", __doc__)
     parser.add_argument("--seeds", type=int, default=2, help="runs of every arm (2)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the data (3)")
     args = parser.parse_args(argv)

@@ -81,6 +81,13 @@ def check_tensors(tensors):
             raise ValueError(f"{name} is not a plain tensor of floating-point numbers")
 
 
+def misfits(shapes, tensors):
+    """Names that are missing from {name: tensor}, extra, or of another shape than {name: shape}."""
+    return sorted(name for name in shapes.keys() | tensors.keys()
+                  if name not in shapes or name not in tensors
+                  or shapes[name] != tensors[name].shape)
+
+
 def check_finite(tensors, path):
     """Raises ValueError when a value of {name: tensor} is not finite: it must not reach the path,
     or must not be taken from it."""

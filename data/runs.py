@@ -23,8 +23,8 @@ import numpy as np
 import sentencepiece
 import torch
 
-from data.files import (check_finite, check_tensors, file_fingerprint, read_json, read_torch,
-                        weights_fingerprint, write_file)
+from data.files import (check_finite, check_tensors, file_fingerprint, misfits, read_json,
+                        read_torch, weights_fingerprint, write_file)
 
 RUN_FILES = ("run.json", "checkpoint.pt", "log.csv", "adapter.pt", "params.json",
              "consolidated.00.pth", "tokenizer.model")
@@ -172,8 +172,7 @@ def restore(path, args, prints, model, optimizer, scaler, categories):
         check_losses(state["before"], categories)
         check_tensors(state["tensors"])
         check_finite(state["tensors"], path)
-        shapes = {name: p.shape for name, p in state["tensors"].items()}
-        if shapes != {name: p.shape for name, p in wanted.items()}:
+        if misfits({name: p.shape for name, p in wanted.items()}, state["tensors"]):
             raise ValueError("its tensors are not those that train here")
         moments, trained = state["optimizer"]["state"], list(wanted.values())
         for i, of in moments.items():

@@ -12,7 +12,6 @@ states at length:
 """
 
 import argparse
-import hashlib
 import io
 import json
 import math
@@ -34,6 +33,7 @@ from data.questions import read_questions
 from data.runs import fingerprints, settings
 from data.scores import summarise
 from data.scripts import Parser, one_line, run_script
+from eval_mmlu import digest
 from hydralora import adapter_shapes, load_adapter
 from model import Transformer, load_llama, read_params
 
@@ -117,10 +117,6 @@ def keep(records, args):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, lambda file: file.write(text.encode()))
     return path
-
-
-def digest(*content):
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def remember(path, key, compute):

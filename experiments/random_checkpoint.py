@@ -11,9 +11,7 @@ resident memory, pages of mapped files included (ru_maxrss).
 
 import argparse
 import json
-import resource
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -94,11 +92,9 @@ def step(args):
 
 
 def report(args, model):
-    size = sum(path.stat().st_size for path in Path(args.weights).glob("consolidated.*.pth"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024)
-    shards = len(list(Path(args.weights).glob("consolidated.*.pth")))
-    print(f"{args.command}: {shards} shards of {size / 1e9:.2f} GB in all, peak resident memory "
+    shards = list(Path(args.weights).glob("consolidated.*.pth"))
+    size, peak = sum(path.stat().st_size for path in shards), train.peak_resident()
+    print(f"{args.command}: {len(shards)} shards of {size / 1e9:.2f} GB in all, peak resident memory "
           f"{peak / 1e9:.2f} GB, {peak / size:.3f} times the files")
 
 

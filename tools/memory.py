@@ -147,11 +147,12 @@ def needs(model, args, *, checkpoint, head_chunk):
                 head=head_chunk * vocab * 12 + (vocab * shape.dim * (4 + copy) if full else 0))
 
 
-def print_needs(args, head_chunk):
+def print_needs(args, head_chunk, max_seq_len):
     """Prints what the run will need, with and without --checkpoint-activations, and the longest
-    sequence that fits --gpu-memory. Reads params.json only."""
+    sequence that fits --gpu-memory. Reads params.json only; head_chunk and max_seq_len are
+    train.py's own constants."""
     model = new_model(args.weights, args)
-    length = args.max_seq_len or min(1024, model.args.max_seq_len)
+    length = args.max_seq_len or min(max_seq_len, model.args.max_seq_len)
     tokens = args.batch_size * length
     both = [needs(model, args, checkpoint=checkpoint, head_chunk=min(head_chunk, tokens))
             for checkpoint in (False, True)]

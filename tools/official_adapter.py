@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import write_file
+from data.files import misfits, write_file
 from data.scripts import Parser, run_script
 from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
 from model import load_llama
@@ -78,10 +78,7 @@ def read_settings(path, tensors):
 def fill(model, tensors, source):
     """Copies their tensors into the model's adapter; one missing, extra or mis-shaped raises."""
     wanted = {name: t.shape for name, t in official_tensors(model).items()}
-    wrong = sorted(name for name in wanted.keys() | tensors.keys()
-                   if name not in wanted or name not in tensors
-                   or wanted[name] != tensors[name].shape)
-    if wrong:
+    if wrong := misfits(wanted, tensors):
         raise ValueError(f"{source} does not fit its config and the base model: {wrong[:4]} "
                          "missing, extra or mis-shaped")
     for name, layer in hydra_layers(model).items():
@@ -137,7 +134,8 @@ def main(argv=None):
                    help="the base model, a folder in Meta's layout (the embedded world's)")
     args = p.parse_args(argv)
     convert = to_ours if args.source.is_dir() else to_official
-    return run_script("official_adapter.py", lambda: convert(args.source, args.out, args.weights), argv,
+    return run_script("official_adapter.py",
+                      lambda: convert(args.source, args.out, args.weights), argv,
                       stopped="interrupted; nothing was written",
                       memory="a machine with more memory can")
 

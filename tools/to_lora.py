@@ -24,7 +24,7 @@ from model import load_llama
 from tools.hf_layout import (TARGETS, hf_name, hf_rows, new_folder, rotary_heads, write_json,
                              write_safetensors)
 from tools.official_adapter import PREFIX, WORLD_BASE
-from train import EVAL_BATCH, DTYPES, MAX_SEQ_LEN, VAL_SHARE, WORLD_DIR, evaluate, routing
+from train import DTYPES, EVAL_BATCH, MAX_SEQ_LEN, VAL_SHARE, WORLD_DIR, evaluate, routing
 
 
 @torch.no_grad()
