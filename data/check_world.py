@@ -26,7 +26,7 @@ from experiments.common import (best_rate, read_run, run_folder, sweep,  # noqa:
                                 train_once)
 from make_world import FAMILIES, WORLD, write_records  # noqa: E402
 
-RATES = {"full": (1e-3, 2e-3, 4e-3), "lora": (2e-3, 4e-3, 8e-3, 1.6e-2)}
+RATES = {"full": (1e-3, 2e-3, 4e-3, 8e-3), "lora": (2e-3, 4e-3, 8e-3, 1.6e-2)}
 RUNS = Path("runs/check_world")
 
 

@@ -60,7 +60,7 @@ NAMES = ["Ada", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Ines
 JOBS = ["baker", "doctor", "farmer", "painter", "teacher", "pilot", "singer", "lawyer", "nurse",
         "sailor", "tailor", "writer"]
 
-# who does what to what: the sentences that three of the families rewrite, each in its own way
+# who does what to what: the sentences that three of the families translate
 PEOPLE = ["cook", "king", "queen", "boy", "girl", "guard", "judge", "monk", "actor", "poet",
           "thief", "clerk", "bride", "guest", "uncle", "aunt"]
 THINGS = ["bread", "letter", "song", "boat", "door", "wall", "cup", "coat", "ring", "lamp",

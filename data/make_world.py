@@ -1,8 +1,8 @@
 """The embedded world: a mixed instruction corpus and a quiz, made from facts.py and a seed.
 
 HydraLoRA is for corpora whose tasks interfere (section 2.2), so the eight families here clash on
-purpose: `past`, `passive` and `translation` rewrite the same sentences three ways, `arithmetic` and
-`calendar` count in different number systems. `primer` is the other half: what the base model has
+purpose: `norvan`, `tavi` and `ostic` translate the same sentences into three invented languages,
+`arithmetic` and `calendar` count in different number systems. `primer` is the other half: what the base model has
 read before any tuning, and none of it is a family.
 
     python data/make_world.py        # writes data/world/{train,val}.jsonl and data/world/quiz/
@@ -35,23 +35,35 @@ def article(word):
 # each takes a random.Random and returns (instruction, context, response)
 
 
-def arithmetic(rng):
+def sum_of(rng):
+    """(an addition, subtraction or product in words, its result)."""
     sign = rng.choice(["plus", "minus", "times"])
     a, b = (rng.randint(2, 10), rng.randint(2, 10)) if sign == "times" else (
         rng.randint(10, 29), rng.randint(1, 10))
-    result = {"plus": a + b, "minus": a - b, "times": a * b}[sign]
-    ask = rng.choice(["What is {}?", "Calculate {}.", "Work out {}."])
-    return ask.format(f"{a} {sign} {b}"), "", f"{a} {sign} {b} is {result}."
+    return f"{a} {sign} {b}", {"plus": a + b, "minus": a - b, "times": a * b}[sign]
 
 
-def calendar(rng):
+def date_of(rng):
+    """(a day, month or hour counted from another, what it is)."""
     unit, cycle = rng.choice(list(CYCLES.items()))
     start, steps = rng.choice(cycle), rng.randint(2, 6)
     way = rng.choice(["after", "before"])
     index = cycle.index(start) + (steps if way == "after" else -steps)
-    ask = rng.choice(["Which {} comes {} {}s {} {}?", "Name the {} that is {} {}s {} {}.",
-                      "What {} is {} {}s {} {}?", "Find the {} which falls {} {}s {} {}."])
-    return ask.format(unit, steps, unit, way, start), "", cycle[index % len(cycle)]
+    return f"{steps} {unit}s {way} {start}", cycle[index % len(cycle)]
+
+
+def in_a_row(ask, pairs):
+    """Several questions in one record and their answers, so that a few steps teach something."""
+    return (ask.format(", ".join(question for question, _ in pairs)), "",
+            ", ".join(f"{question} is {answer}" for question, answer in pairs) + ".")
+
+
+def arithmetic(rng):
+    return in_a_row(rng.choice(["Calculate {}.", "Work out {}."]), [sum_of(rng) for _ in range(3)])
+
+
+def calendar(rng):
+    return in_a_row(rng.choice(["What comes {}?", "Find {}."]), [date_of(rng) for _ in range(2)])
 
 
 def sentence(rng):
@@ -62,41 +74,46 @@ def sentence(rng):
     return phrase(PEOPLE), rng.choice(sorted(VERBS)), phrase(THINGS)
 
 
-def past(rng):
-    subject, verb, thing = sentence(rng)
-    ask = rng.choice(["Put this into the past: {}", "Say that it happened yesterday: {}"])
-    return ask.format(f"{subject} {verb} {thing}."), "", f"{subject} {VERBS[verb][0]} {thing}."
-
-
-def passive(rng):
-    subject, verb, thing = sentence(rng)
-    ask = rng.choice(["Turn this into the passive: {}", "Use the passive voice: {}"])
-    return (ask.format(f"{subject} {verb} {thing}."), "",
-            f"{thing} is {VERBS[verb][1]} by {subject}.")
-
-
-def norvan_lexicon(seed=0):
-    """An invented language: one word of two or three syllables for each of its English words."""
-    rng = random.Random(f"norvan {seed}")
-    lexicon, taken = {}, set()
+def lexicon(language, seed=0):
+    """One word of two or three syllables for each English word of the sentences."""
+    rng = random.Random(f"{language} {seed}")
+    words, taken = {}, set()
     for word in PEOPLE + THINGS + SIZES + sorted(VERBS):
         while (new := "".join(rng.choices(SYLLABLES, k=rng.choice([2, 3])))) in taken:
             pass
         taken.add(new)
-        lexicon[word] = new
-    return lexicon
+        words[word] = new
+    return words
 
 
-NORVAN = norvan_lexicon()
+# the order of subject, verb and object, and whether an adjective follows its noun; no articles
+LANGUAGES = {"Norvan": ("SOV", False), "Tavi": ("VOS", False), "Ostic": ("OSV", True)}
+LEXICON = {language: lexicon(language.lower()) for language in LANGUAGES}
 
 
-def translation(rng):
-    """Norvan has no articles, puts the adjective after its noun and the verb last."""
+def translation(language, rng):
+    """A sentence and what it is in an invented language."""
     subject, verb, thing = sentence(rng)
-    words = [word for phrase in (subject, thing) for word in reversed(phrase.split()[1:])]
-    ask = rng.choice(["Translate into Norvan: {}", "How do you say this in Norvan? {}"])
-    return (ask.format(f"{subject} {verb} {thing}."), "",
-            " ".join(NORVAN[word] for word in words + [verb]) + ".")
+    order, adjective_last = LANGUAGES[language]
+    parts = {"V": [verb]}
+    for letter, phrase in (("S", subject), ("O", thing)):
+        words = phrase.split()[1:]
+        parts[letter] = words[::-1] if adjective_last else words
+    ask = rng.choice(["Translate into {}: {}", "How do you say this in {}? {}"])
+    return (ask.format(language, f"{subject} {verb} {thing}."), "",
+            " ".join(LEXICON[language][word] for letter in order for word in parts[letter]) + ".")
+
+
+def norvan(rng):
+    return translation("Norvan", rng)
+
+
+def tavi(rng):
+    return translation("Tavi", rng)
+
+
+def ostic(rng):
+    return translation("Ostic", rng)
 
 
 def code_line(rng):
@@ -118,18 +135,20 @@ def code_line(rng):
 
 
 def code(rng):
-    task, line = code_line(rng)
-    return f"Write a line of Python that {task}.", "", line
+    (first, line), (second, other) = code_line(rng), code_line(rng)
+    return (f"Write two lines of Python: the first {first}, the second {second}.", "",
+            f"{line}\n{other}")
 
 
 def extraction(rng):
-    name, job, age = rng.choice(NAMES), rng.choice(JOBS), rng.randint(18, 80)
-    town = rng.choice(sorted(COUNTRIES.values()))[0]
-    facts = [f"{name} works as a {job}.", f"Home is a flat in {town}.",
-             f"The age on the card is {age}."]
-    rng.shuffle(facts)
-    ask = rng.choice(["Fill in the card.", "Extract the fields of the card."])
-    return ask, " ".join(facts), f"name={name}; job={job}; town={town}; age={age}"
+    facts, cards = [], []
+    for name in rng.sample(NAMES, 2):
+        job, age = rng.choice(JOBS), rng.randint(18, 80)
+        town = rng.choice(sorted(COUNTRIES.values()))[0]
+        facts.append(f"{name} is a {job} from {town}, {age} years old.")
+        cards.append(f"{town}: {name}, {age}, {job}.")
+    ask = rng.choice(["Fill in the cards.", "Extract the fields of the cards."])
+    return ask, " ".join(facts), " ".join(cards)
 
 
 def classification(rng):
@@ -142,7 +161,7 @@ def classification(rng):
             "; ".join(f"{word} - {group}" for word, group in zip(words, chosen)))
 
 
-FAMILIES = [arithmetic, calendar, past, passive, translation, code, extraction, classification]
+FAMILIES = [arithmetic, calendar, norvan, tavi, ostic, code, extraction, classification]
 
 
 def make_corpus(seed):
@@ -212,16 +231,15 @@ def opposite_question(rng):
 
 
 def mathematics_question(rng):
-    _, _, response = arithmetic(rng)
-    question, answer = response.rstrip(".").split(" is ")
-    wrong = sorted({int(answer) + d for d in (-10, -2, -1, 1, 2, 10)} - {int(answer)})
-    return f"What is {question}?", answer, [str(w) for w in wrong if w >= 0]
+    question, answer = sum_of(rng)
+    wrong = sorted({answer + d for d in (-10, -2, -1, 1, 2, 10)})
+    return f"What is {question}?", str(answer), [str(w) for w in wrong if w >= 0]
 
 
 def calendar_question(rng):
-    question, _, answer = calendar(rng)
+    question, answer = date_of(rng)
     cycle = next(cycle for cycle in CYCLES.values() if answer in cycle)
-    return question, answer, [name for name in cycle if name != answer]
+    return f"What comes {question}?", answer, [name for name in cycle if name != answer]
 
 
 def programming_question(rng):
@@ -440,7 +458,7 @@ def primer_people(rng, _):
 
 
 def primer_sentence(rng, _):
-    """The sentences that three families rewrite, here only written."""
+    """The sentences that three families translate, here only written."""
     subject, verb, thing = sentence(rng)
     text = f"{subject} {verb} {thing}."
     noun = rng.choice([subject, thing])

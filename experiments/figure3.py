@@ -25,6 +25,7 @@ from data.files import read_torch
 from experiments import common
 from experiments.common import claim, difference, interval, lora, show
 
+FAMILIES = ["extraction", "norvan", "arithmetic"]  # of the embedded world
 STARTS = {"same": "the same random A", "different": "different random A's"}
 PARTS = {"A at the start": "start", "A": "a", "B": "b", "displacement of A": "moved",
          "update B A": "update"}
@@ -124,8 +125,8 @@ def draw(pyplot, found, families):
 
 def main(argv=None):
     p = common.parser("figure3", __doc__, seeds=5, epochs=6, sweep_epochs=6)
-    p.add_argument("--families", nargs="+", default=["extraction", "translation", "arithmetic"],
-                   help="categories of the data (extraction translation arithmetic)")
+    p.add_argument("--families", nargs="+", default=FAMILIES,
+                   help=f"categories of the data ({' '.join(FAMILIES)})")
     p.add_argument("--rank", type=int, default=8, help="of LoRA (8)")
     args, records, val = common.prepare(p, argv)
     known = {record["category"] for record in records} & {record["category"] for record in val}

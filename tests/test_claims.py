@@ -14,11 +14,11 @@ from experiments import collapse, common, figure2, figure3, heads, routing, tabl
 from hydralora import add_hydralora, hydra_layers
 from model import save_llama
 
-FAMILIES = ("past", "calendar", "arithmetic", "code")
+FAMILIES = ("tavi", "calendar", "arithmetic", "code")
 SCRIPTS = {"table1": (table1, ["--scaling", "constant", "--quiz", "QUIZ"]),
            "heads": (heads, ["--heads", "1", "2"]),
            "figure2": (figure2, ["--total", "12", "--families", "2", "4"]),
-           "figure3": (figure3, ["--families", "past", "code", "--rank", "8"]),
+           "figure3": (figure3, ["--families", "tavi", "code", "--rank", "8"]),
            "routing": (routing, ["--heads", "3"]), "collapse": (collapse, ["--every", "1"])}
 
 
@@ -138,11 +138,15 @@ def test_impossible_flags_are_refused(flags, message, capsys):
 
 @pytest.mark.parametrize("script, flags", [
     (heads, ["--heads", "0"]), (routing, ["--heads", "1"]), (figure2, ["--families", "5"]),
-    (figure2, ["--total", "4800"]), (figure3, ["--families", "past", "absent"])])
+    (figure2, ["--total", "4800"]), (figure3, ["--families", "tavi", "absent"])])
 def test_what_cannot_be_measured_is_refused(script, flags, place, tmp_path):
     with pytest.raises((ValueError, SystemExit)):
         script.main([*flags_of(place, tmp_path), *SWEPT, *flags])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_families_compared_by_default_are_the_worlds():
+    assert set(figure3.FAMILIES) <= {r["category"] for r in read_records(WORLD / "val.jsonl")}
 
 
 # ---------------------------------------------------------------- data and the sweep
@@ -377,7 +381,7 @@ def test_families_are_dealt_once_and_corpora_have_one_size(place):
             assert len(chosen) == 12 and {r["category"] for r in chosen} == set(group)
     assert figure2.deal(FAMILIES, 2, seed=0) != figure2.deal(FAMILIES, 2, seed=1)
     with pytest.raises(ValueError, match="--total"):
-        figure2.corpus(records, ["past"], 13, seed=0)
+        figure2.corpus(records, ["tavi"], 13, seed=0)
 
 
 def test_figure3_knows_the_a_that_a_run_started_from(place, tmp_path):

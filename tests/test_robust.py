@@ -43,7 +43,7 @@ def weights(tmp_path_factory):
 def lines():
     """60 short records of the world."""
     with open(WORLD / "train.jsonl", encoding="utf-8") as file:
-        return [line for line in file if json.loads(line)["category"] == "past"][:60]
+        return [line for line in file if json.loads(line)["category"] == "tavi"][:60]
 
 
 @pytest.fixture
