@@ -71,11 +71,19 @@ class HydraLinear(nn.Module):
         if self.router is not None:
             nn.init.uniform_(self.router, -bound, bound)
 
-    def gate_weights(self, x):
-        """w(x) (..., N) in fp32, summing to 1: the router reads every token, dropout-free."""
+    def down(self, x):
+        """(A x, w(x)): (..., R), or (..., N * R) if A is not shared, and the gate (..., N) in fp32,
+        summing to 1. One product for both, so that x is read and its gradient written once."""
+        a = self.lora_A.flatten(0, -2)
         if self.router is None:
-            return x.new_full((*x.shape[:-1], self.heads), 1 / self.heads, dtype=torch.float32)
-        return F.linear(x, self.router).float().softmax(-1)
+            return F.linear(x, a), x.new_full((*x.shape[:-1], self.heads), 1 / self.heads,
+                                              dtype=torch.float32)
+        z, scores = F.linear(x, torch.cat([a, self.router])).split([len(a), self.heads], -1)
+        return z, scores.float().softmax(-1)
+
+    def gate_weights(self, x):
+        """w(x) (..., N) alone."""
+        return self.down(x)[1]
 
     def forward(self, x):
         y = self.base(x)
@@ -84,8 +92,7 @@ class HydraLinear(nn.Module):
         device = x.device.type
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             x = x.to(self.lora_A.dtype)
-        w = self.gate_weights(x)  # (..., N)
-        z = F.linear(x, self.lora_A.flatten(0, -2))  # A x: (..., R), or (..., N * R) if not shared
+        z, w = self.down(x)
         # deviation: dropout on A x, one mask for all heads; the released code drops x, head by head
         z = F.dropout(z, self.dropout, self.training).unflatten(-1, (-1, self.rank))
         # the gate acts in rank space, so that one product with [B_1 .. B_N] serves all heads and

@@ -25,7 +25,7 @@ def forward_with_a_mask_on_x(layer, x):
         return y
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(layer.lora_A.dtype)
-    w = layer.gate_weights(x)
+    w = F.linear(x, layer.router).float().softmax(-1)  # the router reads x without the mask
     dropped = F.dropout(x, layer.dropout, layer.training)
     z = F.linear(dropped, layer.lora_A.flatten(0, -2)).unflatten(-1, (-1, layer.rank))
     u = (layer.scale * w[..., None] * z).flatten(-2)

@@ -33,18 +33,22 @@ BATCH = 32  # records whose tokens exchange their gates
 DEALS = 20  # random deals of the categories behind the mutual information by chance
 
 
+def with_gate(down, change, name):
+    z, gate = down
+    return z, change(name, gate)
+
+
 @contextmanager
 def changed_gates(model, change):
     """Inside, the gate of every layer is change(layer name, its own gate (B, T, N))."""
     layers = hydra_layers(model)
     for name, layer in layers.items():
-        own = layer.gate_weights
-        layer.gate_weights = lambda x, name=name, own=own: change(name, own(x))
+        layer.down = lambda x, name=name, own=layer.down: with_gate(own(x), change, name)
     try:
         yield model
     finally:
         for layer in layers.values():
-            del layer.gate_weights  # the class's own shows again
+            del layer.down  # the class's own shows again
 
 
 def real_tokens(batch):

@@ -84,6 +84,7 @@ def branch_bytes(layer, size):
     ranks = layer.lora_A.flatten(0, -2).shape[0]  # R, or N * R when A is not shared
     routed = layer.router is not None  # a constant gate has no gradient: A x is not needed for it
     ax = ranks * size * (bool(layer.dropout) + routed)
+    ax += layer.heads * size * (routed and not layer.dropout)  # A x is a slice beside the scores
     return ax + 4 * layer.heads * (1 + routed) + layer.heads * layer.rank * size
 
 
