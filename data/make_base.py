@@ -1,6 +1,6 @@
 """The embedded world's base model: a tokenizer and a tiny LLaMA, trained here from random weights.
 
-    python data/make_base.py         # writes data/world/base/ in Meta's layout, see --help for time
+    python data/make_base.py    # writes data/world/base/ in Meta's layout; 46 minutes on two cores
 
 The tokenizer is sentencepiece BPE with LLaMA's settings. The model comes out of the same loop as
 everything else: a checkpoint of random weights is written, `train.py --method full` trains it on
