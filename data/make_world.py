@@ -2,8 +2,8 @@
 
 HydraLoRA is for corpora whose tasks interfere (section 2.2), so the eight families here clash on
 purpose: `norvan`, `tavi` and `ostic` translate the same sentences into three invented languages,
-`arithmetic` and `calendar` count in different number systems. `primer` is the other half: what the base model has
-read before any tuning, and none of it is a family.
+`arithmetic` and `calendar` count in different number systems. `primer` is the other half: what the
+base model has read before any tuning, and none of it is a family.
 
     python data/make_world.py        # writes data/world/{train,val}.jsonl and data/world/quiz/
 
@@ -74,9 +74,9 @@ def sentence(rng):
     return phrase(PEOPLE), rng.choice(sorted(VERBS)), phrase(THINGS)
 
 
-def lexicon(language, seed=0):
+def lexicon(language):
     """One word of two or three syllables for each English word of the sentences."""
-    rng = random.Random(f"{language} {seed}")
+    rng = random.Random(f"{language.lower()} 0")
     words, taken = {}, set()
     for word in PEOPLE + THINGS + SIZES + sorted(VERBS):
         while (new := "".join(rng.choices(SYLLABLES, k=rng.choice([2, 3])))) in taken:
@@ -88,7 +88,7 @@ def lexicon(language, seed=0):
 
 # the order of subject, verb and object, and whether an adjective follows its noun; no articles
 LANGUAGES = {"Norvan": ("SOV", False), "Tavi": ("VOS", False), "Ostic": ("OSV", True)}
-LEXICON = {language: lexicon(language.lower()) for language in LANGUAGES}
+LEXICON = {language: lexicon(language) for language in LANGUAGES}
 
 
 def translation(language, rng):

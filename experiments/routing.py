@@ -33,17 +33,16 @@ BATCH = 32  # records whose tokens exchange their gates
 DEALS = 20  # random deals of the categories behind the mutual information by chance
 
 
-def with_gate(down, change, name):
-    z, gate = down
-    return z, change(name, gate)
-
-
 @contextmanager
 def changed_gates(model, change):
     """Inside, the gate of every layer is change(layer name, its own gate (B, T, N))."""
     layers = hydra_layers(model)
     for name, layer in layers.items():
-        layer.down = lambda x, name=name, own=layer.down: with_gate(own(x), change, name)
+        def down(x, name=name, own=layer.down):
+            z, gate = own(x)
+            return z, change(name, gate)
+
+        layer.down = down
     try:
         yield model
     finally:
