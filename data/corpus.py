@@ -73,8 +73,8 @@ def read_record(row, place):
             raise ValueError(f"{place} needs a text under {' or '.join(map(repr, names))}, "
                              f"found {type(value).__name__}")
         if any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ValueError(f"{place} has half a surrogate pair under {names[0]!r}: JSON can write "
-                             "it, UTF-8 cannot; mend the text")
+            raise ValueError(f"{place} has half a surrogate pair under {names[0]!r}: JSON can "
+                             "write it, UTF-8 cannot; mend the text")
         return value
 
     record = Record(instruction=field(["instruction"], required=True),

@@ -350,7 +350,8 @@ def primer_said(rng, held_out):
     """The answer first, then its letter: a step between knowing the one and finding the other."""
     row = unheld_row(rng.choice(sorted(PRIMER_QUIZ)), rng, held_out)
     text, letter = quiz_text([row]).rsplit("\n", 1)[0], row[5]
-    return f"{text}\nSay the answer and its letter.", "", f"{row[1 + 'ABCD'.index(letter)]} {letter}"
+    answer = row[1 + "ABCD".index(letter)]
+    return f"{text}\nSay the answer and its letter.", "", f"{answer} {letter}"
 
 
 def primer_lookup(rng, _):

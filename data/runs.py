@@ -1,8 +1,9 @@
 """The run folder: what train.py writes while it trains, and reads back to go on.
 
     log.csv         a row a step                        from the first step
-    checkpoint.pt   all that the next step depends on   every --save-every steps, when stopped, and
-                                                        at the end of training; gone when all is done
+    checkpoint.pt   all that the next step depends on   every --save-every steps, when stopped,
+                                                        at the end of training; gone when all is
+                                                        done
     adapter.pt      or, for --method full, a checkpoint folder in Meta's layout      at the end
     run.json        settings, versions, fingerprints, metrics                        last
 

@@ -58,9 +58,10 @@ def out_of_memory(error):
 
 
 def run_script(name, work, argv, *, stopped, memory):
-    """The exit status: what work() returns, None for 0; 2 for what it refuses (ValueError, OSError), 1 when the
-    memory is used up, 128 and the signal's number for Ctrl-C and SIGTERM, each with one line on
-    standard error. The last two lines end in what the caller gives. A bug keeps its traceback."""
+    """The exit status: what work() returns, None for 0; 2 for what it refuses (ValueError,
+    OSError), 1 when the memory is used up, 128 and the signal's number for Ctrl-C and SIGTERM, each
+    with one line on standard error. The last two lines end in what the caller gives. A bug keeps
+    its traceback."""
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         return work() or 0

@@ -371,7 +371,8 @@ def main(argv=None):
     print(f"\n{'bound':75}{'measured':>9}")
     for claim, value, relation, bound in found:
         holds = value <= bound if relation == "<=" else value >= bound
-        print(f"{claim:60}{relation:>6} {bound:<8.2f}{value:9.2f}  {'holds' if holds else 'NOT MET'}")
+        print(f"{claim:60}{relation:>6} {bound:<8.2f}{value:9.2f}  "
+              f"{'holds' if holds else 'NOT MET'}")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)

@@ -53,7 +53,8 @@ def draw(growth, path, width=260, height=150):
     svg = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{whole}" height="{height + 65}" '
            'font-family="sans-serif" font-size="11" text-anchor="middle">\n'
            '<rect width="100%" height="100%" fill="white"/>\n'
-           f'<text x="20" y="{middle:.0f}" transform="rotate(-90 20 {middle:.0f})">tokens/s</text>\n'
+           f'<text x="20" y="{middle:.0f}" transform="rotate(-90 20 {middle:.0f})">'
+           'tokens/s</text>\n'
            + "\n".join(parts) + "\n</svg>\n")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(svg, encoding="utf-8")

@@ -94,8 +94,8 @@ def step(args):
 def report(args, model):
     shards = list(Path(args.weights).glob("consolidated.*.pth"))
     size, peak = sum(path.stat().st_size for path in shards), train.peak_resident()
-    print(f"{args.command}: {len(shards)} shards of {size / 1e9:.2f} GB in all, peak resident memory "
-          f"{peak / 1e9:.2f} GB, {peak / size:.3f} times the files")
+    print(f"{args.command}: {len(shards)} shards of {size / 1e9:.2f} GB in all, peak resident "
+          f"memory {peak / 1e9:.2f} GB, {peak / size:.3f} times the files")
 
 
 def main(argv=None):

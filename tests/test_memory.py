@@ -1,4 +1,4 @@
-"""What a step keeps, copies and waits for; the formula of --dry-run against what is really alive."""
+"""What a step keeps, copies and waits for; the formula of --dry-run against what is alive."""
 
 import contextlib
 import copy
@@ -324,8 +324,8 @@ def test_the_benchmark_measures_every_part(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("experiments.growth.LENGTHS", (8, 16))
     monkeypatch.setattr(torch, "compile", lambda function: function)
     result = benchmark.main([
-        "--parts", "step,memory,dolly,growth,compile", "--repeats", "1", "--layers", "1", "--tokens", "8",
-        "--data", str(WORLD / "val.jsonl"), "--tokenizer",
+        "--parts", "step,memory,dolly,growth,compile", "--repeats", "1", "--layers", "1",
+        "--tokens", "8", "--data", str(WORLD / "val.jsonl"), "--tokenizer",
         str(WORLD / "base" / "tokenizer.model"), "--batch-size", "2", "--batches", "2",
         "--json", str(tmp_path / "b.json"), "--picture", str(tmp_path / "growth.svg")])
     assert json.loads((tmp_path / "b.json").read_text())["weights"] == result["weights"]

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, WORLD
-from test_tools import (Evil, make_adapter, official_folder, refused, run, safetensors_bytes, tokens,
-                        tuned, without)
+from test_tools import (Evil, make_adapter, official_folder, refused, run, safetensors_bytes,
+                        tokens, tuned, without)
 
 from hydralora import hydra_layers
 from model import generate, load_llama
@@ -252,7 +252,8 @@ def test_a_raw_prompt_streams_what_generate_returns(weights, adapter, tokenizer,
     out = spoken(capsys, *prompts, "--weights", weights, "--adapter", adapter, "--raw",
                  "--max-new-tokens", 6, "--dtype", "fp32", "--device", "cpu")
     want = generate(tuned(weights, adapter), tokenizer, prompts, max_new_tokens=6)
-    assert out == "".join(f"> {prompt}\nadapter:  {text}\n\n" for prompt, text in zip(prompts, want))
+    assert out == "".join(f"> {prompt}\nadapter:  {text}\n\n"
+                          for prompt, text in zip(prompts, want))
     assert want[0].startswith(" ")  # a piece carries its own space
 
 

@@ -299,7 +299,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(command, tmp_
 
 def test_adapters_on_the_head_alone_train(command, tmp_path):
     assert train.main(command + ["--targets", "output", "--max-steps", "25"]) == 0
-    assert run_json(tmp_path)["metrics"]["val_loss"] < run_json(tmp_path)["metrics"]["val_loss_base"]
+    metrics = run_json(tmp_path)["metrics"]
+    assert metrics["val_loss"] < metrics["val_loss_base"]
 
 
 def prepared(command, data, **settings):

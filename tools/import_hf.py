@@ -227,7 +227,8 @@ def main(argv=None):
     p.add_argument("out", metavar="DST", type=Path, help="folder to make, in Meta's layout")
     p.add_argument("--tokenizer", type=Path, help="tokenizer.model (the one in SRC)")
     args = p.parse_args(argv)
-    return run_script("import_hf.py", lambda: import_folder(args.source, args.out, args.tokenizer), argv,
+    return run_script("import_hf.py",
+                      lambda: import_folder(args.source, args.out, args.tokenizer), argv,
                       stopped="interrupted; nothing was written",
                       memory="a machine with more memory can")
 
