@@ -41,6 +41,7 @@ WORLD_DIR = Path(__file__).resolve().parent.parent / "data" / "world"
 RESULTS = Path(__file__).resolve().parent / "results"
 TARGETS = ("w1", "w2", "w3")
 RATES, WIDEN = (2e-3, 4e-3, 8e-3), 3  # peak learning rates; how many more when the best is an edge
+MIXED = 4000  # records of the mix in table1, heads and routing, which share their runs
 SHARE = 0.1  # held out for the sweep; and for validation where the data comes without any
 SCALE = 4.0  # alpha / rank, the paper's 32 / 8
 # what every run has in common, and no method of its own
@@ -52,14 +53,15 @@ DIVERGED = ("gradient norm", "tuned model", "not finite")  # what train.py says 
 # ---------------------------------------------------------------- flags and data
 
 
-def parser(name, doc, *, seeds, epochs, sweep_epochs=1, sweeps=True):
+def parser(name, doc, *, seeds, epochs, records=0, sweep_epochs=1, sweeps=True):
     """The flags that every script has, or every one that sweeps; a script adds its own."""
     p = Parser(f"experiments.{name}", doc)
     p.description, p.formatter_class = doc, argparse.RawDescriptionHelpFormatter
     p.add_argument("--weights", help="checkpoint folder in Meta's layout (the embedded world's)")
     p.add_argument("--data", help="training records (the embedded world's)")
     p.add_argument("--val-data", help="validation records (the world's; else a tenth of --data)")
-    p.add_argument("--records", type=int, default=0, help="draw so many from --data, 0: all (0)")
+    p.add_argument("--records", type=int, default=records,
+                   help=f"draw so many from --data, 0: all ({records})")
     p.add_argument("--seeds", type=int, default=seeds, help=f"runs of every arm ({seeds})")
     p.add_argument("--epochs", type=int, default=epochs, help=f"of those runs ({epochs})")
     p.add_argument("--max-steps", type=int, default=0, help="of any run, 0: all (%(default)s)")

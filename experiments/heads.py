@@ -67,7 +67,7 @@ def draw(pyplot, rows, chosen):
 
 
 def main(argv=None):
-    p = common.parser("heads", __doc__, seeds=5, epochs=1)
+    p = common.parser("heads", __doc__, seeds=3, epochs=1, records=common.MIXED)
     p.add_argument("--heads", type=int, nargs="+", default=list(range(1, 9)),
                    help="numbers of heads (1 to 8)")
     args, records, val = common.prepare(p, argv)

@@ -235,7 +235,7 @@ def draw(pyplot, one):
 
 
 def main(argv=None):
-    p = common.parser("routing", __doc__, seeds=5, epochs=1)
+    p = common.parser("routing", __doc__, seeds=5, epochs=1, records=common.MIXED)
     p.add_argument("--heads", type=int, default=3, help="of HydraLoRA, at rank 8 (3)")
     args, records, val = common.prepare(p, argv)
     if args.heads < 2:

@@ -121,7 +121,7 @@ def draw(pyplot, rows, quiz):
 
 
 def main(argv=None):
-    p = common.parser("table1", __doc__, seeds=5, epochs=1)
+    p = common.parser("table1", __doc__, seeds=5, epochs=1, records=common.MIXED)
     p.add_argument("--scaling", choices=["both", "constant", "fixed"], default="both",
                    help="alpha / rank constant, alpha fixed at 32 where that differs, or both")
     p.add_argument("--quiz", help="folder of a quiz in MMLU's layout (the world's for its base)")
@@ -147,7 +147,8 @@ def main(argv=None):
     common.write_results(
         args, args.name,
         {"conditions": common.conditions(args, records, val), "kmeans_heads": heads,
-         "data": runs[HYDRA][0]["data"], "configs": configs, "sweep": tried, "rows": rows, "claims": claims},
+         "data": runs[HYDRA][0]["data"], "configs": configs, "sweep": tried, "rows": rows,
+         "claims": claims},
         [make_table(rows, quiz), common.claims_table(claims), common.rates_table(tried)],
         lambda pyplot: draw(pyplot, rows, quiz))
     return 0

@@ -152,6 +152,22 @@ def test_the_families_compared_by_default_are_the_worlds():
 # ---------------------------------------------------------------- data and the sweep
 
 
+def test_the_scripts_on_the_whole_mix_would_train_alike(monkeypatch):
+    """With other defaults heads and routing would share no run with table1."""
+    seen = []
+
+    def prepare(p, argv):
+        seen.append([p.get_default(key) for key in ("records", "epochs", "sweep_epochs", "rates",
+                                                    "max_steps", "max_seq_len")])
+        raise ValueError("enough")
+
+    monkeypatch.setattr(common, "prepare", prepare)
+    for script in (table1, heads, routing):
+        with pytest.raises(ValueError, match="enough"):
+            script.main([])
+    assert seen == [seen[0]] * 3 and seen[0][0] == common.MIXED
+
+
 def test_records_are_drawn_and_without_validation_data_a_tenth_is_held_out(place, tmp_path):
     p = common.parser("test", common.__doc__, seeds=1, epochs=1)
     _, records, val = common.prepare(p, [*flags_of(place, tmp_path, val=False), "--records", "20"])
