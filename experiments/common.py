@@ -45,7 +45,7 @@ MIXED = 4000  # records of the mix in table1, heads and routing, which share the
 SHARE = 0.1  # held out for the sweep; and for validation where the data comes without any
 SCALE = 4.0  # alpha / rank, the paper's 32 / 8
 # what every run has in common, and no method of its own
-RECIPE = {"batch-size": 16, "grad-accum": 1, "dropout": 0, "device": "cpu", "dtype": "fp32",
+RECIPE = {"batch-size": 8, "grad-accum": 1, "dropout": 0, "device": "cpu", "dtype": "fp32",
           "save-every": 0}
 DIVERGED = ("gradient norm", "tuned model", "not finite")  # what train.py says of such a run
 

@@ -124,7 +124,7 @@ def draw(pyplot, found, families):
 
 
 def main(argv=None):
-    p = common.parser("figure3", __doc__, seeds=5, epochs=6, sweep_epochs=6)
+    p = common.parser("figure3", __doc__, seeds=5, epochs=4, sweep_epochs=4)
     p.add_argument("--families", nargs="+", default=FAMILIES,
                    help=f"categories of the data ({' '.join(FAMILIES)})")
     p.add_argument("--rank", type=int, default=8, help="of LoRA (8)")

@@ -6,7 +6,7 @@ rank of 4 and, where that differs, at the authors' alpha of 32 for all ranks.
 
     python -m experiments.table1                 # 144 runs, about 50 minutes on two slow cores
     python -m experiments.table1 --weights stories260K --data dolly.jsonl --seeds 3 \\
-        --records 4000 --max-seq-len 256 --max-steps 150 --scaling constant --name table1-dolly
+        --max-seq-len 256 --max-steps 300 --scaling constant --name table1-dolly
 
 The verdicts go by validation loss (nats per token of the response); exact match is the share of
 responses that greedy decoding gets right; the quiz is scored by eval_mmlu.py.
