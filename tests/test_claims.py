@@ -485,7 +485,7 @@ def test_information_by_chance_is_what_a_gate_without_categories_has():
 
 def test_zero_router_and_zero_b_leave_copies_and_a_random_router_does_not(place, tmp_path):
     args, records, val = prepared(place, tmp_path, "--max-steps", "0")
-    flags = common.train_flags(args, common.hydra(3), rate=4e-3, seed=0, epochs=8, data=records,
+    flags = common.train_flags(args, common.hydra(3), rate=4e-3, seed=0, epochs=4, data=records,
                                val=val)
     zero, random = (collapse.watch(flags, records, start, every=4)
                     for start in ("router 0, B 0", "router random, B 0"))
@@ -493,3 +493,4 @@ def test_zero_router_and_zero_b_leave_copies_and_a_random_router_does_not(place,
     assert random["apart"][-1] > 0 and random["cosine"][-1] < zero["cosine"][-1]
     assert collapse.separated(zero) is None
     assert collapse.separated({"steps": [1, 5], "cosine": [0.95, 0.5]}) == 5
+    assert collapse.separated({"steps": [1, 5, 9, 13], "cosine": [0.1, 0.95, 0.5, 0.4]}) == 9
