@@ -25,13 +25,13 @@ MARKERS = {"LoRA r": "o", "LoRA (": "s", "HydraL": "D", "full": "^", "unifor": "
 
 
 def methods(args, heads):
-    """{name: flags of train.py}; heads is k-means' number."""
+    """{name: flags of train.py}; heads is k-means' number, a method of its own unless it is 3."""
     matched = common.matched_rank(args, 1, common.trainable(args, 3, 8))
     constant = {"LoRA r8": lora(8), "LoRA r16": lora(16), "LoRA r32": lora(32),
                 f"LoRA r{matched}, matched": lora(matched),
                 "LoRA (Split) 2x16": split(2, 16), "LoRA (Split) 4x8": split(4, 8),
                 "LoRA (Split) 8x4": split(8, 4), HYDRA: hydra(3),
-                f"HydraLoRA {heads}x8, k-means": hydra(heads),
+                **({f"HydraLoRA {heads}x8, k-means": hydra(heads)} if heads != 3 else {}),
                 "uniform gate 3x8": hydra(3, gate="uniform"), "full": FULL}
     # the authors keep alpha at 32: another scale than the above at every rank but 8
     same = {name: config for name, config in constant.items() if config.get("rank", 8) == 8}
@@ -101,13 +101,14 @@ def make_table(rows, quiz):
 
 
 def draw(pyplot, rows, quiz):
-    """Loss and accuracies, a line a method; the base's loss would dwarf the rest."""
+    """Loss and accuracies that differ, a line a method; the base's loss would dwarf the rest."""
     panels = [("val_loss", "validation loss (nats per token)", 1), ("exact_match",
               "exact match (%)", 100)] + ([("quiz", "quiz accuracy (%)", 100)] if quiz else [])
     rows = [row for row in rows if row["name"] != "base"][::-1]
-    figure, axes = pyplot.subplots(1, len(panels), sharey=True, layout="constrained",
-                                   figsize=(10, 1.5 + 0.3 * len(rows)))
-    for axis, (metric, label, factor) in zip(axes, panels):
+    panels = [panel for panel in panels if len({row[panel[0]]["mean"] for row in rows}) > 1]
+    figure, axes = pyplot.subplots(1, len(panels), sharey=True, squeeze=False,
+                                   layout="constrained", figsize=(10, 1.5 + 0.3 * len(rows)))
+    for axis, (metric, label, factor) in zip(axes[0], panels):
         for y, row in enumerate(rows):
             stat = row[metric]
             half = 0 if stat["low"] is None else stat["high"] - stat["mean"]
@@ -116,7 +117,7 @@ def draw(pyplot, rows, quiz):
                           color="black" if row["name"] == HYDRA else "tab:blue")
         axis.set_xlabel(label)
         axis.grid(axis="x", alpha=0.4)
-    axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes[0, 0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     return figure
 
 
@@ -149,7 +150,8 @@ def main(argv=None):
         {"conditions": common.conditions(args, records, val), "kmeans_heads": heads,
          "data": runs[HYDRA][0]["data"], "configs": configs, "sweep": tried, "rows": rows,
          "claims": claims},
-        [make_table(rows, quiz), common.claims_table(claims), common.rates_table(tried)],
+        [f"k-means finds {heads} heads.", make_table(rows, quiz), common.claims_table(claims),
+         common.rates_table(tried)],
         lambda pyplot: draw(pyplot, rows, quiz))
     return 0
 
