@@ -6,7 +6,7 @@ objection to it: then nothing but training can bring the A's together). Compared
 A, B, the displacement of A from its start, and the update B A, which no choice of basis changes. B
 starts at zero, so it is its own displacement.
 
-    python -m experiments.figure3    # 37 short runs, about 8 minutes on two slow cores
+    python -m experiments.figure3    # 37 short runs, 10 minutes on two slow cores
 
 Claims (Observation II): the A's converge: from different starts their cosine ends above 0.5; the
 B's are distinguishable: from the same start their cosine stays below 0.5; and A moves in more alike

@@ -9,7 +9,7 @@ give; and the validation loss, after training, with the gate
     shuffled     that of another token of 32 random records, the same one in every layer
     less head i  that head's weight zero in all layers, the others renormalised to sum to 1
 
-    python -m experiments.routing    # 9 runs, which table1 has done: about 6 minutes
+    python -m experiments.routing    # 9 runs, which table1 has done; after it 8 minutes
 
 Claims (sections 2.3 and 3.2): the heads specialise, the routing is used, every head is needed.
 Shapes: M records, C categories, N heads, B batch, T tokens.

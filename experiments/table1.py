@@ -4,7 +4,7 @@ Claims: several small heads beat one LoRA of the same size (Observation I), Hydr
 with fewer parameters (section 3), and its gate matters. Every rank stands at a constant alpha /
 rank of 4 and, where that differs, at the authors' alpha of 32 for all ranks.
 
-    python -m experiments.table1                 # 144 runs, about 50 minutes on two slow cores
+    python -m experiments.table1                 # 138 runs, 50 minutes on two slow cores
     python -m experiments.table1 --weights stories260K --data dolly.jsonl --seeds 3 \\
         --max-seq-len 256 --max-steps 300 --scaling constant --name table1-dolly
 
