@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import train
-from conftest import WORLD, tiny_model
+from conftest import ROOT, WORLD, tiny_model
 from data.corpus import encode_records, hold_out, read_records
 from experiments import collapse, common, figure2, figure3, heads, routing, table1
 from hydralora import add_hydralora, hydra_layers
@@ -58,6 +58,37 @@ def prepared(place, out, *more):
     return common.prepare(p, [*flags_of(place, out), *SWEPT, *more])
 
 
+# ---------------------------------------------------------------- what is published
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "table1-dolly"])
+def test_published_results_are_of_the_shipped_world_and_shown_as_written(name):
+    shown = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    assert (common.RESULTS / f"{name}.md").read_text(encoding="utf-8") in shown
+    assert f"(results/{name}.png)" in shown and (common.RESULTS / f"{name}.png").exists()
+    made = json.loads((common.RESULTS / f"{name}.json").read_text(encoding="utf-8"))["conditions"]
+    if name != "table1-dolly":
+        assert made["weights"] == common.weights_fingerprint(WORLD / "base")
+        assert made["data"] == common.file_fingerprint(WORLD / "train.jsonl")
+    assert made["recipe"] == common.RECIPE
+
+
+def test_every_row_of_the_readmes_answer_was_written_by_a_script():
+    """The claims name their script in a last column; the other table is table1's."""
+    def cells(line):
+        return tuple(cell.strip() for cell in line.strip("|").split("|"))
+
+    written = {path.stem: set(map(cells, path.read_text(encoding="utf-8").splitlines()))
+               for path in common.RESULTS.glob("*.md")}
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Does it work?\n")[1]
+    lines = section.split("\n## ")[0].splitlines()
+    rows = [cells(line) for line, after in zip(lines, lines[1:])
+            if line.startswith("| ") and not after.startswith("|-")]
+    assert len(rows) > 20
+    for row in rows:
+        assert row in written["table1"] or row[:-1] in written[row[-1]]
+
+
 # ---------------------------------------------------------------- the scripts
 
 
@@ -95,6 +126,8 @@ def test_table1_has_every_method_with_both_counts_and_pairs_its_seeds(place, tmp
     assert len(table1.methods(args, 4)) == 16
     args.scaling = "constant"
     assert {c["alpha"] / c["rank"] for c in table1.methods(args, 4).values() if "rank" in c} == {4}
+    assert list(table1.methods(args, 4)) == [*table1.methods(args, 3)][:8] + [
+        "HydraLoRA 4x8, k-means"] + [*table1.methods(args, 3)][8:]  # 3 heads stand there already
 
 
 def test_claims_pair_methods_of_one_scaling():
