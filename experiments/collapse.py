@@ -68,10 +68,10 @@ def watch(flags, records, start, every):
 
 def separated(trace):
     """The first step seen from which on the heads are apart for good, or None."""
-    last = None
+    since = None
     for step, cosine in zip(trace["steps"], trace["cosine"]):
-        last = None if cosine >= APART else last or step
-    return last
+        since = None if cosine >= APART else since or step
+    return since
 
 
 def make_claims(traces):

@@ -7,7 +7,7 @@ and run alike, at rank 8 (more heads, more parameters) and at the rank that give
     python -m experiments.heads      # 75 runs; after table1 48, 19 minutes on two slow cores
 
 Claims: more heads help at constant rank; at constant parameters; and k-means' number is ahead of
-the best other one. The sweep and the runs at 3 heads and k-means' are those of table1.
+the best other one. The sweep and the runs at 1 head, 3 and k-means' are those of table1.
 """
 
 import sys

@@ -199,7 +199,7 @@ sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import torch
 torch.set_num_threads(1)
 import train, data.files
-train.tqdm.set_lock(threading.RLock())  # its usual one is shared by forks, a killed one's too
+train.tqdm.set_lock(threading.RLock())  # a killed fork could hold the usual one
 folder, command = sys.argv[3], sys.argv[4:]
 
 def die_at(module, name, number):

@@ -195,7 +195,8 @@ def test_the_base_answers_the_quiz_on_what_it_has_read_and_guesses_the_rest(tmp_
 
 def test_the_base_comes_out_of_train_py(tmp_path):
     flags = ["--records", "160", "160", "160", "--epochs", "1", "1", "2",
-             "--batch-size", "64", "64", "32", "--lr", "1e-3", "1e-3", "1e-3", "--seed", "3", "--out", str(tmp_path / "b")]
+             "--batch-size", "64", "64", "32", "--lr", "1e-3", "1e-3", "1e-3", "--seed", "3",
+             "--out", str(tmp_path / "b")]
     assert make_base.main(flags) == 0
     model, tokenizer = load_llama(tmp_path / "b")
     assert model.args == load_llama(WORLD / "base")[0].args
