@@ -21,19 +21,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from data import WORLD
 from data.corpus import encode_prompts, length_batches, pad, prompt_text, read_records
-from data.files import check_tensors, read_torch, write_file
-from data.scripts import Parser, pick_device, run_script
 from hydralora import base_fingerprint
 from model import Tokenizer, load_llama, read_params
+from support.cli import Parser, check_least, progress, run_script
+from support.cluster_scores import ari, contingency, nmi, silhouette
+from support.device import pick_device
+from support.files import check_tensors, read_torch, write_file, write_text
 
-WORLD_DIR = Path(__file__).resolve().parent / "data" / "world"
 MAX_PIECES = 4096  # TF-IDF columns: 15,000 records stay below 250 MB
-CANDIDATES, ROUGH = 4, 3e-3  # k-means: draws for each seed; how far the starts go before the choice
+# k-means: records drawn for each new centroid; a start stops when an iteration gains less than this
+# share, and only the best of the starts goes to the end
+CENTROID_DRAWS, START_TOLERANCE = 4, 3e-3
 STABILITY_SEEDS, SILHOUETTE_SAMPLE = 3, 1000
-WEAK = {"bend": 0.1, "silhouette": 0.1, "stability": 0.8}  # below these the text says "weak"
+WEAK_BELOW = {"bend": 0.1, "silhouette": 0.1, "stability": 0.8}  # the text then says "weak"
 
 
 # ---------------------------------------------------------------- features
@@ -42,21 +45,19 @@ WEAK = {"bend": 0.1, "silhouette": 0.1, "stability": 0.8}  # below these the tex
 @torch.no_grad()
 def hidden_features(model, sequences, *, layer, batch_size):
     """(M, D) fp32 on the CPU: the states of each prompt after `layer` blocks and the final norm,
-    averaged over its own tokens: no padding, and no BOS, whose states are outsized. The norm keeps
-    any other outsized token from deciding the average."""
+    averaged over its own tokens: no padding, and no BOS, whose states are far larger than any
+    other's. The final norm keeps any other large state from deciding the average."""
     if not 0 <= layer <= len(model.layers):
         raise ValueError(f"layer {layer} is not one of 0 (embeddings) to {len(model.layers)}")
     device = model.tok_embeddings.weight.device
     features = torch.zeros(len(sequences), model.args.dim)
     whole, model.layers = model.layers, model.layers[:layer]
     try:
-        for batch in tqdm(length_batches(sequences, batch_size), desc="prompts", unit="batch"):
-            tokens = pad([s.ids for s in batch], device)
+        for batch in progress(length_batches(sequences, batch_size), desc="prompts", unit="batch"):
+            tokens, own = pad([s.ids for s in batch], device)
             h = model.hidden_states(tokens).float()  # (B, T, D)
-            lengths = torch.tensor([len(s.ids) for s in batch], device=device)[:, None]
-            position = torch.arange(tokens.shape[1], device=device)
-            foreign = (position == 0) | (position >= lengths)  # (B, T): BOS and padding
-            h = h.masked_fill(foreign[..., None], 0).sum(1) / (lengths - 1)
+            own[:, 0] = False  # BOS
+            h = h.masked_fill(~own[..., None], 0).sum(1) / own.sum(1, keepdim=True)
             features[[s.record for s in batch]] = h.cpu()
     finally:
         model.layers = whole
@@ -65,8 +66,8 @@ def hidden_features(model, sequences, *, layer, batch_size):
 
 def tfidf_features(sequences, vocab_size):
     """(M, up to MAX_PIECES): how often each piece occurs in a prompt, times
-    log((1 + M) / (1 + records with it)) + 1, each row then of length one, or else a long prompt
-    would be a topic of its own. The pieces found in the most records are kept."""
+    log((1 + M) / (1 + records with it)) + 1. Each row is then scaled to length one, since long
+    prompts would form a cluster otherwise. The pieces found in the most records are kept."""
     found = torch.zeros(vocab_size)
     for sequence in sequences:
         found[sorted(set(sequence.ids[1:]))] += 1
@@ -78,9 +79,9 @@ def tfidf_features(sequences, vocab_size):
 
 
 def normalise(x):
-    """Hidden states moved to their mean, then each row of length one: what the rows share is large
-    and says nothing, and these found categories better than the alternatives
-    (experiments/compare_layers.py). A row that differs from the mean by rounding alone is zero."""
+    """Hidden states less their mean, then each row scaled to length one: what all rows share is
+    large and says nothing. Of the ways tried (experiments/compare_layers.py), the clusters of this
+    one fit the categories best. A row that differs from the mean by rounding alone is zero."""
     x, largest = x - x.mean(0), x.norm(dim=1).max()
     length = x.norm(dim=1, keepdim=True)
     return x / length.masked_fill(length < 1e-5 * largest, torch.inf)
@@ -115,17 +116,17 @@ def square_distances(x, x2, centroids):
 
 def add_centroids(x, x2, centroids, k, generator):
     """k-means++ (Arthur and Vassilvitskii 2007), the greedy form: centroids (S, j, F) grow to k.
-    Each new one is a record, the best of CANDIDATES drawn by their squared distance to the
+    Each new one is a record, the best of CENTROID_DRAWS drawn by their squared distance to the
     nearest centroid."""
     starts = torch.arange(len(centroids), device=x.device)
     near = square_distances(x, x2, centroids.flatten(0, 1)).unflatten(0, (len(starts), -1)).amin(1)
     while centroids.shape[1] < k:
         mass = near.cumsum(1, dtype=torch.float64)  # (S, M)
-        draw = torch.rand(len(starts), CANDIDATES, generator=generator, dtype=torch.float64)
+        draw = torch.rand(len(starts), CENTROID_DRAWS, generator=generator, dtype=torch.float64)
         drawn = torch.searchsorted(mass, draw.to(x.device) * mass[:, -1:], right=True)
-        drawn = drawn.clamp_(max=len(x) - 1)  # (S, CANDIDATES); all mass zero: the last record
+        drawn = drawn.clamp_(max=len(x) - 1)  # (S, CENTROID_DRAWS); all mass zero: the last record
         d = square_distances(x, x2, x[drawn.flatten()]).unflatten(0, drawn.shape)
-        d = torch.minimum(d, near[:, None])  # (S, CANDIDATES, M)
+        d = torch.minimum(d, near[:, None])  # (S, CENTROID_DRAWS, M)
         best = d.sum(2).argmin(1)
         near = d[starts, best]
         centroids = torch.cat([centroids, x[drawn[starts, best]][:, None]], dim=1)
@@ -156,14 +157,15 @@ def lloyd(x, x2, centroids, *, tol, max_iter):
 
 
 def mean_of(x):
-    """The mean record of x (M, F), by way of the first one: exact where all records are equal."""
+    """The mean record of x (M, F), taken of the differences to the first record, so that it is
+    exact where all records are equal."""
     return x[0] + (x - x[0]).mean(0)
 
 
 def best_start(x, x2, centroids, k, *, generator, max_iter):
     """((k, F), inertia) of the best of S starts, each grown to k centroids and run some way."""
     centroids = add_centroids(x, x2, centroids, k, generator)
-    centroids, _, inertias = lloyd(x, x2, centroids, tol=ROUGH, max_iter=max_iter)
+    centroids, _, inertias = lloyd(x, x2, centroids, tol=START_TOLERANCE, max_iter=max_iter)
     best = inertias[-1].argmin()
     return centroids[best], inertias[-1, best]
 
@@ -208,52 +210,6 @@ def kmeans(x, k, *, seed=0, n_init=10, max_iter=300):
     return centroids, labels, inertia
 
 
-# ---------------------------------------------------------------- how good is a clustering?
-
-
-def contingency(a, b):
-    """(names of a, names of b, table): how many records have each pair of labels."""
-    (rows, i), (columns, j) = (np.unique(labels, return_inverse=True) for labels in (a, b))
-    table = np.zeros((len(rows), len(columns)), dtype=np.int64)
-    np.add.at(table, (i, j), 1)
-    return rows, columns, table
-
-
-def nmi(table):
-    """Normalised mutual information: I(a; b) over the mean of the entropies H(a) and H(b)."""
-    p = table / table.sum()
-    independent = p.sum(1, keepdims=True) * p.sum(0)
-    shared = (p[p > 0] * np.log(p[p > 0] / independent[p > 0])).sum()
-    entropies = [-(q[q > 0] * np.log(q[q > 0])).sum() for q in (p.sum(1), p.sum(0))]
-    return float(shared / np.mean(entropies)) if sum(entropies) > 0 else 1.0
-
-
-def ari(table):
-    """Adjusted Rand index: pairs of records together in both labellings, less what chance gives,
-    over the most there could be, less what chance gives. 1: the same labelling, 0: chance."""
-    def pairs(n):
-        return float((n * (n - 1) / 2).sum())
-
-    both, a, b = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
-    chance = a * b / max(pairs(table.sum()), 1)
-    return (both - chance) / ((a + b) / 2 - chance) if (a + b) / 2 != chance else 1.0
-
-
-def silhouette(distances, labels):
-    """Mean of (b - a) / max(a, b): a is a record's mean distance to the rest of its cluster, b that
-    to the nearest other cluster. 0 for a cluster of one; None when there is only one cluster."""
-    names, label = labels.unique(return_inverse=True)
-    if len(names) < 2:
-        return None
-    members = F.one_hot(label).to(distances)  # (M, k)
-    sums, sizes = distances @ members, members.sum(0)
-    label = label[:, None]
-    a = sums.gather(1, label) / (sizes[label] - 1).clamp(min=1)
-    b = (sums / sizes).scatter(1, label, torch.inf).amin(1, keepdim=True)
-    score = (b - a) / torch.maximum(a, b).clamp(min=1e-30)
-    return score.masked_fill(sizes[label] == 1, 0).mean().item()
-
-
 # ---------------------------------------------------------------- which k?
 
 
@@ -283,7 +239,7 @@ def gather_evidence(x, k_max, seed):
     sample = sample[:SILHOUETTE_SAMPLE]
     distances = torch.cdist(x[sample], x[sample], compute_mode="donot_use_mm_for_euclid_dist")
     found, evidence = {}, {"curve": {}, "silhouette": {}, "stability": {}}
-    for k in tqdm(range(1, k_max + 1), desc="k-means", unit="k"):
+    for k in progress(range(1, k_max + 1), desc="k-means", unit="k"):
         centroids, labels, inertia = kmeans(x, k, seed=seed)
         others = [kmeans(x, k, seed=seed + s, n_init=1)[1] for s in range(1, STABILITY_SEEDS + 1)]
         found[k] = centroids, labels
@@ -352,7 +308,8 @@ def choose_heads(records, model, tokenizer, *, k_max=10, seed=0, features="hidde
               "settings": {"features": features, "layer": layer, "width": x.shape[1],
                            "k_max": k_max, "seed": seed, "max_seq_len": max_seq_len},
               "records": len(records), "shortened": shortened,
-              "weak": [name for name, least in WEAK.items() if (evidence[name][k] or 0) < least],
+              "weak": [name for name, least in WEAK_BELOW.items()
+                       if (evidence[name][k] or 0) < least],
               "clusters": describe(records, x, centroids, labels)}
     if any(record["category"] for record in records):
         clusters, categories, table = contingency(labels, [r["category"] for r in records])
@@ -383,7 +340,7 @@ def print_report(result):
           f"mean ARI with {STABILITY_SEEDS} single starts of other seeds\n")
     print(f"heads: {k}, where the bend is largest")
     if result["weak"]:
-        limits = ", ".join(f"{name} below {WEAK[name]}" for name in result["weak"])
+        limits = ", ".join(f"{name} below {WEAK_BELOW[name]}" for name in result["weak"])
         print(f"the evidence is weak ({limits}): other numbers of heads are about as good")
     for j, cluster in enumerate(result["clusters"], start=1):
         print(f"\ncluster {j}: {cluster['size']} records; telling words: "
@@ -401,9 +358,9 @@ def print_report(result):
 
 def parse_args(argv):
     p = Parser("cluster.py", __doc__)
-    p.add_argument("--weights", default=str(WORLD_DIR / "base"),
+    p.add_argument("--weights", default=str(WORLD / "base"),
                    help="checkpoint folder in Meta's layout (the embedded world's)")
-    p.add_argument("--data", default=str(WORLD_DIR / "train.jsonl"),
+    p.add_argument("--data", default=str(WORLD / "train.jsonl"),
                    help="records, JSON lines or array (the embedded world's)")
     p.add_argument("--features", default="hidden", choices=["hidden", "tfidf"],
                    help="hidden states of the base, or the paper's TF-IDF of its pieces (hidden)")
@@ -421,44 +378,40 @@ def parse_args(argv):
     return p.parse_args(argv)
 
 
-def check(args):
+def check_paths_and_numbers(args):
     """Refuses what would only fail after the long part."""
-    for name, least in [("k_max", 1), ("batch_size", 1), ("max_seq_len", 2)]:
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    check_least(args, k_max=1, batch_size=1, max_seq_len=2)
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
     for path in (args.out, args.cache):
         if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
             raise ValueError(f"{path} is a folder, or in a folder that does not exist: name a file")
-    args.device = pick_device(args.device)
 
 
-def run(args):
-    check(args)
+def cluster_records(args):
+    check_paths_and_numbers(args)
+    device = pick_device(args.device)
     records = read_records(args.data)
     max_seq_len = read_params(args.weights, args.max_seq_len).max_seq_len
     if args.features == "hidden":
-        dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-        model, tokenizer = load_llama(args.weights, device=args.device, dtype=dtype,
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        model, tokenizer = load_llama(args.weights, device=device, dtype=dtype,
                                       max_seq_len=max_seq_len)
     else:
         model, tokenizer = None, Tokenizer(Path(args.weights) / "tokenizer.model")
     result = choose_heads(records, model, tokenizer, k_max=args.k_max, seed=args.seed,
                           features=args.features, layer=args.layer, batch_size=args.batch_size,
                           max_seq_len=max_seq_len, cache=args.cache)
-    result["settings"].update(weights=args.weights, data=args.data, device=args.device,
+    result["settings"].update(weights=args.weights, data=args.data, device=device,
                               batch_size=args.batch_size, cache=args.cache)
     print_report(result)
-    write_file(args.out, lambda file: file.write(json.dumps(result).encode()))
+    write_text(args.out, json.dumps(result))
     print(f"\nwrote {args.out}")
-    return 0
 
 
 def main(argv=None):
     args = parse_args(argv)
-    return run_script("cluster.py", lambda: run(args), argv,
+    return run_script("cluster.py", lambda: cluster_records(args), argv,
                       stopped="interrupted; nothing new was written: start again",
                       memory="a smaller --batch-size or --max-seq-len needs less")
 

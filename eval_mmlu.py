@@ -11,7 +11,6 @@ Shapes: B questions of a batch, P shared tokens, T further tokens, K key/value h
 D width, V vocabulary.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -23,24 +22,22 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from data.questions import LETTERS, encode_prompt, letter_ids, read_questions
-from data.files import file_fingerprint, weights_fingerprint, write_file
-from data.runs import compare_run
-from data.scores import compare, print_summary, summarise
-from data.scripts import Parser, pick_device, run_script
-from hydralora import base_fingerprint, load_adapter
-from model import LayerCache, load_llama
+from data import WORLD
+from data.mmlu import LETTERS, encode_prompt, letter_ids, read_questions
+from hydralora import base_fingerprint
+from support.cli import Parser, check_least, progress, run_script
+from support.device import add_device_flags, pick_device, pick_dtype
+from support.files import digest, write_json, write_text
+from support.run_folder import load_tuned
+from support.scores import compare, print_summary, summarise
 
-WORLD_DIR = Path(__file__).resolve().parent / "data" / "world"
 QUESTION_KEYS = {"subject", "index", "prediction", "answer", "logprobs"}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.inference_mode()
 def prefix_cache(model, ids):
-    """Keys and values (1, P, ...) of the shared tokens, layer by layer."""
+    """(keys, values), each (1, P, K, E), of the shared tokens, layer by layer."""
     tokens = torch.tensor([ids], device=model.tok_embeddings.weight.device)
     cache = model.make_cache(1, len(ids))
     model.hidden_states(tokens, cache, torch.arange(len(ids), device=tokens.device)[None])
@@ -52,14 +49,14 @@ def letter_logprobs(model, rows, letters, prefix=None):
     """For each list of ids the log-probabilities of the letters as its next token, normalised over
     the vocabulary in fp32. With a prefix from prefix_cache, the rows begin with its tokens."""
     device = model.tok_embeddings.weight.device
-    start = prefix[0].k.shape[1] if prefix else 0
+    start = prefix[0][0].shape[1] if prefix else 0
     ends = torch.tensor([len(row) - start - 1 for row in rows], device=device)
     tokens = pad_sequence([torch.tensor(row[start:]) for row in rows], batch_first=True).to(device)
     if prefix:
         def extend(x):  # (1, P, K, E) -> (B, P + T, K, E)
             return F.pad(x.expand(len(rows), -1, -1, -1), (0, 0, 0, 0, 0, tokens.shape[1]))
 
-        cache = [LayerCache(extend(layer.k), extend(layer.v)) for layer in prefix]
+        cache = [(extend(keys), extend(values)) for keys, values in prefix]
         positions = torch.arange(start, start + tokens.shape[1], device=device)[None]
         h = model.hidden_states(tokens, cache, positions)
     else:
@@ -122,7 +119,7 @@ def answer_questions(model, tokenizer, questions, examples, *, batch_size, done,
     line of JSON. Returns a Counter of how many shots the prompts kept."""
     letters, kept = letter_ids(tokenizer), Counter()
     total = sum(map(len, questions.values()))
-    with tqdm(total=total, initial=len(done), unit=" questions") as bar:
+    with progress(total=total, initial=len(done), unit=" questions") as bar:
         for subject, rows in questions.items():
             prompts = [encode_prompt(tokenizer, subject, examples[subject], row,
                                      model.args.max_seq_len) for row in rows]
@@ -145,62 +142,26 @@ def answer_questions(model, tokenizer, questions, examples, *, batch_size, done,
     return kept
 
 
-def digest(*content):
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-
-
-def compare_runs(args):
-    """Raises ValueError where an adapter, or the weights that --method full wrote, are not what the
-    run.json beside them says. Weights in other files are named only: load_adapter has compared
-    their values by now."""
-    if not args.adapter:
-        if compare_run(args.weights, lambda: {"tuned": weights_fingerprint(args.weights)}):
-            raise ValueError(f"the weights in {args.weights} are not those that its run.json "
-                             "describes: give the whole folder of one run")
-        return
-    if args.adapter.name != "adapter.pt":
-        return  # not the file that a run.json beside it would describe
-    differ = compare_run(args.adapter.parent, lambda: {
-        "adapter": file_fingerprint(args.adapter), "weights": weights_fingerprint(args.weights),
-        "tokenizer": file_fingerprint(args.weights / "tokenizer.model")})
-    if set(differ) - {"weights"}:
-        raise ValueError(f"{', '.join(differ)}: not what the run.json beside {args.adapter} "
-                         "records: give adapter and weights of one run, or move run.json away")
-    if differ:
-        print(f"warning: {args.weights} holds other files than those that {args.adapter} was "
-              "trained on, with the same weights as far as load_adapter compares them")
-
-
-def load(args):
-    """(model with its adapter, tokenizer), each compared with the run.json that describes it."""
-    model, tokenizer = load_llama(args.weights, device=args.device, dtype=DTYPES[args.dtype],
-                                  max_seq_len=args.max_seq_len)
-    if args.adapter:
-        load_adapter(model, args.adapter)
-    compare_runs(args)
-    return model.eval(), tokenizer
-
-
-def evaluate(args):
+def score_questions(args):
     """Measures what the arguments say, from where a stopped run was, and writes args.out."""
     questions, examples = read_questions(args.data, subjects=args.subjects, shots=args.shots,
                                          limit=args.limit)
-    model, tokenizer = load(args)
-    # what decides the answers: a run goes on from a partial file only if all of it is the same
-    decisive = {
+    model, tokenizer = load_tuned(args)
+    # what the answers depend on: a run goes on from a partial file only if all of it is the same
+    deciding = {
         "weights_digest": digest(base_fingerprint(model)),
         "adapter_digest": digest(args.adapter.read_bytes()) if args.adapter else None,
         "data_digest": digest(questions, examples), "shots": args.shots, "limit": args.limit,
         "subjects": len(questions), "max_seq_len": model.args.max_seq_len, "dtype": args.dtype}
     settings = {"weights": str(args.weights), "adapter": args.adapter and str(args.adapter),
                 "data": str(args.data), "device": args.device, "batch_size": args.batch_size,
-                **decisive}
+                **deciding}
     print("\n".join(f"{key:16}{value}" for key, value in settings.items()))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{args.out}.partial")
-    done = read_partial(partial, decisive)
-    head = "".join(json.dumps(line) + "\n" for line in [decisive, *done.values()])
-    write_file(partial, lambda file: file.write(head.encode()))
+    done = read_partial(partial, deciding)
+    head = "".join(json.dumps(line) + "\n" for line in [deciding, *done.values()])
+    write_text(partial, head)
     before, started = len(done), time.perf_counter()
     with open(partial, "a", encoding="utf-8") as file:
         kept = answer_questions(model, tokenizer, questions, examples, batch_size=args.batch_size,
@@ -216,17 +177,16 @@ def evaluate(args):
           f"long for {model.args.max_seq_len} tokens, {result['prompts_cut']} of them cut as well")
     print(f"{len(done) - before} questions in {seconds:.1f} s, "
           f"{(len(done) - before) / seconds:.1f} a second")
-    text = json.dumps(result, indent=1) + "\n"
-    write_file(args.out, lambda file: file.write(text.encode()))
+    write_json(args.out, result)
     partial.unlink()
     print(f"wrote {args.out}")
 
 
 def parse_args(argv):
     p = Parser("eval_mmlu.py", __doc__)
-    p.add_argument("--weights", type=Path, default=WORLD_DIR / "base",
+    p.add_argument("--weights", type=Path, default=WORLD / "base",
                    help="checkpoint folder in Meta's layout (the embedded world's)")
-    p.add_argument("--data", type=Path, default=WORLD_DIR / "quiz",
+    p.add_argument("--data", type=Path, default=WORLD / "quiz",
                    help="folder with dev/SUBJECT_dev.csv, test/SUBJECT_test.csv (the world's quiz)")
     p.add_argument("--adapter", type=Path, help="adapter.pt to put on the base (none)")
     p.add_argument("--shots", type=int, default=5, help="solved examples a prompt, 0: none (5)")
@@ -234,32 +194,31 @@ def parse_args(argv):
     p.add_argument("--limit", type=int, help="only the first N questions of each subject (all)")
     p.add_argument("--max-seq-len", type=int, help="tokens a prompt may have (the checkpoint's)")
     p.add_argument("--batch-size", type=int, default=8, help="questions a forward pass (8)")
-    p.add_argument("--dtype", choices=DTYPES, help="of the model (fp32 on CPU, bf16 on GPU)")
-    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+    add_device_flags(p)
     p.add_argument("--out", type=Path, help="result (mmlu.json beside the adapter, or in runs/)")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), type=Path,
                    help="print what result B gains on result A, and measure nothing (off)")
     args = p.parse_args(argv)
     args.device = pick_device(args.device)
-    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    args.dtype = pick_dtype(args.dtype, args.device)
     args.subjects = None if args.subjects is None else args.subjects.split(",")
     args.out = args.out or (args.adapter.parent if args.adapter else Path("runs")) / "mmlu.json"
-    for name, least in (("shots", 0), ("limit", 1), ("max_seq_len", 2), ("batch_size", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    check_least(args, shots=0, limit=1, max_seq_len=2, batch_size=1)
     if args.out.is_dir():
         raise ValueError(f"--out {args.out} is a folder: name a file in it")
     return args
 
 
-def run(argv):
+def score_or_compare(argv):
     args = parse_args(argv)
-    compare(*args.compare) if args.compare else evaluate(args)
-    return 0
+    if args.compare:
+        compare(*args.compare)
+    else:
+        score_questions(args)
 
 
 def main(argv=None):
-    return run_script("eval_mmlu.py", lambda: run(argv), argv,
+    return run_script("eval_mmlu.py", lambda: score_or_compare(argv), argv,
                       stopped="stopped; the same command goes on from here",
                       memory="the same command with a smaller --batch-size goes on from here")
 

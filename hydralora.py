@@ -1,7 +1,6 @@
 """HydraLoRA: one shared A, several B, and a router that mixes them token by token.
 
-Tian et al., NeurIPS 2024, section 3.1 (equation 2) and figure 1(c). Of a frozen linear layer W0 it
-makes
+Tian et al., NeurIPS 2024, section 3.1 (equation 2), figure 1(c). A frozen linear layer W0 becomes
 
     y = W0 x + (alpha / R) * sum_i w_i(x) * B_i A x,      w(x) = softmax(Wr x)
 
@@ -12,98 +11,91 @@ Shapes: N heads, R rank, I width in, O width out; "..." any leading dimensions (
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.files import check_finite, check_tensors, misfits, read_torch, write_file
-
+TARGETS = ("w1", "w2", "w3")  # adapted by default: the feed-forward, as in the released code
 GATES = ("learned", "uniform")
-CONFIG_KEYS = ("targets", "rank", "heads", "alpha", "dropout", "gate", "share_a")
+
+
+@dataclass
+class HydraSettings:
+    """What an adapter is, said once: layer, file, train.py and memory sums read these fields."""
+    rank: int = 8
+    heads: int = 3  # number of B matrices; a single one has the weight 1, which is LoRA
+    alpha: float = 32.0  # the update is scaled by alpha / rank
+    dropout: float = 0.0  # in training only
+    gate: str = "learned"  # "uniform": no router, 1 / N for every token
+    share_a: bool = True  # False: an A for every head, which is LoRA (Split)
+
+    def __post_init__(self):
+        if not (self.rank >= 1 and self.heads >= 1 and math.isfinite(self.alpha)
+                and 0 <= self.dropout < 1 and self.gate in GATES):
+            raise ValueError(f"rank and heads must be at least 1, alpha finite, dropout must be in "
+                             f"[0, 1), gate must be one of {GATES}, got {self}")
 
 
 class HydraLinear(nn.Module):
-    """y = W0 x + (alpha / R) * sum_i w_i(x) B_i A x around a frozen nn.Linear.
+    """A frozen nn.Linear W0, with A, the B_i and the router Wr beside it. As a loop over the heads:
 
-    x is (..., I), y (..., O) in the base's dtype. Adapter and router are fp32 whatever the base
-    is; under autocast the products run in its dtype, the softmax always in fp32.
-    """
+        y, w = W0 @ x, softmax(Wr @ x)
+        for i in range(N):
+            y += alpha / R * w[i] * (B[i] @ (A @ x))
 
-    def __init__(self, base, *, rank=8, heads=3, alpha=32.0, dropout=0.0, gate="learned",
-                 share_a=True):
+    x is (..., I), y (..., O) in the base's dtype. A, B, Wr and the softmax are always fp32; under
+    autocast the products run in its dtype."""
+
+    def __init__(self, base, **settings):
         super().__init__()
-        if not isinstance(base, nn.Linear):
-            raise ValueError(f"HydraLinear wraps an nn.Linear, not {type(base).__name__}")
-        if rank < 1 or heads < 1:
-            raise ValueError(f"rank and heads must be at least 1, got {rank} and {heads}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha must be finite, got {alpha}")
-        if gate not in GATES:
-            raise ValueError(f"gate must be one of {GATES}, got {gate!r}")
-        self.base = base.requires_grad_(False)
-        self.rank, self.heads, self.scale, self.dropout = rank, heads, alpha / rank, dropout
-        self.enabled = True
+        self.settings = s = HydraSettings(**settings)
+        self.base, self.scale = base.requires_grad_(False), s.alpha / s.rank
+        self.gate_out = nn.Identity()  # the gate passes through here: record_gates listens to it
+        width, fp32 = base.in_features, dict(dtype=torch.float32, device=base.weight.device)
 
-        def new(*shape):
-            return torch.zeros(shape, dtype=torch.float32, device=base.weight.device)
+        def random(*shape):  # U(-1/sqrt(I), 1/sqrt(I)), Kaiming-uniform with a = sqrt(5)
+            return nn.Parameter(torch.empty(shape, **fp32).uniform_(-width ** -0.5, width ** -0.5))
 
-        inputs, outputs = base.in_features, base.out_features
-        self.lora_A = nn.Parameter(new(rank, inputs) if share_a else new(heads, rank, inputs))
+        self.lora_A = random(s.rank, width) if s.share_a else random(s.heads, s.rank, width)
+        # B is zero, so that y = W0 x at the start. Only the random router tells the heads apart: it
+        # scales the first gradient of each B. With a router of zeros they would stay alike.
         # (N, O, R) laid out as (O, N, R), so that [B_1 .. B_N] side by side is a view, not a copy
-        self.lora_B = nn.Parameter(new(outputs, heads, rank).transpose(0, 1))
-        routed = gate == "learned" and heads > 1
-        self.router = nn.Parameter(new(heads, inputs)) if routed else None
-        self.reset_parameters()
+        b = torch.zeros(base.out_features, s.heads, s.rank, **fp32)
+        self.lora_B = nn.Parameter(b.transpose(0, 1))
+        self.router = random(s.heads, width) if s.gate == "learned" and s.heads > 1 else None
 
-    def reset_parameters(self):
-        """B zero, so that y = W0 x at the start; A and router U(-1/sqrt(I), 1/sqrt(I)).
-
-        The random router is all that tells the heads apart: B gets the first gradients, in
-        proportion to the gate. With router and B both zero the heads stay identical for ever.
-        """
-        bound = self.base.in_features ** -0.5  # Kaiming-uniform with a = sqrt(5)
-        nn.init.uniform_(self.lora_A, -bound, bound)
-        nn.init.zeros_(self.lora_B)
-        if self.router is not None:
-            nn.init.uniform_(self.router, -bound, bound)
-
-    def down(self, x):
-        """(A x, w(x)): (..., R), or (..., N * R) if A is not shared, and the gate (..., N) in fp32,
-        summing to 1. One product for both, so that x is read and its gradient written once."""
-        a = self.lora_A.flatten(0, -2)
+    def project(self, x):
+        """A x (..., R), or (..., N * R) for N matrices A, and Wr x (..., N), zero without a router.
+        One product for both, so that x is read, and its gradient written, once."""
+        a, heads = self.lora_A.flatten(0, -2), self.settings.heads
         if self.router is None:
-            return F.linear(x, a), x.new_full((*x.shape[:-1], self.heads), 1 / self.heads,
-                                              dtype=torch.float32)
-        z, scores = F.linear(x, torch.cat([a, self.router])).split([len(a), self.heads], -1)
-        return z, scores.float().softmax(-1)
+            z, scores = F.linear(x, a), x.new_zeros(*x.shape[:-1], heads)
+        else:
+            z, scores = F.linear(x, torch.cat([a, self.router])).split([len(a), heads], -1)
+        # deviation: dropout on A x, one mask for all heads; the released code drops x, head by head
+        return F.dropout(z, self.settings.dropout, self.training), scores
 
-    def gate_weights(self, x):
-        """w(x) (..., N) alone."""
-        return self.down(x)[1]
+    def gate(self, scores):
+        """The heads' weights (..., N) in fp32, summing to 1, from Wr x (..., N)."""
+        return scores.float().softmax(-1)
 
     def forward(self, x):
-        y = self.base(x)
-        if not self.enabled:
-            return y
+        y = self.base(x)  # W0 x
         device = x.device.type
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             x = x.to(self.lora_A.dtype)
-        z, w = self.down(x)
-        # deviation: dropout on A x, one mask for all heads; the released code drops x, head by head
-        z = F.dropout(z, self.dropout, self.training).unflatten(-1, (-1, self.rank))
-        # the gate acts in rank space, so that one product with [B_1 .. B_N] serves all heads and
-        # nothing of size N * O is ever kept for the backward pass
-        u = (self.scale * w[..., None] * z).flatten(-2)  # (..., N * R)
-        b = self.lora_B.transpose(0, 1).flatten(1)  # (N, O, R) -> (O, N * R), a view
-        y += F.linear(u, b).to(y.dtype)  # in place: nothing else holds the base's output
+        z, scores = self.project(x)  # A x and Wr x
+        w = self.gate_out(self.gate(scores))  # w(x)
+        # w acts on A x, before B: one product with [B_1 .. B_N] then serves all heads, and nothing
+        # of size N * O is kept for the backward pass
+        z = z.unflatten(-1, (-1, self.settings.rank))  # (..., 1, R), or (..., N, R) for N matrices
+        u = (self.scale * w[..., None] * z).flatten(-2)  # (alpha / R) w_i(x) A x, (..., N * R)
+        b = self.lora_B.transpose(0, 1).flatten(1)  # [B_1 .. B_N], (O, N * R), a view
+        y += F.linear(u, b).to(y.dtype)  # the sum over i; in place, since nothing else holds y
         return y
-
-    def extra_repr(self):
-        return f"rank={self.rank}, heads={self.heads}, scale={self.scale:g}"
 
 
 def hydra_layers(model):
@@ -112,39 +104,28 @@ def hydra_layers(model):
 
 
 def find_linears(model, targets):
-    """{name: every nn.Linear whose last name is exactly one of targets}; raises ValueError for a
-    target that matches nothing and for a model that already has adapters."""
+    """{name: nn.Linear} of those whose last name is exactly one of targets. ValueError where one of
+    them matches nothing, and for a model that already has adapters."""
     if hydra_layers(model):
         raise ValueError("the model already has adapters")
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    found = {name: m for name, m in linears.items() if name.split(".")[-1] in targets}
-    unmatched = set(targets) - {name.split(".")[-1] for name in found}
-    if unmatched or not found:
-        names = sorted({name.split(".")[-1] for name in linears})
-        raise ValueError(f"no linear layer is called {sorted(unmatched)}; there are {names}")
-    return found
+    names = {name.split(".")[-1] for name in linears}
+    if not targets or set(targets) - names:
+        raise ValueError(f"no linear layer is called {sorted(set(targets) - names)}; there are "
+                         f"{sorted(names)}")
+    return {name: m for name, m in linears.items() if name.split(".")[-1] in targets}
 
 
-def add_hydralora(model, *, targets=("w1", "w2", "w3"), rank=8, heads=3, alpha=32.0, dropout=0.0,
-                  gate="learned", share_a=True):
+def add_hydralora(model, *, targets=TARGETS, **settings):
     """Freezes the model, wraps every nn.Linear whose last name is exactly one of targets, and
-    returns the number of trainable parameters, router included. Raises ValueError for a target
-    that matches nothing and for a model that already has adapters."""
-    found = find_linears(model, targets)
-    config = dict(targets=list(targets), rank=rank, heads=heads, alpha=alpha, dropout=dropout,
-                  gate=gate, share_a=share_a)
-    settings = {key: value for key, value in config.items() if key != "targets"}
-    wrapped = {name: HydraLinear(linear, **settings) for name, linear in found.items()}
+    returns the number of trainable parameters, router included. ValueError as in find_linears."""
+    layers = {name: HydraLinear(linear, **settings)
+              for name, linear in find_linears(model, targets).items()}
     model.requires_grad_(False)
-    for name, layer in wrapped.items():
-        set_module(model, name, layer)
-    model.hydralora_config = config  # what save_adapter writes beside the tensors
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    model.hydralora_config = {"targets": list(targets), **asdict(HydraSettings(**settings))}
     return sum(p.numel() for p in adapter_parameters(model).values())
-
-
-def set_module(model, name, module):
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def adapter_parameters(model):
@@ -155,116 +136,85 @@ def adapter_parameters(model):
 
 @contextmanager
 def adapters_disabled(model):
-    """Inside, the model is the base model, exactly."""
-    before = {layer: layer.enabled for layer in hydra_layers(model).values()}
-    for layer in before:
-        layer.enabled = False
-    try:
+    """Inside, the model is the base model, exactly: each layer gives way to its own base."""
+    with ExitStack() as after:
+        for name, layer in hydra_layers(model).items():
+            model.set_submodule(name, layer.base)
+            after.callback(model.set_submodule, name, layer)
         yield model
-    finally:
-        for layer, enabled in before.items():
-            layer.enabled = enabled
 
 
 @contextmanager
 def record_gates(model):
-    """Yields {layer name: gate (..., N) of the latest forward pass}. The gates are computed again
-    by a hook that stands only inside, so ordinary training pays nothing for it."""
+    """Yields {layer name: gate (..., N)} of the latest forward pass: the tensors that acted, with
+    their gradient, so that a loss on them may join the training loss."""
     gates = {}
-
-    def hook(name):
-        def keep(layer, inputs, _):
-            x = inputs[0].detach().to(layer.lora_A.dtype)
-            gates[name] = layer.gate_weights(x).detach()
-        return keep
-
-    handles = [layer.register_forward_hook(hook(name))
-               for name, layer in hydra_layers(model).items()]
-    try:
+    with ExitStack() as after:
+        for name, layer in hydra_layers(model).items():
+            def keep(_, __, w, name=name):
+                gates[name] = w
+            after.callback(layer.gate_out.register_forward_hook(keep).remove)
         yield gates
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# ---------------------------------------------------------------- saving and loading
 
 
 def base_fingerprint(model):
-    """{tensor name: [shape, 16 evenly spaced values]} of the frozen weights: enough to tell two
-    models apart, and comparable when one of them was loaded in another dtype."""
-    adapter = set(adapter_parameters(model))
-    prints = {}
+    """{tensor name: [shape, 16 evenly spaced values]} of the frozen weights, to know it by."""
+    adapter, found = adapter_parameters(model), {}
     for name, weight in model.named_parameters():
         if name not in adapter:
-            step = max(1, weight.numel() // 16)
-            values = weight.detach().flatten()[::step][:16].float().tolist()
-            prints[name.replace(".base.", ".")] = [list(weight.shape), values]
-    return prints
+            values = weight.detach().flatten()[::max(1, weight.numel() // 16)][:16]
+            found[name.replace(".base.", ".")] = [list(weight.shape), values.float().tolist()]
+    return found
 
 
-def same_base(a, b):
-    """Whether two fingerprints agree, each value within the rounding of bf16 and fp16."""
-    return a.keys() == b.keys() and all(
-        a[name][0] == b[name][0] and torch.allclose(
-            torch.tensor(a[name][1]), torch.tensor(b[name][1]), rtol=2**-8, atol=1e-7)
-        for name in a)
-
-
-def save_adapter(model, path):
-    """Writes the adapter's tensors, its config and the base's fingerprint to one file. Raises
-    ValueError, and writes nothing, where a value is not finite."""
+def save_adapter(model, file):
+    """Writes the config, the base's fingerprint and the tensors to a path or an open binary file.
+    ValueError, with nothing written, where there is no adapter or a value is not finite."""
     tensors = {name: p.detach().cpu() for name, p in adapter_parameters(model).items()}
-    if not tensors:
-        raise ValueError("the model has no adapters to save")
-    content = {"config": model.hydralora_config, "base": base_fingerprint(model),
-               "tensors": tensors}
-    check_finite(tensors, path)
-    write_file(path, lambda file: torch.save(content, file))
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad or not tensors:
+        raise ValueError(f"{file}: {len(bad)} of {len(tensors)} tensors hold values that are not "
+                         f"finite: {' '.join(bad[:1])}; an adapter needs some, all finite")
+    torch.save({"config": model.hydralora_config, "base": base_fingerprint(model),
+                "tensors": tensors}, file)
 
 
-def adapter_shapes(model, *, targets, **settings):
-    """{tensor name: shape} that add_hydralora would make, found on the meta device: a config that
-    asks for a terabyte costs nothing."""
-    def twin(linear):
-        shape = dict(in_features=linear.in_features, out_features=linear.out_features)
-        return HydraLinear(nn.Linear(**shape, bias=False, device="meta"), **settings)
-
-    return {f"{name}.{key}": parameter.shape
-            for name, linear in find_linears(model, targets).items()
-            for key, parameter in twin(linear).named_parameters(recurse=False)}
+def check_adapter(model, config, base, tensors):
+    """ValueError unless these are the tensors that this config adds to this model. model.py has
+    checks like these of its own, so that either file can be copied alone."""
+    now, settings, shapes = base_fingerprint(model), dict(config), {}
+    if base.keys() != now.keys() or not all(  # equal within the rounding of bf16 and fp16
+            shape == base[name][0] and torch.allclose(
+                torch.tensor(values), torch.tensor(base[name][1]), rtol=2**-8, atol=1e-7)
+            for name, (shape, values) in now.items()):
+        raise ValueError("it was trained on another base model: give that one")
+    for name, linear in find_linears(model, settings.pop("targets")).items():
+        # on the meta device, where a config that asks for a terabyte costs nothing
+        twin = nn.Linear(linear.in_features, linear.out_features, device="meta")
+        for key, parameter in HydraLinear(twin, **settings).named_parameters(recurse=False):
+            shapes[f"{name}.{key}"] = parameter.shape
+    wrong = [name for name in sorted(shapes.keys() | tensors.keys()) if name not in tensors
+             or tensors[name].shape != shapes.get(name) or not tensors[name].is_floating_point()
+             or tensors[name].layout != torch.strided or not tensors[name].isfinite().all()]
+    if wrong := [*({"rank"} - config.keys()), *wrong]:
+        raise ValueError("it does not fit its own config: missing, extra or mis-shaped, or not "
+                         f"finite, {', '.join(wrong[:4])}")
 
 
 def load_adapter(model, path):
-    """Adds the layers that the file's config describes, loads every tensor, returns the config.
-
-    Raises ValueError, with the model as it was, when the file is no adapter, belongs to another
-    base model, holds a value that is not finite, or has a tensor missing, extra, renamed or
-    mis-shaped.
-    """
-    if hydra_layers(model):
-        raise ValueError("the model already has adapters")
-    content = read_torch(path, "an adapter of this project")
+    """Adds the layers that the file's config describes, loads every tensor, returns the config. A
+    setting that the file lacks has its default. ValueError, with the model as it was, when it is no
+    adapter, was trained on another base model, or has a tensor missing, extra or damaged."""
     try:
-        config, base, tensors = content["config"], content["base"], content["tensors"]
-        settings = {key: config[key] for key in CONFIG_KEYS}
-        if not isinstance(settings["targets"], list):
-            raise ValueError(f"its targets are {type(settings['targets']).__name__}, not a list")
-        check_tensors(tensors)
-        same = same_base(base, base_fingerprint(model))
-        wanted = adapter_shapes(model, **settings) if same else None
-    except Exception as error:  # damaged content raises almost anything
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is not an adapter of this project: {reason}") from error
-    if not same:
-        raise ValueError(f"{path} was trained on another base model than this one: give that one "
-                         "as --weights")
-    if wrong := misfits(wanted, tensors):
-        raise ValueError(f"{path} does not fit its own config: {wrong[:4]} missing, extra or "
-                         "mis-shaped")
-    check_finite(tensors, path)
-    add_hydralora(model, **settings)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        check_adapter(model, **content)
+    except Exception as error:  # a damaged file raises almost anything
+        speaks = isinstance(error, (OSError, RuntimeError, ValueError))
+        reason = str(error).split("\n")[0] if speaks else "it holds something else, or is damaged"
+        raise ValueError(f"{path} is not an adapter of this project, or not one for this model: "
+                         f"{reason}") from error
+    add_hydralora(model, **content["config"])
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():
-            parameter.copy_(tensors[name])
-    return config
+            parameter.copy_(content["tensors"][name])
+    return model.hydralora_config

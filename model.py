@@ -1,8 +1,8 @@
 """LLaMA 2 in one file: the model, Meta's checkpoint layout, the tokenizer, generation.
 
 Touvron et al. 2023, "Llama 2", section 2.2: a pre-norm transformer with RMSNorm, rotary position
-embedding, SwiGLU and grouped-query attention. HydraLoRA (section 2.1) keeps all of it frozen.
-Parameter names and params.json keys are Meta's, so the original files load as they are:
+embedding, SwiGLU and grouped-query attention. Parameter names and params.json keys are Meta's, so
+the original files load as they are:
 
     model, tokenizer = load_llama("llama-2-7b")
     print(generate(model, tokenizer, ["The capital of France is"], max_new_tokens=8)[0])
@@ -13,7 +13,7 @@ F feed-forward width, V vocabulary.
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import sentencepiece
@@ -22,13 +22,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data.files import check_finite, check_tensors, read_json, read_torch, write_file
-
 
 @dataclass
 class ModelArgs:
     """The keys of Meta's params.json, plus rope_theta and max_seq_len."""
-
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
@@ -43,9 +40,7 @@ class ModelArgs:
     @property
     def ffn_dim(self):
         """Two thirds of 4 * dim, so that SwiGLU's three matrices cost what two did, rounded up."""
-        hidden = int(2 * (4 * self.dim) / 3)
-        if self.ffn_dim_multiplier is not None:
-            hidden = int(self.ffn_dim_multiplier * hidden)
+        hidden = int((self.ffn_dim_multiplier or 1) * int(2 * (4 * self.dim) / 3))
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
 
@@ -72,8 +67,8 @@ def rotary_table(positions, head_dim, theta):
 
 def apply_rotary(x, table):
     """Rotates x (B, T, H, E) in fp32: a pair of numbers is a complex one, turned by its angle.
-    Meta's layout pairs neighbours (0, 1), (2, 3), ...; the Hugging Face layout pairs i with i +
-    E/2, which loads cleanly and talks nonsense."""
+    Meta's layout pairs neighbours (0, 1), (2, 3), ...; Hugging Face's pairs i with i + E/2. A model
+    with rows in the other order loads without an error, and its text makes no sense."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, E/2)
     return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
 
@@ -94,7 +89,10 @@ class Attention(nn.Module):
         k = apply_rotary(self.wk(x).unflatten(-1, (self.n_kv_heads, -1)), rotary)  # (B, T, K, E)
         v = self.wv(x).unflatten(-1, (self.n_kv_heads, -1))
         if cache is not None:
-            k, v = cache.update(positions, k, v)  # (B, S, K, E): all slots; the mask picks
+            rows = torch.arange(len(x), device=x.device)[:, None]
+            for slots, new in zip(cache, (k, v)):  # (B, S, K, E)
+                slots[rows, positions] = new.type_as(slots)
+            k, v = (slots.type_as(k) for slots in cache)  # all slots; the mask picks
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T or S, E)
         # grouped: query head h reads key/value head h // (H / K)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -126,20 +124,6 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-class LayerCache:
-    """Keys and values of one layer, (B, S, K, E). Slot p holds position p and nothing else, so a
-    token at position p may read slots 0..p: whatever padding left above is overwritten unread."""
-
-    def __init__(self, k, v):
-        self.k, self.v = k, v
-
-    def update(self, positions, k, v):
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.k[rows, positions] = k.type_as(self.k)
-        self.v[rows, positions] = v.type_as(self.v)
-        return self.k.type_as(k), self.v.type_as(v)
-
-
 class Transformer(nn.Module):
     """Decoder-only LLaMA 2; weights are random until init_weights or load_llama sets them."""
 
@@ -169,17 +153,14 @@ class Transformer(nn.Module):
         """Hidden states (B, T, D) after the final norm; raises ValueError beyond max_seq_len.
 
         With a cache from make_cache, positions (B, T), or (1, T) for all rows alike, say where each
-        token stands: its keys go to those slots and it attends to every slot up to its own.
-        """
-        end = tokens.shape[1] if cache is None else cache[0].k.shape[1]
+        token stands: its keys go to that slot, and it attends to every slot up to its own. Padding
+        fills slots above; real tokens overwrite it before anything reads it."""
+        end = tokens.shape[1] if cache is None else cache[0][0].shape[1]
         if end > self.args.max_seq_len:
             raise ValueError(f"{end} tokens do not fit max_seq_len {self.args.max_seq_len}")
-        mask = None
-        if cache is None:
-            positions = torch.arange(end, device=tokens.device)[None]
-        else:
-            slots = torch.arange(end, device=tokens.device)
-            mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
+        slots = torch.arange(end, device=tokens.device)
+        positions = slots[None] if cache is None else positions
+        mask = None if cache is None else (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
         rotary = rotary_table(positions, self.args.dim // self.args.n_heads, self.args.rope_theta)
         h = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):
@@ -192,81 +173,68 @@ class Transformer(nn.Module):
         return self.norm(h)
 
     def make_cache(self, batch, slots):
-        """An empty key/value cache, one LayerCache a layer, in the dtype of the embedding."""
+        """An empty cache: (keys, values) a layer, each (B, S, K, E) in the embedding's dtype."""
         shape = (batch, slots, self.args.n_kv_heads or self.args.n_heads,
                  self.args.dim // self.args.n_heads)
         new = self.tok_embeddings.weight.new_zeros
-        return [LayerCache(new(shape), new(shape)) for _ in self.layers]
+        return [(new(shape), new(shape)) for _ in self.layers]
 
 
 # ---------------------------------------------------------------- Meta's checkpoint layout
 
-# Meta's model-parallel code splits a weight over the shards by rows (dimension 0) or by columns
-# (dimension 1); the norms are whole in every shard.
+# Meta splits a weight over the shards by rows (0) or columns (1); the norms are whole in each
 SPLIT_DIM = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1,
              "w1": 0, "w2": 1, "w3": 0, "output": 0}
-DROPPED_KEY = "rope.freqs"  # a buffer of Meta's code, computed here instead
-PADDING = 1000
+MOST_SPARE_ROWS = 999  # of an embedding beyond the tokenizer's pieces
 
 
 def read_params(directory, max_seq_len=None):
-    """ModelArgs from params.json; an unknown key raises, since it would change the model."""
+    """ModelArgs from params.json. ValueError for a key that this model does not know, since it
+    would change the model, and for a value that no LLaMA has."""
     path = Path(directory) / "params.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no params.json: give the folder of a checkpoint in "
                          "Meta's layout (params.json, consolidated.NN.pth, tokenizer.model)")
     try:
-        params = read_json(path)
-        if not isinstance(params, dict):
-            raise ValueError(f"found {type(params).__name__}")
-    except ValueError as error:
+        params = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON object: {error}") from error
-    unknown = set(params) - {field.name for field in fields(ModelArgs)}
-    if unknown:
+    if not isinstance(params, dict):
+        raise ValueError(f"{path} is not a JSON object: found {type(params).__name__}")
+    if unknown := set(params) - {field.name for field in fields(ModelArgs)}:
         raise ValueError(f"{path} has keys this model does not know: {sorted(unknown)}")
-    if max_seq_len is not None:
-        params["max_seq_len"] = max_seq_len
     args = ModelArgs(**params)
-    check_params(args, path)
-    return args
-
-
-def check_params(args, path):
-    """Raises ValueError for values that no LLaMA has, before anything of their size is made."""
-    limits = {"dim": 2**20, "n_layers": 2**12, "n_heads": 2**20, "n_kv_heads": 2**20,
-              "vocab_size": 2**24, "multiple_of": 2**20, "max_seq_len": 2**31}
-    for name, most in limits.items():
-        value = getattr(args, name)
-        absent = (name, value) in (("n_kv_heads", None), ("vocab_size", -1))
-        if not absent and (type(value) is not int or not 1 <= value <= most):
-            raise ValueError(f"{path}: {name} must be a whole number from 1 to {most}, "
-                             f"found {shown(value)}")
-    for name, most in {"norm_eps": 1, "rope_theta": 1e12, "ffn_dim_multiplier": 1000}.items():
-        value = getattr(args, name)
-        absent = (name, value) == ("ffn_dim_multiplier", None)
-        if not absent and (type(value) not in (int, float) or not 0 < value <= most):
-            raise ValueError(f"{path}: {name} must be a number above 0 and up to {most:g}, "
-                             f"found {shown(value)}")
+    for field in fields(args):
+        value, whole = getattr(args, field.name), field.type in (int, int | None)
+        absent = field.default in (None, -1) and value == field.default
+        kinds, most = ((int,), 2**24) if whole else ((int, float), 10**12)
+        if not absent and (type(value) not in kinds or not 0 < value <= most):
+            raise ValueError(f"{path}: {field.name} must be a {'whole ' * whole}number above 0 and "
+                             f"up to {most}, found {json.dumps(value):.40}")
     if args.dim % (2 * args.n_heads) or args.n_heads % (args.n_kv_heads or args.n_heads):
         raise ValueError(f"{path}: dim {args.dim} must be an even multiple of n_heads "
                          f"{args.n_heads}, and that a multiple of n_kv_heads {args.n_kv_heads}")
-
-
-def shown(value):
-    """A value from a file, short enough for a message."""
-    text = f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    return replace(args, max_seq_len=max_seq_len or args.max_seq_len)
 
 
 def open_shard(path):
-    """The state dict of one shard, memory-mapped, rope.freqs dropped."""
-    shard = read_torch(path, "a whole PyTorch checkpoint", mmap=True)
+    """{name: tensor} of one shard, memory-mapped, rope.freqs dropped. ValueError for anything but
+    dense floating-point tensors whose values all stand in the file: strides of zero could claim a
+    terabyte. hydralora.py has such checks of its own, so that either file can be copied alone."""
     try:
-        check_tensors(shard)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a shard in Meta's layout: {error}") from error
-    shard.pop(DROPPED_KEY, None)
-    return shard
+        shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a damaged file raises half a dozen types
+        speaks = isinstance(error, (OSError, RuntimeError))
+        reason = str(error).split("\n")[0] if speaks else "it holds something else, or is damaged"
+        raise ValueError(f"{path} is not a whole PyTorch checkpoint: {reason}") from error
+    if not isinstance(shard, dict):
+        raise ValueError(f"{path} holds no tensors by name: found {type(shard).__name__}")
+    for name, t in shard.items():
+        if not (isinstance(t, torch.Tensor) and t.is_floating_point() and t.device.type == "cpu" and
+                t.layout == torch.strided and t.nbytes <= t.untyped_storage().nbytes()):
+            raise ValueError(f"{path}: {name!r} is {type(t).__name__}, not a plain tensor of "
+                             "floating-point numbers")
+    return {name: t for name, t in shard.items() if name != "rope.freqs"}  # computed here instead
 
 
 def read_shards(directory):
@@ -278,18 +246,14 @@ def read_shards(directory):
                          f"... without a gap; found {[path.name for path in paths] or 'none'}")
     shards = {path: open_shard(path) for path in paths}
     keys = [set(shard) for shard in shards.values()]
-    if any(k != keys[0] for k in keys):
-        differ = sorted(set.union(*keys) - set.intersection(*keys))
-        raise ValueError(f"the shards of {directory} hold different tensors: {differ[:4]}")
+    if differ := set.union(*keys) - set.intersection(*keys):
+        raise ValueError(f"the shards of {directory} hold different tensors: {sorted(differ)[:4]}")
     return shards
 
 
 def merge_shards(shards, name):
-    """One whole tensor from its parts in every shard; a single shard stays memory-mapped.
-
-    Of several, each is mapped anew for every tensor: pages that were read count as memory of this
-    process for as long as their map lives, and would add up to a second copy of the model.
-    """
+    """One whole tensor from its parts; that of a single shard stays memory-mapped. Several shards
+    are mapped anew for each tensor: pages that were read count as memory while their map lives."""
     if len(shards) == 1:
         return next(iter(shards.values()))[name]
     parts = [open_shard(path)[name] for path in shards]
@@ -302,35 +266,28 @@ def merge_shards(shards, name):
 
 
 def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None):
-    """(Transformer, Tokenizer) from a folder in Meta's layout, with any number of shards.
-
-    dtype None keeps the file's own. Shards are merged one tensor at a time, so the peak is one copy
-    of the model plus one tensor. Raises ValueError where files, keys, shapes or vocabulary differ.
-    """
-    args = read_params(directory, max_seq_len)
-    tokenizer = Tokenizer(Path(directory) / "tokenizer.model")
+    """(Transformer, Tokenizer) from a folder in Meta's layout. Any number of shards is merged one
+    tensor at a time, so the peak is one copy of the model and one tensor. dtype None keeps the
+    file's own. ValueError where files, keys, shapes or vocabulary do not fit together."""
+    args, tokenizer = read_params(directory, max_seq_len), Tokenizer(f"{directory}/tokenizer.model")
     shards = read_shards(directory)
-    first = next(iter(shards.values()))
-    if "tok_embeddings.weight" not in first:
-        raise ValueError(f"{directory} has no tok_embeddings.weight; found "
-                         f"{sorted(first)[:4]}: is it in Meta's layout?")
-    if args.vocab_size == -1:
-        args.vocab_size = first["tok_embeddings.weight"].shape[0]
-    # fewer pieces than rows are a padded embedding, but not by a thousand
-    if not args.vocab_size - PADDING < tokenizer.vocab_size <= args.vocab_size:
-        raise ValueError(f"the tokenizer in {directory} has {tokenizer.vocab_size} pieces, "
-                         f"the embedding {args.vocab_size} rows: they do not belong together, "
-                         "copy the model's own tokenizer.model there")
-    if args.n_layers > len(first):
+    held = next(iter(shards.values()))
+    if args.vocab_size == -1:  # an embedding that is missing is named below
+        args.vocab_size = held.get("tok_embeddings.weight", torch.empty(1)).shape[:1].numel()
+    if args.n_layers > len(held):  # before so many layers are made
         raise ValueError(f"params.json in {directory} asks for {args.n_layers} layers, its shards "
-                         f"hold {len(first)} tensors: they do not belong together")
+                         f"hold {len(held)} tensors: they do not belong together")
     with torch.device("meta"):
         model = Transformer(args)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing, extra = sorted(set(shapes) - set(first)), sorted(set(first) - set(shapes))
+    missing, extra = sorted(set(shapes) - set(held)), sorted(set(held) - set(shapes))
     if missing or extra:
         raise ValueError(f"the tensors in {directory} do not fit its params.json: "
                          f"missing {missing[:4]}, extra {extra[:4]}")
+    if not 0 <= args.vocab_size - tokenizer.vocab_size <= MOST_SPARE_ROWS:
+        raise ValueError(f"the tokenizer in {directory} has {tokenizer.vocab_size} pieces, the "
+                         f"embedding {args.vocab_size} rows: they do not belong together, copy "
+                         "the model's own tokenizer.model there")
     state = {}
     for name, shape in shapes.items():
         tensor = merge_shards(shards, name)
@@ -343,33 +300,33 @@ def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None):
 
 
 def save_llama(model, tokenizer_path, directory, dtype=None):
-    """Writes the model in Meta's layout, one shard, in a dtype (None: its own); load_llama reads it
-    back. params.json comes last, so a folder that was not finished is not taken for a checkpoint.
-    Raises ValueError, and writes nothing, where a weight is not finite.
-    """
-    directory = Path(directory)
+    """Writes the model in Meta's layout, one shard, in a dtype (None: its own), for load_llama.
+    ValueError, with nothing written, where a weight is not finite. params.json comes last, so a
+    folder that was not finished is not taken for a checkpoint."""
+    directory, tokenizer = Path(directory), Path(tokenizer_path).read_bytes()
     state = {name: weight.detach().to("cpu", dtype) for name, weight in model.named_parameters()}
-    check_finite(state, directory)
-    tokenizer = Path(tokenizer_path).read_bytes()
+    if bad := [name for name, weight in state.items() if not weight.isfinite().all()]:
+        raise ValueError(f"{directory} is not written: {len(bad)} of {len(state)} tensors hold "
+                         f"values that are not finite, {bad[0]} the first")
     params = {key: value for key, value in asdict(model.args).items() if value is not None}
-    text = json.dumps(params, indent=1) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "params.json").unlink(missing_ok=True)
-    write_file(directory / "tokenizer.model", lambda file: file.write(tokenizer))
-    write_file(directory / "consolidated.00.pth", lambda file: torch.save(state, file))
-    write_file(directory / "params.json", lambda file: file.write(text.encode()))
+    for name in ("params.json", "consolidated.00.pth"):  # a model may still read the old file
+        (directory / name).unlink(missing_ok=True)
+    (directory / "tokenizer.model").write_bytes(tokenizer)
+    with open(directory / "consolidated.00.pth", "wb") as file:
+        torch.save(state, file)
+    (directory / "params.json").write_text(json.dumps(params, indent=1) + "\n", encoding="utf-8")
 
 
 class Tokenizer:
     """LLaMA's sentencepiece tokenizer: byte fallback, digits apart, BOS 1 and EOS 2."""
 
     def __init__(self, path):
-        if not Path(path).is_file():
-            raise ValueError(f"there is no tokenizer at {path}: copy the model's there")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:
-            raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
+            raise ValueError(f"there is no tokenizer at {path}, or it is not a sentencepiece model "
+                             f"({error}): copy the model's own there") from error
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no BOS or no EOS, so it is no LLaMA tokenizer")
@@ -402,11 +359,9 @@ def sample(logits, temperature, top_p, generators):
 @torch.no_grad()
 def generate_tokens(model, tokenizer, ids, *, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
     """Yields, step by step, the next token of every row of ids (lists of tokens, BOS included): a
-    list, None where a row has met its EOS. Ends when all have, or after max_new_tokens.
-
-    Every row draws from its own generator with the same seed, so it does not depend on the rest of
-    the batch. Raises ValueError when a row and its completion could exceed max_seq_len.
-    """
+    list, None where a row has met its EOS. Ends when all have, or after max_new_tokens. Each row
+    has its own generator with the same seed, so the rest of the batch does not matter. ValueError
+    when a row and its completion could exceed max_seq_len."""
     device = model.tok_embeddings.weight.device
     lengths = torch.tensor([len(row) for row in ids], device=device)
     width = int(lengths.max())
@@ -429,15 +384,14 @@ def generate_tokens(model, tokenizer, ids, *, max_new_tokens, temperature=0.0, t
         positions, last = (lengths + step)[:, None], torch.zeros_like(last)
 
 
-def generate(model, tokenizer, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
-    """Completions of prompts of unequal length, each ended by EOS (left out) or max_new_tokens; for
-    the rest see generate_tokens."""
+def generate(model, tokenizer, prompts, **sampling):
+    """Completions of prompts of unequal length, each ended by EOS (left out) or max_new_tokens.
+    Takes max_new_tokens, temperature, top_p and seed as generate_tokens does."""
     if not prompts:
         return []
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     new = [[] for _ in prompts]
-    for tokens in generate_tokens(model, tokenizer, ids, max_new_tokens=max_new_tokens,
-                                  temperature=temperature, top_p=top_p, seed=seed):
+    for tokens in generate_tokens(model, tokenizer, ids, **sampling):
         for row, token in zip(new, tokens):
             if token is not None:
                 row.append(token)

@@ -9,13 +9,14 @@ and the loss is on the response and its EOS only. Used by train.py and cluster.p
     records = read_records("data/world/train.jsonl")
     sequences, report = encode_records(records, tokenizer, max_seq_len=256)
 
-Shapes: B batch, T tokens, M targets in the batch.
+Shapes: B batch, T tokens, M labels, the tokens of the batch that are to be predicted.
 """
 
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -110,7 +111,7 @@ def encode_record(record, tokenizer, max_seq_len):
     response = [tokenizer.eos_id] + tokenizer.encode(record["response"], bos=False, eos=True)
     excess = len(prompt) + len(response) - max_seq_len
     if excess > 0:
-        # what the instruction's own tokens share with the whole prompt stays, the context yields
+        # kept: the prompt's first tokens as far as they are those of the instruction alone
         head = tokenizer.encode(record["instruction"] + "\n")
         keep = len(os.path.commonprefix([head, prompt]))
         if not record["context"] or keep + excess > len(prompt):
@@ -168,6 +169,25 @@ def without_duplicates(records, others):
     return [r for r in records if (prompt_text(r), r["response"]) not in seen]
 
 
+def read_split(path, val_path, *, share, seed):
+    """(training records, validation records) of the file at path and that at val_path; without one,
+    a share of the first is held out. Training records that stand in both are removed, and counted
+    in a printed line. Raises ValueError where none is left."""
+    records = read_records(path)
+    if val_path:
+        val = read_records(val_path)
+    else:
+        records, val = hold_out(records, share, seed)
+    kept = without_duplicates(records, val)
+    if not kept:
+        raise ValueError(f"every record of {path} stands in the validation data too: give other "
+                         "records to one of them")
+    if len(kept) < len(records):
+        print(f"warning: {len(records) - len(kept)} training records stand in the validation data "
+              "too, word for word, and were removed")
+    return kept, val
+
+
 def length_batches(sequences, batch_size, generator=None, pool=50):
     """Lists of sequences of like length, so that little of a batch is padding.
 
@@ -200,20 +220,27 @@ def to_device(values, device):
 
 
 def pad(rows, device="cpu"):
-    """Token ids (B, T), padded on the right; being causal, the model never reads the padding."""
+    """(tokens (B, T), real (B, T)) of lists of ids, padded on the right; real is False at padding.
+    Being causal, the model never reads the padding."""
     width = max(map(len, rows))
-    return to_device([row + [0] * (width - len(row)) for row in rows], device)
+    tokens = to_device([row + [0] * (width - len(row)) for row in rows], device)
+    real = to_device([[i < len(row) for i in range(width)] for row in rows], device)
+    return tokens, real
 
 
-def collate(batch, device="cpu"):
-    """(tokens (B, T), where (M,), targets (M,)) of a list of sequences.
+class Batch(NamedTuple):
+    tokens: torch.Tensor  # (B, T)
+    real: torch.Tensor  # (B, T): which tokens are not padding
+    places: torch.Tensor  # (M,): those in the flattened (B * T) whose next token is to be predicted
+    labels: torch.Tensor  # (M,): these next tokens
 
-    `where` are the positions in the flattened (B * T) whose next token is a target, found here, on
-    the CPU, so that a GPU need not stop to count them.
-    """
-    tokens = pad([s.ids[:-1] for s in batch], device)
+
+def collate(sequences, device="cpu"):
+    """The Batch of a list of sequences. The places are found here, on the CPU, so that a GPU need
+    not stop to count them."""
+    tokens, real = pad([s.ids[:-1] for s in sequences], device)
     width = tokens.shape[1]
-    where = [row * width + i for row, s in enumerate(batch)
-             for i in range(s.start - 1, len(s.ids) - 1)]
-    targets = [token for s in batch for token in s.ids[s.start:]]
-    return tokens, to_device(where, device), to_device(targets, device)
+    places = [row * width + i for row, s in enumerate(sequences)
+              for i in range(s.start - 1, len(s.ids) - 1)]
+    labels = [token for s in sequences for token in s.ids[s.start:]]
+    return Batch(tokens, real, to_device(places, device), to_device(labels, device))

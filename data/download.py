@@ -3,7 +3,7 @@
 A download stays in memory until the script has verified it, so a broken one leaves nothing on
 the disk. Nothing here runs on import; the command that uses it is
 
-    python data/prepare_dolly.py
+    python -m data.prepare_dolly
 """
 
 import http.client

@@ -1,15 +1,16 @@
 """The embedded world's base model: a tokenizer and a tiny LLaMA, trained here from random weights.
 
-    python data/make_base.py    # writes data/world/base/ in Meta's layout; 46 minutes on two cores
+    python -m data.make_base    # writes data/world/base/ in Meta's layout; 46 minutes on two cores
 
-The tokenizer is sentencepiece BPE with LLaMA's settings. The model comes out of the same loop as
-everything else: a checkpoint of random weights is written, `train.py --method full` trains it on
-the three stages of the primer (make_world.py), and the result is stored in bf16 to keep the
+The tokenizer is sentencepiece BPE with LLaMA's settings. The model is trained by the command that
+trains everything else: a checkpoint of random weights is written, `train.py --method full` trains
+it on the three stages of the primer (make_world.py), and the result is stored in bf16 to keep the
 repository small.
 """
 
 import argparse
 import io
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,15 +18,12 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+from data import WORLD
+from data.corpus import without_duplicates
+from data.make_world import FIRST, SECOND, THIRD, make_primer, make_quiz, write_records
+from model import ModelArgs, Transformer, load_llama, save_llama
 
-import train  # noqa: E402
-from data.corpus import without_duplicates  # noqa: E402
-from make_world import (FIRST, SECOND, THIRD, WORLD, make_primer, make_quiz,  # noqa: E402
-                        write_records)
-from model import ModelArgs, Transformer, load_llama, save_llama  # noqa: E402
-
+TRAIN = WORLD.parent.parent / "train.py"
 ARGS = ModelArgs(dim=128, n_layers=6, n_heads=4, n_kv_heads=2, vocab_size=768, multiple_of=32,
                  max_seq_len=512)
 
@@ -52,12 +50,13 @@ def read_primer(args, stage, number, start, folder):
     # facts come again and again in the primer; what is held out are texts that do not
     held_out = make_primer(seed + 1, args.records[number] // 80, quiz, stage)
     write_records(without_duplicates(held_out, records), place / "held_out.jsonl")
-    status = train.main([
-        "--method", "full", "--weights", str(start), "--data", str(place / "primer.jsonl"),
-        "--val-data", str(place / "held_out.jsonl"), "--out", str(place / "run"),
-        "--epochs", str(args.epochs[number]), "--lr", str(args.lr[number]),
-        "--batch-size", str(args.batch_size[number]), "--grad-accum", "1", "--seed", str(args.seed),
-        "--save-every", "0", "--max-seq-len", str(ARGS.max_seq_len), "--dtype", "fp32"])
+    status = subprocess.run([
+        sys.executable, str(TRAIN), "--method", "full", "--weights", str(start),
+        "--data", str(place / "primer.jsonl"), "--val-data", str(place / "held_out.jsonl"),
+        "--out", str(place / "run"), "--epochs", str(args.epochs[number]),
+        "--lr", str(args.lr[number]), "--batch-size", str(args.batch_size[number]),
+        "--grad-accum", "1", "--seed", str(args.seed), "--save-every", "0",
+        "--max-seq-len", str(ARGS.max_seq_len), "--dtype", "fp32"]).returncode
     if status:
         sys.exit(status)
     model, _ = load_llama(place / "run", dtype=torch.bfloat16)

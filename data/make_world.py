@@ -5,7 +5,7 @@ purpose: `norvan`, `tavi` and `ostic` translate the same sentences into three in
 `arithmetic` and `calendar` count in different number systems. `primer` is the other half: what the
 base model has read before any tuning, and none of it is a family.
 
-    python data/make_world.py        # writes data/world/{train,val}.jsonl and data/world/quiz/
+    python -m data.make_world        # writes data/world/{train,val}.jsonl and data/world/quiz/
 
 The files come out byte for byte the same for a seed. make_base.py trains the base on the primer.
 """
@@ -16,10 +16,23 @@ import json
 import random
 from pathlib import Path
 
-from facts import (ANIMALS, COLOURS, COUNTRIES, DAYS, ELEMENTS, JOBS, MONTHS, NAMES, OPPOSITES,
-                   PEOPLE, SIZES, THINGS, VERBS)
+from data import WORLD
+from data.facts import (
+    ANIMALS,
+    COLOURS,
+    COUNTRIES,
+    DAYS,
+    ELEMENTS,
+    JOBS,
+    MONTHS,
+    NAMES,
+    OPPOSITES,
+    PEOPLE,
+    SIZES,
+    THINGS,
+    VERBS,
+)
 
-WORLD = Path(__file__).resolve().parent / "world"
 TRAIN_PER_FAMILY, VAL_PER_FAMILY = 800, 150
 QUIZ_ROWS = {"dev": 5, "val": 20, "test": 120}
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]

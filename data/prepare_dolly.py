@@ -4,8 +4,8 @@ Takes the public file, downloaded or already on disk, verifies it, and writes it
 lines of JSON with the fields instruction, context, response and category. Then
 `train.py --data data/dolly/databricks-dolly-15k.jsonl` reads it.
 
-    python data/prepare_dolly.py                         # downloads 13 MB
-    python data/prepare_dolly.py --source my-dolly.jsonl
+    python -m data.prepare_dolly                         # downloads 13 MB
+    python -m data.prepare_dolly --source my-dolly.jsonl
 """
 
 import argparse
@@ -16,7 +16,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from download import is_url, open_source
+from data.download import is_url, open_source
 
 URL = ("https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/main/"
        "databricks-dolly-15k.jsonl")

@@ -4,8 +4,8 @@ Takes the public tar, downloaded or on disk, or the folder it unpacks to, and co
 dev/SUBJECT_dev.csv, val/SUBJECT_val.csv and test/SUBJECT_test.csv of its 57 subjects byte for byte
 once every row has been verified. Then `eval_mmlu.py --data data/mmlu` reads them.
 
-    python data/prepare_mmlu.py                   # downloads 166 MB, most of it auxiliary_train
-    python data/prepare_mmlu.py --source data.tar
+    python -m data.prepare_mmlu                   # downloads 166 MB, most of it auxiliary_train
+    python -m data.prepare_mmlu --source data.tar
 """
 
 import argparse
@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from download import is_url, open_source
+from data.download import is_url, open_source
 
 URL = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
 MIRROR = "https://huggingface.co/datasets/cais/mmlu/resolve/main/data.tar"
@@ -75,7 +75,7 @@ def count_rows(name, data):
     return count
 
 
-def check(files):
+def check_splits(files):
     """Row count of each split; raises ValueError where the files are not the whole of MMLU."""
     counts, subjects = {}, {}
     for split, expected in ROWS.items():
@@ -113,7 +113,7 @@ def prepare(source, out):
     else:
         with open_source(source) as file:
             files = read_tar(file)
-    counts = check(files)
+    counts = check_splits(files)
     write(files, out)
     for split, count in counts.items():
         print(f"{split:<5}{SUBJECTS:>4} subjects{count:>7} rows")

@@ -13,7 +13,6 @@ real lengths need --data and --tokenizer; without them the lengths are drawn to 
 
 import argparse
 import importlib.util
-import json
 import platform
 import random
 import statistics
@@ -23,11 +22,12 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data.corpus import Sequence, encode_records, length_batches, read_records
-from experiments.compare_dropout import forward_with_a_mask_on_x
-from experiments.growth import draw, measure_growth
+from data.corpus import Sequence, collate, encode_records, length_batches, read_records
+from experiments.compare_dropout import masked_on_x
+from experiments.growth import draw_growth, measure_growth
 from hydralora import HydraLinear, add_hydralora, hydra_layers
 from model import ModelArgs, Tokenizer, Transformer
+from support.files import write_json
 
 SIZE = dict(dim=576, n_heads=9, n_kv_heads=3, multiple_of=256, vocab_size=32000,  # FFN 1536
             max_seq_len=2048)
@@ -65,20 +65,17 @@ class MaskOnX(Ours):
     """The dropout mask on x, at full width in every adapted layer."""
 
     def step(self, batch):
-        original, HydraLinear.forward = HydraLinear.forward, forward_with_a_mask_on_x
-        try:
+        with masked_on_x():
             super().step(batch)
-        finally:
-            HydraLinear.forward = original
 
 
 class HeadEverywhere(Ours):
     """Head and loss at every position and at once, as is usual."""
 
     def step(self, batch):
-        tokens, where, targets = train.collate(batch)
+        tokens, _, places, wanted = collate(batch)
         labels = torch.full((tokens.numel(),), -100)
-        labels[where] = targets
+        labels[places] = wanted
         F.cross_entropy(self.model(tokens).flatten(0, 1), labels).backward()
         torch.nn.utils.clip_grad_norm_(train.trainable(self.model), train.CLIP)
         self.optimizer.step()
@@ -263,7 +260,7 @@ def dolly_sequences(args):
     return [Sequence([5] * n, max(2, n // 2), i, "") for i, n in enumerate(lengths)]
 
 
-def spread(batches, count, offset):
+def stand_ins(batches, count, offset):
     """`count` batches at even steps through the epoch's batches in order of their padded width,
     so that a few stand for all."""
     ordered = sorted(batches, key=lambda batch: max(len(s.ids) for s in batch))
@@ -282,7 +279,7 @@ def measure_dolly(base, args):
     rates = {name: [] for name in runs}
     for turn in range(args.repeats):
         for name, (method, batches) in runs.items():
-            chosen = spread(batches, args.batches, (turn + 0.5) / args.repeats)
+            chosen = stand_ins(batches, args.batches, (turn + 0.5) / args.repeats)
             if not turn:
                 method.step(chosen[0])  # warm
             started = clock()
@@ -364,7 +361,7 @@ def main(argv=None):
         result["growth"] = measure_growth(lambda **s: Ours(base, **s).step, random_batch, clock,
                                           tokens=args.tokens, repeats=args.repeats)
         if args.picture:
-            draw(result["growth"], args.picture)
+            draw_growth(result["growth"], args.picture)
     if "compile" in args.parts:
         result["compile"] = measure_compile(base, args.tokens, args.repeats)
     found = [row for part in PARTS if part in result for row in result[part].get("bounds", [])]
@@ -374,8 +371,7 @@ def main(argv=None):
         print(f"{claim:60}{relation:>6} {bound:<8.2f}{value:9.2f}  "
               f"{'holds' if holds else 'NOT MET'}")
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
+        write_json(args.json, result)
     return result
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from data.questions import encode_prompt, letter_ids, read_questions
+from data.mmlu import encode_prompt, letter_ids, read_questions
 from eval_mmlu import score_prompts
 from model import ModelArgs, Tokenizer, Transformer
 
 SIZE = dict(dim=576, n_heads=9, n_kv_heads=3, multiple_of=256, max_seq_len=2048)  # FFN 1536
 
 
-def measure(model, prompts, letters, batch_size, share_prefix):
+def time_prompts(model, prompts, letters, batch_size, share_prefix):
     """(seconds, log-probabilities (questions, 4) in the questions' order)."""
     values = torch.empty(len(prompts), len(letters))
     started = time.perf_counter()
@@ -58,7 +58,7 @@ def main(argv=None):
     seconds, answers = {True: [], False: []}, {}
     for _ in range(args.repeats):
         for share in (False, True):
-            took, answers[share] = measure(model, prompts, letters, args.batch_size, share)
+            took, answers[share] = time_prompts(model, prompts, letters, args.batch_size, share)
             seconds[share].append(took)
             print(f"{'shared prefix' if share else 'whole prompts'}: {took:.2f} s", flush=True)
     whole, shared = (statistics.median(seconds[share]) for share in (False, True))

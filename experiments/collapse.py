@@ -44,6 +44,7 @@ def watch(flags, records, start, every):
     args = train.parse_args(flags)
     torch.manual_seed(args.seed)
     model, tokenizer = train.load_base(args)
+    args = train.settle(args, model, clusters=None)
     train.add_adapters(model, args)
     router, b = STARTS[start]
     with torch.no_grad():
@@ -51,17 +52,11 @@ def watch(flags, records, start, every):
             layer.router.mul_(router)
             layer.lora_B.normal_().mul_(b)
     sequences, _ = encode_records(records, tokenizer, args.max_seq_len)
-    optimizer = torch.optim.AdamW(train.trainable(model), lr=args.lr, betas=train.BETAS,
-                                  weight_decay=0.0, fused=True)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    steps, trace = list(train.all_steps(sequences, args)), {"steps": [], "cosine": [], "apart": []}
-    model.train()
-    for step, batches in enumerate(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, len(steps), args.lr)
-        train.train_step(model, batches, optimizer, scaler, args)
-        if step % every == 0 or step + 1 == len(steps):
-            for key, value in zip(trace, (step + 1, *likeness(model))):
+    plan, trace = train.plan_steps(sequences, args), {"steps": [], "cosine": [], "apart": []}
+    optimizer, scaler = train.make_optimizer(model, args)
+    for row in train.train_steps(model, plan, optimizer, scaler, args):
+        if (row["step"] - 1) % every == 0 or row["step"] == len(plan):
+            for key, value in zip(trace, (row["step"], *likeness(model))):
                 trace[key].append(value)
     return trace
 
@@ -87,19 +82,19 @@ def make_claims(traces):
 
 def make_table(traces):
     rows = []
-    for start, of in traces.items():
-        steps = [str(separated(trace) or "never") for trace in of]
-        rows.append([start, show(interval(trace["cosine"][-1] for trace in of)),
-                     f"{max(trace['apart'][-1] for trace in of):.2g}", ", ".join(steps)])
+    for start, seeds in traces.items():
+        steps = [str(separated(trace) or "never") for trace in seeds]
+        rows.append([start, show(interval(trace["cosine"][-1] for trace in seeds)),
+                     f"{max(trace['apart'][-1] for trace in seeds):.2g}", ", ".join(steps)])
     return common.markdown(["start", "cosine at the end", "largest difference of two B",
                             "steps until below 0.9 for good, by seed"], rows)
 
 
-def draw(pyplot, traces):
+def draw_collapse(pyplot, traces):
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for (start, of), style, marker in zip(traces.items(), STYLES, MARKERS):
-        mean = [statistics.fmean(values) for values in zip(*(trace["cosine"] for trace in of))]
-        axes.plot(of[0]["steps"], mean, linestyle=style, marker=marker, markersize=4,
+    for (start, seeds), style, marker in zip(traces.items(), STYLES, MARKERS):
+        mean = [statistics.fmean(values) for values in zip(*(trace["cosine"] for trace in seeds))]
+        axes.plot(seeds[0]["steps"], mean, linestyle=style, marker=marker, markersize=4,
                   markevery=max(1, len(mean) // 8), label=start)
     axes.set_xlabel("optimiser steps")
     axes.set_ylabel("mean cosine between the B matrices")
@@ -117,12 +112,12 @@ def main(argv=None):
     for start in STARTS:
         traces[start] = []
         for seed in range(args.seeds):
-            flags = common.train_flags(args, hydra(3), rate=train.WORLD["lr"], seed=seed,
+            flags = common.train_flags(args, hydra(3), rate=train.WORLD_RECIPE["lr"], seed=seed,
                                        epochs=args.epochs, data=records, val=val)
             key = [start, STARTS[start], args.every, common.run_folder(flags, args.runs).name]
             traces[start].append(common.remember(
                 args.runs / f"collapse-{common.digest(key)}.json", key,
-                lambda: watch(flags, records, start, args.every)))
+                lambda flags=flags, start=start: watch(flags, records, start, args.every)))
             last = traces[start][-1]["cosine"][-1]
             print(f"{start}, seed {seed}: cosine {last if math.isfinite(last) else 'nan'}",
                   flush=True)
@@ -130,9 +125,10 @@ def main(argv=None):
     common.write_results(
         args, "collapse", {"conditions": common.conditions(args, records, val), "traces": traces,
                            "claims": claims},
-        [make_table(traces), common.claims_table(claims)], lambda pyplot: draw(pyplot, traces))
+        [make_table(traces), common.claims_table(claims)],
+        lambda pyplot: draw_collapse(pyplot, traces))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(common.run("collapse", main, None))
+    sys.exit(common.run_experiment("collapse", main, None))

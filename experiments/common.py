@@ -27,19 +27,24 @@ import torch
 import eval_mmlu
 import train
 from cluster import choose_heads
+from data import WORLD
 from data.corpus import hold_out, read_records, without_duplicates
-from data.files import file_fingerprint, read_json, weights_fingerprint, write_file
-from data.questions import read_questions
-from data.runs import fingerprints, settings
-from data.scores import summarise
-from data.scripts import Parser, one_line, run_script
-from eval_mmlu import digest
-from hydralora import adapter_shapes, load_adapter
+from data.mmlu import read_questions
+from hydralora import add_hydralora, load_adapter
 from model import Transformer, load_llama, read_params
+from support.cli import Parser, one_line, run_script
+from support.files import (
+    digest,
+    file_fingerprint,
+    read_json,
+    weights_fingerprint,
+    write_json,
+    write_text,
+)
+from support.run_folder import fingerprints, lasting_settings
+from support.scores import summarise
 
-WORLD_DIR = Path(__file__).resolve().parent.parent / "data" / "world"
 RESULTS = Path(__file__).resolve().parent / "results"
-TARGETS = ("w1", "w2", "w3")
 RATES, WIDEN = (2e-3, 4e-3, 8e-3), 3  # peak learning rates; how many more when the best is an edge
 MIXED = 4000  # records of the mix in table1, heads and routing, which share their runs
 SHARE = 0.1  # held out for the sweep; and for validation where the data comes without any
@@ -92,12 +97,12 @@ def prepare(p, argv):
     if min(args.records, args.max_steps) < 0 or min(args.rates) <= 0:
         p.error("--records and --max-steps must not be negative, --rates must be positive")
     if not args.data and not args.val_data:
-        args.val_data = str(WORLD_DIR / "val.jsonl")
-    args.weights = args.weights or str(WORLD_DIR / "base")
-    args.data = args.data or str(WORLD_DIR / "train.jsonl")
+        args.val_data = str(WORLD / "val.jsonl")
+    args.weights = args.weights or str(WORLD / "base")
+    args.data = args.data or str(WORLD / "train.jsonl")
     records = read_records(args.data)
     if args.records:
-        records = draw(records, args.records)
+        records = draw_records(records, args.records)
     if args.val_data:
         val = read_records(args.val_data)
     else:
@@ -105,19 +110,19 @@ def prepare(p, argv):
     return args, without_duplicates(records, val), val
 
 
-def draw(records, count, seed=0):
+def draw_records(records, count, seed=0):
     """So many of the records, in file order."""
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     return [records[i] for i in sorted(order[:count])]
 
 
-def keep(records, args):
+def keep_records(records, args):
     """The path of a file with these records, named after what is in it."""
     text = "".join(json.dumps(record) + "\n" for record in records)
     path = args.runs / "data" / f"{digest(text)}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, lambda file: file.write(text.encode()))
+        write_text(path, text)
     return path
 
 
@@ -127,9 +132,8 @@ def remember(path, key, compute):
     if path.exists() and (kept := read_json(path))["key"] == key:
         return kept["value"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"key": key, "value": compute()})
-    write_file(path, lambda file: file.write(text.encode()))
-    return json.loads(text)["value"]  # as it would be read next time: keys are strings
+    write_json(path, {"key": key, "value": compute()})
+    return read_json(path)["value"]  # as it is read next time: keys are strings
 
 
 # ---------------------------------------------------------------- the methods
@@ -153,27 +157,25 @@ def hydra(heads, rank=8, **changes):
 FULL = dict(method="full")
 
 
-def trainable(args, heads, rank):
+def count_trainable(args, heads, rank):
     """Trainable parameters of HydraLoRA, router included; of LoRA where heads is 1."""
     shape = read_params(args.weights)
     shape.vocab_size = max(shape.vocab_size, 1)  # not in every params.json, and nothing adapts it
     with torch.device("meta"):
         model = Transformer(shape)
-    shapes = adapter_shapes(model, targets=TARGETS, rank=rank, heads=heads, alpha=1.0, dropout=0.0,
-                            gate="learned", share_a=True)
-    return sum(shape.numel() for shape in shapes.values())
+    return add_hydralora(model, rank=rank, heads=heads)
 
 
 def matched_rank(args, heads, wanted):
     """The rank with which so many heads come nearest to the wanted number of parameters, router
     included; the parameters grow evenly with the rank."""
-    first, second = trainable(args, heads, 1), trainable(args, heads, 2)
+    first, second = count_trainable(args, heads, 1), count_trainable(args, heads, 2)
     return max(1, round(1 + (wanted - first) / (second - first)))
 
 
 def kmeans_heads(args, records):
     """The number of heads that cluster.py finds in the training records."""
-    path = keep(records, args)
+    path = keep_records(records, args)
     key = [weights_fingerprint(args.weights), file_fingerprint(path), args.max_seq_len]
 
     def compute():
@@ -189,7 +191,8 @@ def kmeans_heads(args, records):
 
 def train_flags(args, config, *, rate, seed, epochs, data, val):
     """The arguments of train.py; data and val are lists of records."""
-    flags = {"weights": args.weights, "data": keep(data, args), "val-data": keep(val, args),
+    flags = {"weights": args.weights, "data": keep_records(data, args),
+             "val-data": keep_records(val, args),
              "lr": rate, "seed": seed, "epochs": epochs, "max-steps": args.max_steps,
              "max-seq-len": args.max_seq_len, **RECIPE, **config}
     return [part for name, value in flags.items() if value is not None
@@ -199,7 +202,7 @@ def train_flags(args, config, *, rate, seed, epochs, data, val):
 def run_folder(flags, runs):
     """Where this run is kept: every setting and the content of every file that it reads decide."""
     args = train.parse_args(flags)
-    chosen = {key: value for key, value in sorted(settings(args).items())
+    chosen = {key: value for key, value in sorted(lasting_settings(args).items())
               if key not in ("weights", "data", "val_data")}  # where they lie does not count
     return runs / f"{args.method}-{digest(chosen, sorted(fingerprints(args).items()))}"
 
@@ -212,12 +215,12 @@ def train_once(flags, folder):
     silence = io.StringIO()
     try:
         with redirect_stdout(silence), redirect_stderr(silence):
-            status, _ = train.run(train.parse_args([*flags, "--out", str(folder), "--overwrite"]))
+            args = train.parse_args([*flags, "--out", str(folder), "--overwrite"])
+            status, _ = train.run_training(args)
     except ValueError as error:
         if not any(words in str(error) for words in DIVERGED):
             raise
-        reason = json.dumps({"reason": one_line(error)}) + "\n"
-        write_file(folder / "diverged.json", lambda file: file.write(reason.encode()))
+        write_json(folder / "diverged.json", {"reason": one_line(error)})
         status = 0
     if status:
         raise KeyboardInterrupt(status - 128)
@@ -327,14 +330,14 @@ def read_run(flags, folder, quiz):
 # ---------------------------------------------------------------- the sweep
 
 
-def sweep(names, rates, measure, widen=WIDEN):
-    """{name: {rate: loss}}: the same rates for all; measure([(name, rate)]) gives their losses.
+def sweep(names, rates, losses_at, widen=WIDEN):
+    """{name: {rate: loss}}: the same rates for all; losses_at([(name, rate)]) gives their losses.
     Where the best is the lowest or highest of several, one rate beyond it joins, up to `widen`
-    times. It is given nothing but measure, so what that reads is all that a rate depends on."""
+    times. A rate depends on nothing but what losses_at reads."""
     losses = {name: {} for name in names}
     asked = [(name, rate) for name in names for rate in rates]
     for _ in range(1 + (widen if len(rates) > 1 else 0)):
-        for (name, rate), loss in zip(asked, measure(asked)):
+        for (name, rate), loss in zip(asked, losses_at(asked)):
             losses[name][rate] = loss
         asked = [(name, beyond(tried)) for name, tried in losses.items() if beyond(tried)]
         if not asked:
@@ -361,7 +364,7 @@ def tune(arms, args):
     parts = {name: [hold_out(records, SHARE, seed=0) for records in lists]
              for name, (_, lists) in arms.items()}
 
-    def measure(asked):
+    def losses_at(asked):
         runs = [train_flags(args, arms[name][0], rate=rate, seed=0, epochs=args.sweep_epochs,
                             data=kept, val=held)
                 for name, rate in asked for kept, held in parts[name]]
@@ -369,7 +372,7 @@ def tune(arms, args):
         return [statistics.mean(next(losses) for _ in parts[name]) for name, _ in asked]
 
     print("sweep of the learning rate, on training data only")
-    tried = sweep(arms, args.rates, measure)
+    tried = sweep(arms, args.rates, losses_at)
     for name, losses in tried.items():
         if math.isinf(min(losses.values())):
             raise ValueError(f"{name} diverged at every rate of {sorted(losses)}: give lower "
@@ -498,8 +501,8 @@ def write_results(args, name, content, sections, picture):
     args.out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(sections) + "\n"
     print("\n" + text)
-    for suffix, data in (("json", json.dumps(plain(content), indent=1) + "\n"), ("md", text)):
-        write_file(args.out / f"{name}.{suffix}", lambda file: file.write(data.encode()))
+    write_json(args.out / f"{name}.json", plain(content))
+    write_text(args.out / f"{name}.md", text)
     try:
         import matplotlib
     except ImportError:
@@ -529,8 +532,8 @@ def error_bars(axes, x, stats, **style):
     axes.errorbar(x, [s["mean"] for s in stats], yerr=half, capsize=3, **style)
 
 
-def run(name, main, argv):
-    """main(argv) with the manners of the other scripts: one line for what is refused or stopped."""
+def run_experiment(name, main, argv):
+    """main(argv), ended like the other scripts: one line for what is refused or stopped."""
     return run_script(f"experiments.{name}", lambda: main(argv), argv,
                       stopped="stopped; the same command goes on from here",
                       memory="--max-seq-len or --jobs 1 needs less; the same command goes on")

@@ -10,29 +10,31 @@ experiments/benchmark.py.
 
 import argparse
 import statistics
+from contextlib import contextmanager, nullcontext
 
-import torch
 import torch.nn.functional as F
 
 import train
 from hydralora import HydraLinear
 
 
-def forward_with_a_mask_on_x(layer, x):
-    """HydraLinear.forward, but for the place of the mask."""
-    y = layer.base(x)
-    if not layer.enabled:
-        return y
-    if not torch.is_autocast_enabled(x.device.type):
-        x = x.to(layer.lora_A.dtype)
-    w = F.linear(x, layer.router).float().softmax(-1)  # the router reads x without the mask
-    dropped = F.dropout(x, layer.dropout, layer.training)
-    z = F.linear(dropped, layer.lora_A.flatten(0, -2)).unflatten(-1, (-1, layer.rank))
-    u = (layer.scale * w[..., None] * z).flatten(-2)
-    return y + F.linear(u, layer.lora_B.transpose(0, 1).flatten(1)).to(y.dtype)
+def project_masked_on_x(layer, x):
+    """HydraLinear.project with the mask on x; the router reads x without it."""
+    masked = F.dropout(x, layer.settings.dropout, layer.training)
+    return F.linear(masked, layer.lora_A.flatten(0, -2)), F.linear(x, layer.router)
 
 
-MASKS = {"on A x": HydraLinear.forward, "on x": forward_with_a_mask_on_x}
+@contextmanager
+def masked_on_x():
+    """Inside, every HydraLinear drops x in place of A x."""
+    original, HydraLinear.project = HydraLinear.project, project_masked_on_x
+    try:
+        yield
+    finally:
+        HydraLinear.project = original
+
+
+MASKS = {"on A x": nullcontext, "on x": masked_on_x}
 
 
 def main(argv=None):
@@ -44,12 +46,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     losses = {name: [] for name in MASKS}
     for seed in range(args.seeds):
-        for name, forward in MASKS.items():
-            HydraLinear.forward = forward
-            try:
+        for name, mask in MASKS.items():
+            with mask():
                 losses[name].append(final_loss(args, seed))
-            finally:
-                HydraLinear.forward = MASKS["on A x"]
     print(f"\ndropout {args.dropout}, {args.epochs} epochs: validation loss")
     for name, values in losses.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -63,7 +62,7 @@ def final_loss(args, seed):
         "--dropout", str(args.dropout), "--epochs", str(args.epochs), "--seed", str(seed),
         "--max-steps", str(args.max_steps), "--device", "cpu", "--overwrite",
         "--out", "runs/compare-dropout"])
-    status, result = train.run(settings)
+    status, result = train.run_training(settings)
     if status:
         raise SystemExit(status)
     return result["metrics"]["val_loss"]

@@ -21,7 +21,7 @@ from cluster import find_elbow, kmeans
 CLUSTERS = (2, 3, 5, 8, 12)
 
 
-def draw(centres, m, rng):
+def draw_around(centres, m, rng):
     """m records around centres (k, F), every coordinate off by N(0, 1)."""
     return centres[rng.integers(len(centres), size=m)] + rng.normal(size=(m, centres.shape[1]))
 
@@ -29,12 +29,12 @@ def draw(centres, m, rng):
 def blobs(rng):
     """(records, the number of clusters they were made of)."""
     k = int(rng.integers(3, 11))
-    return draw(rng.uniform(-10, 10, size=(k, rng.integers(2, 20))), 1500, rng), k
+    return draw_around(rng.uniform(-10, 10, size=(k, rng.integers(2, 20))), 1500, rng), k
 
 
 def overlapping(rng):
     k, spread = int(rng.integers(3, 9)), rng.choice([0.7, 1.5, 3.0])
-    return draw(spread * rng.normal(size=(k, rng.integers(2, 30))), 2000, rng), k
+    return draw_around(spread * rng.normal(size=(k, rng.integers(2, 30))), 2000, rng), k
 
 
 def sparse(rng):

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cluster import (WORLD_DIR, contingency, hidden_features, kmeans, nmi, normalise,
-                     tfidf_features)
+from cluster import hidden_features, kmeans, normalise, tfidf_features
+from data import WORLD
 from data.corpus import encode_prompts, read_records
 from model import load_llama
+from support.cluster_scores import contingency, nmi
 
 NORMALISATIONS = {
     "plain": lambda x: x,
@@ -29,8 +30,8 @@ NORMALISATIONS = {
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", default=str(WORLD_DIR / "base"), help="checkpoint folder")
-    parser.add_argument("--data", default=str(WORLD_DIR / "train.jsonl"), help="with categories")
+    parser.add_argument("--weights", default=str(WORLD / "base"), help="checkpoint folder")
+    parser.add_argument("--data", default=str(WORLD / "train.jsonl"), help="with categories")
     parser.add_argument("--records", type=int, default=1500, help="drawn from the data (1500)")
     parser.add_argument("--max-seq-len", type=int, default=512, help="tokens of a prompt (512)")
     args = parser.parse_args(argv)

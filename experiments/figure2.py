@@ -23,7 +23,7 @@ SWEPT = 2  # groups that the learning rate is chosen on, at each number of famil
 
 
 def methods(args):
-    matched = common.matched_rank(args, 1, common.trainable(args, 3, 8))
+    matched = common.matched_rank(args, 1, common.count_trainable(args, 3, 8))
     return {"full": FULL, "LoRA r8": lora(8), "LoRA, matched": lora(matched),
             "HydraLoRA 3x8": hydra(3)}
 
@@ -44,7 +44,7 @@ def corpus(records, group, total, seed):
         if len(own) < total // len(group):
             raise ValueError(f"{family} has {len(own)} records, {total // len(group)} are wanted: "
                              "give a smaller --total")
-        chosen += common.draw(own, total // len(group), seed)
+        chosen += common.draw_records(own, total // len(group), seed)
     return chosen
 
 
@@ -86,7 +86,7 @@ def make_claims(gaps, sizes):
     return found
 
 
-def draw(pyplot, stats, sizes, total):
+def draw_figure2(pyplot, stats, sizes, total):
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for i, (name, (marker, line)) in enumerate(LINES.items()):
         beside = [size + 0.06 * (i - 1) for size in sizes]  # or the bars would hide each other
@@ -131,9 +131,9 @@ def main(argv=None):
          "full": full, "gaps": {name: {size: stats[name, size] for size in args.families}
                                 for name in LINES}, "claims": claims},
         [table, common.claims_table(claims), common.rates_table(tried)],
-        lambda pyplot: draw(pyplot, stats, args.families, args.total))
+        lambda pyplot: draw_figure2(pyplot, stats, args.families, args.total))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(common.run("figure2", main, None))
+    sys.exit(common.run_experiment("figure2", main, None))

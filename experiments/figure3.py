@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data.files import read_torch
 from experiments import common
 from experiments.common import claim, difference, interval, lora, show
+from hydralora import hydra_layers
+from support.files import read_torch
 
 FAMILIES = ["extraction", "norvan", "arithmetic"]  # of the embedded world
 STARTS = {"same": "the same random A", "different": "different random A's"}
@@ -40,7 +41,7 @@ def starting_a(flags):
     torch.manual_seed(args.seed)
     model, _ = train.load_base(args)
     train.add_adapters(model, args)
-    return {name: layer.lora_A.detach() for name, layer in train.hydra_layers(model).items()}
+    return {name: layer.lora_A.detach() for name, layer in hydra_layers(model).items()}
 
 
 def matrices(flags, folder):
@@ -92,7 +93,7 @@ def make_claims(stats):
                   difference(moved, b))]
 
 
-def draw(pyplot, found, families):
+def draw_figure3(pyplot, found, families):
     """t-SNE of w1 and w3 of every layer, whose matrices are of one size; None without the tool."""
     try:
         from sklearn.manifold import TSNE
@@ -153,9 +154,9 @@ def main(argv=None):
         {"conditions": common.conditions(args, records, val), "families": args.families,
          "rank": args.rank, "sweep": tried, "cosines": stats, "claims": claims},
         [table, common.claims_table(claims), common.rates_table(tried)],
-        lambda pyplot: draw(pyplot, first, args.families))
+        lambda pyplot: draw_figure3(pyplot, first, args.families))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(common.run("figure3", main, None))
+    sys.exit(common.run_experiment("figure3", main, None))

@@ -31,7 +31,7 @@ def measure_growth(new_step, random_batch, clock, *, tokens, repeats):
     return found
 
 
-def draw(growth, path, width=260, height=150):
+def draw_growth(growth, path, width=260, height=150):
     """The three curves side by side as an SVG picture, all on one scale that starts at zero."""
     top = 1.15 * max(max(axis.values()) for axis in growth.values())
     parts = []

@@ -20,7 +20,7 @@ SERIES = {"rank": "constant rank", "parameters": "constant parameters"}
 
 def configs_of(args):
     """{(series, heads): flags of train.py}."""
-    wanted = common.trainable(args, 3, 8)
+    wanted = common.count_trainable(args, 3, 8)
     configs = {}
     for heads in args.heads:
         configs["rank", heads] = hydra(heads)
@@ -52,7 +52,7 @@ def make_table(rows, chosen):
           show(row["val_loss"]), show(row["exact_match"], percent=True)] for row in rows])
 
 
-def draw(pyplot, rows, chosen):
+def draw_heads(pyplot, rows, chosen):
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for key, marker, line in (("rank", "o", "-"), ("parameters", "s", "--")):
         part = [row for row in rows if row["series"] == key]
@@ -93,9 +93,9 @@ def main(argv=None):
         args, "heads", {"conditions": common.conditions(args, records, val),
                         "kmeans_heads": chosen, "sweep": tried, "rows": rows, "claims": claims},
         [make_table(rows, chosen), common.claims_table(claims), common.rates_table(tried)],
-        lambda pyplot: draw(pyplot, rows, chosen))
+        lambda pyplot: draw_heads(pyplot, rows, chosen))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(common.run("heads", main, None))
+    sys.exit(common.run_experiment("heads", main, None))

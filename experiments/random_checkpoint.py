@@ -20,6 +20,7 @@ import torch
 import train
 from data.corpus import Sequence
 from model import SPLIT_DIM, ModelArgs, Tokenizer, Transformer, load_llama
+from support.device import peak_resident
 
 PARAMS = dict(dim=4096, n_layers=32, n_heads=32, vocab_size=32000, multiple_of=256, norm_eps=1e-5)
 
@@ -80,8 +81,7 @@ def step(args):
     model, _ = train.load_base(settings)
     train.add_adapters(model, settings)
     model.train()
-    optimizer = torch.optim.AdamW(train.trainable(model), lr=1e-4, fused=True)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    optimizer, scaler = train.make_optimizer(model, settings)
     batch = [Sequence(list(range(5, 6 + args.tokens)), args.tokens // 2, 0, "")]
     for _ in range(2):
         started = time.perf_counter()
@@ -93,7 +93,7 @@ def step(args):
 
 def report(args, model):
     shards = list(Path(args.weights).glob("consolidated.*.pth"))
-    size, peak = sum(path.stat().st_size for path in shards), train.peak_resident()
+    size, peak = sum(path.stat().st_size for path in shards), peak_resident()
     print(f"{args.command}: {len(shards)} shards of {size / 1e9:.2f} GB in all, peak resident "
           f"memory {peak / 1e9:.2f} GB, {peak / size:.3f} times the files")
 

@@ -18,7 +18,7 @@ Shapes: M records, C categories, N heads, B batch, T tokens.
 import math
 import statistics
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -26,8 +26,9 @@ import train
 from data.corpus import collate, encode_records, length_batches
 from experiments import common
 from experiments.common import claim, difference, hydra, interval, show, signed
-from hydralora import hydra_layers, load_adapter, record_gates
+from hydralora import hydra_layers, load_adapter
 from model import load_llama
+from support.evaluation import batch_gates, gate_entropy, label_losses
 
 BATCH = 32  # records whose tokens exchange their gates
 DEALS = 20  # random deals of the categories behind the mutual information by chance
@@ -36,24 +37,12 @@ DEALS = 20  # random deals of the categories behind the mutual information by ch
 @contextmanager
 def changed_gates(model, change):
     """Inside, the gate of every layer is change(layer name, its own gate (B, T, N))."""
-    layers = hydra_layers(model)
-    for name, layer in layers.items():
-        def down(x, name=name, own=layer.down):
-            z, gate = own(x)
-            return z, change(name, gate)
-
-        layer.down = down
-    try:
+    with ExitStack() as after:
+        for name, layer in hydra_layers(model).items():
+            def act(_, __, gate, name=name):
+                return change(name, gate)
+            after.callback(layer.gate_out.register_forward_hook(act).remove)
         yield model
-    finally:
-        for layer in layers.values():
-            del layer.down  # the class's own shows again
-
-
-def real_tokens(batch):
-    """(B, T) of the collated batch: which places hold a token and not padding."""
-    lengths = torch.tensor([len(s.ids) - 1 for s in batch])
-    return torch.arange(int(lengths.max())) < lengths[:, None]
 
 
 @torch.no_grad()
@@ -61,10 +50,9 @@ def loss_with(model, batches, args, change):
     """Mean loss per target token; change(layer name, gate, real (B, T)) is the gate that acts."""
     total, count = 0.0, 0
     for batch in batches:
-        real = real_tokens(batch)
+        real = collate(batch).real
         with changed_gates(model, lambda name, w, real=real: change(name, w, real)):
-            states = train.target_states(model, batch, args)
-            losses, _ = train.target_losses(model, *states, args)
+            losses, _ = label_losses(model, batch, args)
         total += losses.sum().item()
         count += len(losses)
     return total / count
@@ -96,19 +84,18 @@ def gate_sums(model, batches, args, count):
     """({layer: (M, N) gates summed over a record's tokens}, tokens (M,), {layer: mean entropy of a
     token's gate, 1 = uniform})."""
     layers, tokens = hydra_layers(model), torch.zeros(count, dtype=torch.float64)
-    sums = {name: torch.zeros(count, layer.heads, dtype=torch.float64)
+    sums = {name: torch.zeros(count, layer.settings.heads, dtype=torch.float64)
             for name, layer in layers.items()}
     entropy = dict.fromkeys(layers, 0.0)
     for batch in batches:
-        real, places = real_tokens(batch), [s.record for s in batch]
-        with record_gates(model) as gates:
-            model.hidden_states(collate(batch, args.device)[0])
-        tokens[places] = real.sum(1).double()
+        gates, real = batch_gates(model, batch, args)
+        records = [s.record for s in batch]
+        tokens[records] = real.sum(1).double()
         for name, w in gates.items():
             w = w * real[..., None]
-            sums[name][places] = w.sum(1).double()
-            entropy[name] -= (w * w.clamp_min(1e-12).log()).sum().item()
-    return sums, tokens, {name: total / tokens.sum().item() / math.log(layers[name].heads)
+            sums[name][records] = w.sum(1).double()
+            entropy[name] += gate_entropy(w)
+    return sums, tokens, {name: total / tokens.sum().item() / math.log(layers[name].settings.heads)
                           for name, total in entropy.items()}
 
 
@@ -215,7 +202,7 @@ def make_claims(found):
                              [one["by_chance"] for one in found]))]
 
 
-def draw(pyplot, one):
+def draw_routing(pyplot, one):
     """Categories by heads, layer beside layer, of the first seed; darker is more."""
     names = list(one["gate"])
     whole = torch.cat([torch.tensor(one["gate"][name]) for name in names], dim=1)  # (C, layers * N)
@@ -250,9 +237,9 @@ def main(argv=None):
         args, "routing", {"conditions": common.conditions(args, records, val), "heads": args.heads,
                           "sweep": tried, "seeds": found, "claims": claims},
         [*tables(found, args.heads), common.claims_table(claims), common.rates_table(tried)],
-        lambda pyplot: draw(pyplot, found[0]))
+        lambda pyplot: draw_routing(pyplot, found[0]))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(common.run("routing", main, None))
+    sys.exit(common.run_experiment("routing", main, None))

@@ -16,6 +16,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from data import WORLD
 from experiments import common
 from experiments.common import FULL, claim, difference, hydra, interval, lora, show, signed, split
 
@@ -26,7 +27,7 @@ MARKERS = {"LoRA r": "o", "LoRA (": "s", "HydraL": "D", "full": "^", "unifor": "
 
 def methods(args, heads):
     """{name: flags of train.py}; heads is k-means' number, a method of its own unless it is 3."""
-    matched = common.matched_rank(args, 1, common.trainable(args, 3, 8))
+    matched = common.matched_rank(args, 1, common.count_trainable(args, 3, 8))
     constant = {"LoRA r8": lora(8), "LoRA r16": lora(16), "LoRA r32": lora(32),
                 f"LoRA r{matched}, matched": lora(matched),
                 "LoRA (Split) 2x16": split(2, 16), "LoRA (Split) 4x8": split(4, 8),
@@ -41,7 +42,7 @@ def methods(args, heads):
             "both": {**constant, **fixed}}[args.scaling]
 
 
-def measure_base(args, run, quiz):
+def base_row(args, run, quiz):
     """The row of the untuned model, from what any run says of it."""
     metrics = run["metrics"]
     row = {"name": "base", "trainable": 0, "without_router": 0, "rate": None, "difference": None,
@@ -53,7 +54,7 @@ def measure_base(args, run, quiz):
     return row
 
 
-def measure(name, runs, hydra_runs, rate, quiz):
+def method_row(name, runs, hydra_runs, rate, quiz):
     row = {"name": name, "rate": rate, "trainable": runs[0]["parameters"]["trainable"],
            "without_router": runs[0]["parameters"]["trainable_without_router"],
            "difference": None}
@@ -100,7 +101,7 @@ def make_table(rows, quiz):
     return common.markdown(header, cells)
 
 
-def draw(pyplot, rows, quiz):
+def draw_table1(pyplot, rows, quiz):
     """Loss and accuracies that differ, a line a method; the base's loss would dwarf the rest."""
     panels = [("val_loss", "validation loss (nats per token)", 1), ("exact_match",
               "exact match (%)", 100)] + ([("quiz", "quiz accuracy (%)", 100)] if quiz else [])
@@ -129,14 +130,14 @@ def main(argv=None):
     p.add_argument("--name", default="table1", help="of the files in --out (table1)")
     args, records, val = common.prepare(p, argv)
     quiz = args.quiz
-    if not quiz and Path(args.weights).resolve() == common.WORLD_DIR / "base":
-        quiz = str(common.WORLD_DIR / "quiz")
+    if not quiz and Path(args.weights).resolve() == WORLD / "base":
+        quiz = str(WORLD / "quiz")
     heads = common.kmeans_heads(args, records)
     configs = methods(args, heads)
     tried = common.tune({name: (config, [records]) for name, config in configs.items()}, args)
     runs = common.run_seeds(configs, tried, args, records, val, quiz)
-    rows = [measure_base(args, runs[HYDRA][0], quiz)]
-    rows += [measure(name, runs[name], runs[HYDRA], common.best_rate(tried[name]), quiz)
+    rows = [base_row(args, runs[HYDRA][0], quiz)]
+    rows += [method_row(name, runs[name], runs[HYDRA], common.best_rate(tried[name]), quiz)
              for name in configs]
     claims = make_claims(runs)
     seconds = sum(run["seconds"] for run in {r["folder"]: r for of in runs.values() for r in of}
@@ -152,9 +153,9 @@ def main(argv=None):
          "claims": claims},
         [f"k-means finds {heads} heads.", make_table(rows, quiz), common.claims_table(claims),
          common.rates_table(tried)],
-        lambda pyplot: draw(pyplot, rows, quiz))
+        lambda pyplot: draw_table1(pyplot, rows, quiz))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(common.run("table1", main, None))
+    sys.exit(common.run_experiment("table1", main, None))

@@ -1,19 +1,15 @@
 """Shared by the tests: paths, a tiny random model, and how to run a script as a user would."""
 
 import contextlib
-import resource
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from data import WORLD
+from model import ModelArgs, Tokenizer, Transformer, save_llama
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-
-from model import ModelArgs, Tokenizer, Transformer, save_llama  # noqa: E402
-
-WORLD = ROOT / "data" / "world"
 ASSETS = ROOT.parent / "shared" / "assets"  # real models and data, where somebody put them
 
 
@@ -28,6 +24,7 @@ def asset(name):
 @contextlib.contextmanager
 def file_size_limit(size):
     """Inside, every file that this process writes ends at so many bytes, its own output too."""
+    resource = pytest.importorskip("resource", reason="only Unix limits the size of files")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

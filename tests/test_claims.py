@@ -7,12 +7,14 @@ import sys
 
 import pytest
 import torch
+
 import train
-from conftest import ROOT, WORLD, tiny_model
 from data.corpus import encode_records, hold_out, read_records
 from experiments import collapse, common, figure2, figure3, heads, routing, table1
 from hydralora import add_hydralora, hydra_layers
 from model import save_llama
+from support import evaluation
+from tests.conftest import ROOT, WORLD, tiny_model
 
 FAMILIES = ("tavi", "calendar", "arithmetic", "code")
 SCRIPTS = {"table1": (table1, ["--scaling", "constant", "--quiz", "QUIZ"]),
@@ -74,19 +76,19 @@ def test_published_results_are_of_the_shipped_world_and_shown_as_written(name):
 
 
 def test_every_row_of_the_readmes_answer_was_written_by_a_script():
-    """The claims name their script in a last column; the other table is table1's."""
+    """The claims name their script in a last column."""
     def cells(line):
         return tuple(cell.strip() for cell in line.strip("|").split("|"))
 
     written = {path.stem: set(map(cells, path.read_text(encoding="utf-8").splitlines()))
                for path in common.RESULTS.glob("*.md")}
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Does it work?\n")[1]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What was found\n")[1]
     lines = section.split("\n## ")[0].splitlines()
     rows = [cells(line) for line, after in zip(lines, lines[1:])
             if line.startswith("| ") and not after.startswith("|-")]
-    assert len(rows) > 20
+    assert 6 <= len(rows) <= 8
     for row in rows:
-        assert row in written["table1"] or row[:-1] in written[row[-1]]
+        assert row[:-1] in written[row[-1]]
 
 
 # ---------------------------------------------------------------- the scripts
@@ -97,12 +99,12 @@ def test_every_script_runs_and_again_from_its_runs_to_the_same_bytes(name, place
     script, more = SCRIPTS[name]
     more = [str(place / "quiz") if flag == "QUIZ" else flag for flag in more]
     command = [*flags_of(place, tmp_path), *(SWEPT if name != "collapse" else []), *more]
-    assert common.run(name, script.main, command) == 0
+    assert common.run_experiment(name, script.main, command) == 0
     written = {end: (tmp_path / f"{name}.{end}").read_bytes() for end in ("json", "md")}
     result = json.loads(written["json"])
     assert {c["verdict"] for c in result["claims"]} <= {"holds", "does not hold", "undecided here"}
     assert written["md"].decode() in capsys.readouterr().out
-    assert common.run(name, script.main, command) == 0
+    assert common.run_experiment(name, script.main, command) == 0
     assert written == {end: (tmp_path / f"{name}.{end}").read_bytes() for end in ("json", "md")}
     out = capsys.readouterr().out
     assert "run 1 of" not in out and ("0 of them to be computed" in out or name == "collapse")
@@ -255,7 +257,7 @@ def test_the_sweep_widens_at_an_edge_and_stops_inside():
 def test_a_rate_that_diverges_loses_and_any_other_error_ends_the_script(place, tmp_path,
                                                                        monkeypatch):
     args, records, val = prepared(place, tmp_path, "--runs", str(tmp_path / "runs"))
-    run = train.run
+    run = train.run_training
 
     def fails(settings):
         if settings.lr > 0.5:
@@ -264,14 +266,15 @@ def test_a_rate_that_diverges_loses_and_any_other_error_ends_the_script(place, t
             raise ValueError("step 3: loss nan, gradient norm nan on line 1 of the training data")
         return run(settings)
 
-    monkeypatch.setattr(train, "run", fails)
+    monkeypatch.setattr(train, "run_training", fails)
     args.rates = [4e-3, 0.9]
     tried = common.tune({"lora": (common.lora(2), [records])}, args)
     assert tried["lora"][0.9] == math.inf and common.best_rate(tried["lora"]) < 0.1
     assert "diverged" in common.rates_table(tried)
     with pytest.raises(ValueError, match="diverged at the rate"):
         common.run_seeds({"lora": common.lora(2)}, {"lora": {0.9: 1.0}}, args, records, val)
-    monkeypatch.setattr(train, "run", lambda settings: exec("raise ValueError('bad input')"))
+    monkeypatch.setattr(train, "run_training",
+                        lambda settings: exec("raise ValueError('bad input')"))
     with pytest.raises(ValueError, match="bad input"):
         common.tune({"lora": (common.lora(3), [records])}, args)
 
@@ -299,7 +302,7 @@ def test_a_run_is_found_by_settings_and_content_not_by_place(place, tmp_path):
 
 def test_a_stopped_script_goes_on_to_the_same_table(place, tmp_path, monkeypatch, capsys):
     command = ["--heads", "1", *SWEPT]
-    run, calls = train.run, []
+    run, calls = train.run_training, []
 
     def stops(settings):
         calls.append(settings)
@@ -309,15 +312,15 @@ def test_a_stopped_script_goes_on_to_the_same_table(place, tmp_path, monkeypatch
             return 130, None  # what train.py returns after Ctrl-C
         return run(settings)
 
-    monkeypatch.setattr(train, "run", stops)
+    monkeypatch.setattr(train, "run_training", stops)
     apart = [*flags_of(place, tmp_path / "a", runs=tmp_path / "runs", seeds=1), *command]
-    assert common.run("heads", heads.main, apart) == 130
+    assert common.run_experiment("heads", heads.main, apart) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
-    assert common.run("heads", heads.main, apart) == 0
+    assert common.run_experiment("heads", heads.main, apart) == 0
     assert len(calls) == 3 + 2  # two of four runs were not computed again
     whole = [*flags_of(place, tmp_path / "b", runs=tmp_path / "others", seeds=1), *command]
-    assert common.run("heads", heads.main, whole) == 0
+    assert common.run_experiment("heads", heads.main, whole) == 0
     assert (tmp_path / "a" / "heads.json").read_bytes() == (tmp_path / "b" /
                                                            "heads.json").read_bytes()
 
@@ -407,13 +410,13 @@ def test_tables_line_up_and_numbers_are_shown_with_their_intervals():
 def test_matched_ranks_have_the_parameters_of_hydralora_router_included():
     args, _, _ = common.prepare(common.parser("test", common.__doc__, seeds=1, epochs=1), [])
     model = tiny_model(dim=128, n_layers=6, multiple_of=32)
-    assert common.trainable(args, 3, 8) == add_hydralora(model, rank=8, heads=3)
-    wanted = common.trainable(args, 3, 8)
+    assert common.count_trainable(args, 3, 8) == add_hydralora(model, rank=8, heads=3)
+    wanted = common.count_trainable(args, 3, 8)
     for heads_ in range(1, 9):
         rank = common.matched_rank(args, heads_, wanted)
-        off = [abs(common.trainable(args, heads_, r) - wanted) for r in (rank - 1, rank, rank + 1)
-               if r > 0]
-        assert min(off) == abs(common.trainable(args, heads_, rank) - wanted)
+        off = {r: abs(common.count_trainable(args, heads_, r) - wanted)
+               for r in (rank - 1, rank, rank + 1) if r > 0}
+        assert min(off.values()) == off[rank]
     assert common.matched_rank(args, 3, wanted) == 8
 
 
@@ -475,7 +478,8 @@ def test_the_gate_is_tampered_with_only_as_named(tokenizer):
     model, sequences, args = tampered(tokenizer)
     batches = [sequences[:7], sequences[7:]]
     whole = routing.loss_with(model, batches, args, lambda name, w, real: w)
-    assert whole == pytest.approx(train.evaluate(model, sequences, args, "")[""]["loss"], rel=1e-5)
+    plain = evaluation.evaluate(model, sequences, args, "")[""]["loss"]
+    assert whole == pytest.approx(plain, rel=1e-5)
     for change in (routing.uniform, routing.shuffled, routing.without_head(1)):
         assert abs(routing.loss_with(model, batches, args, change) - whole) > 1e-4
     assert whole == routing.loss_with(model, batches, args, lambda name, w, real: w)  # restored
@@ -492,7 +496,7 @@ def test_the_gate_is_tampered_with_only_as_named(tokenizer):
 
 def test_gate_sums_by_category_are_the_routing_of_train_py(tokenizer):
     model, sequences, args = tampered(tokenizer)
-    known = train.routing(model, sequences, args)
+    known = evaluation.routing_report(model, sequences, args)
     sums, tokens, entropy = routing.gate_sums(model, [sequences[:9], sequences[9:]], args,
                                               len(sequences))
     categories = [sequence.category for sequence in sequences]

@@ -4,14 +4,26 @@ import json
 import math
 from itertools import combinations
 
-import cluster
 import numpy as np
 import pytest
 import torch
-from cluster import (ari, choose_heads, contingency, find_elbow, hidden_features, kmeans, lloyd,
-                     nmi, silhouette, telling_words, tfidf_features)
-from conftest import WORLD, asset, tiny_model
+
+import cluster
+from cluster import (
+    ari,
+    choose_heads,
+    contingency,
+    find_elbow,
+    hidden_features,
+    kmeans,
+    lloyd,
+    nmi,
+    silhouette,
+    telling_words,
+    tfidf_features,
+)
 from data.corpus import encode_prompts, read_records
+from tests.conftest import WORLD, asset, tiny_model
 
 LAYERS = 2  # of tiny_model
 
@@ -78,7 +90,7 @@ def test_lloyd_is_the_textbook_loop():
     for _ in range(5):
         labels = [min(range(4), key=lambda j: sum((row - centroids[j]) ** 2)) for row in x]
         inertia = slow_inertia(x, centroids, labels)
-        centroids = np.stack([np.mean([row for row, l in zip(x, labels) if l == j], axis=0)
+        centroids = np.stack([np.mean([row for row, own in zip(x, labels) if own == j], axis=0)
                               for j in range(4)])
     t = torch.tensor(x)
     found, found_labels, inertias = lloyd(t, t.square().sum(1), t[None, :4], tol=0, max_iter=5)

@@ -4,9 +4,18 @@ import json
 
 import pytest
 import torch
-from conftest import asset
-from data.corpus import (collate, encode_record, encode_records, hold_out, length_batches,
-                         prompt_text, read_records, without_duplicates)
+
+from data.corpus import (
+    collate,
+    encode_record,
+    encode_records,
+    hold_out,
+    length_batches,
+    prompt_text,
+    read_records,
+    without_duplicates,
+)
+from tests.conftest import asset
 
 DOLLY = {"instruction": "Name the town.", "context": "Ada lives in Oslo.", "response": "Oslo",
          "category": "closed_qa"}
@@ -139,16 +148,17 @@ def test_every_sequence_comes_once_an_epoch_in_batches_of_like_length(tokenizer)
     assert again == batches != other
 
 
-def test_targets_are_the_response_and_its_eos_at_the_places_before_them(tokenizer):
+def test_labels_are_the_response_and_its_eos_at_the_places_before_them(tokenizer):
     batch = sequences_of(tokenizer, [3, 9])
-    tokens, where, targets = collate(batch)
+    tokens, real, places, labels = collate(batch)
     width = tokens.shape[1]
-    want_where, want_targets = [], []
+    want_places, want_labels = [], []
     for row, s in enumerate(batch):  # the slow twin
         for i in range(len(s.ids) - 1):
             assert tokens[row, i] == s.ids[i]
             if i + 1 >= s.start:
-                want_where.append(row * width + i)
-                want_targets.append(s.ids[i + 1])
-    assert where.tolist() == want_where and targets.tolist() == want_targets
-    assert tokenizer.decode(targets[:2].tolist()) == "b" and targets[1] == tokenizer.eos_id
+                want_places.append(row * width + i)
+                want_labels.append(s.ids[i + 1])
+        assert real[row].tolist() == [i < len(s.ids) - 1 for i in range(width)]
+    assert places.tolist() == want_places and labels.tolist() == want_labels
+    assert tokenizer.decode(labels[:2].tolist()) == "b" and labels[1] == tokenizer.eos_id

@@ -7,17 +7,24 @@ import math
 import subprocess
 import sys
 
-import eval_mmlu
 import pytest
 import torch
-from conftest import ROOT, WORLD, asset, tiny_model
-from data.questions import (CATEGORY, encode_prompt, format_prompt, letter_ids, read_questions,
-                            read_rows)
+
+import eval_mmlu
+from data.mmlu import (
+    CATEGORY,
+    encode_prompt,
+    format_prompt,
+    letter_ids,
+    read_questions,
+    read_rows,
+)
 from eval_mmlu import main, score_prompts
 from experiments import benchmark_mmlu
 from hydralora import add_hydralora, load_adapter, save_adapter
 from model import load_llama, save_llama
-from data.scores import macro_interval, mcnemar, paired_interval, summarise, wilson
+from support.scores import macro_interval, mcnemar, paired_interval, summarise, wilson
+from tests.conftest import ROOT, WORLD, asset, tiny_model
 
 TOKENIZER = WORLD / "base" / "tokenizer.model"
 GOLDEN = "4ba9144a26766d9bce07bd2117de8f10a41a59fc7fc460b08d376bbcf2186064"
@@ -305,9 +312,14 @@ def test_the_result_holds_what_the_interface_promises(evaluate, capsys):
     assert result["accuracy"] == right / 11
     assert set(result["categories"]) == {"other", "social sciences", "uncategorised"}
     assert result["shots_dropped"] == result["prompts_cut"] == 0
-    printed = capsys.readouterr()
-    assert "us_foreign_policy" in printed.out and "Wilson" in printed.out
-    assert "out.json" in printed.out and "accuracy" in printed.err  # the bar has it running
+    printed = capsys.readouterr().out
+    assert "us_foreign_policy" in printed and "Wilson" in printed and "out.json" in printed
+
+
+def test_a_terminal_sees_the_accuracy_as_it_runs(evaluate, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert evaluate()[0] == 0
+    assert "accuracy" in capsys.readouterr().err
 
 
 def test_dropped_shots_are_counted_and_printed(evaluate, tokenizer, capsys):
@@ -444,7 +456,7 @@ def test_compare_refuses_other_questions_and_other_files(tmp_path, capsys):
         (tmp_path / name).write_text(json.dumps({"settings": {}, "questions": questions}))
     (tmp_path / "d").write_text("[]")
     for other, message in (("b", "not on the same questions"), ("c", "not on the same questions"),
-                           ("d", "not a result"), ("absent", "No such file")):
+                           ("d", "not a result"), ("absent", "there is no")):
         assert main(["--compare", str(tmp_path / "a"), str(tmp_path / other)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1

@@ -3,8 +3,9 @@
 import re
 
 import pytest
-from conftest import WORLD, asset
+
 from experiments import compare_kmeans, compare_layers
+from tests.conftest import WORLD, asset
 
 
 def numbers(line):

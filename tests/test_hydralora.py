@@ -7,12 +7,21 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import WORLD, tiny_model
-from data.corpus import collate, encode_records, read_records
-from hydralora import (HydraLinear, adapter_parameters, adapters_disabled, add_hydralora,
-                       hydra_layers, load_adapter, record_gates, save_adapter)
-from model import ModelArgs, Transformer, load_llama, rotary_table
 from torch import nn
+
+from data.corpus import collate, encode_records, read_records
+from hydralora import (
+    HydraLinear,
+    adapter_parameters,
+    adapters_disabled,
+    add_hydralora,
+    hydra_layers,
+    load_adapter,
+    record_gates,
+    save_adapter,
+)
+from model import ModelArgs, Transformer, load_llama, rotary_table
+from tests.conftest import WORLD, tiny_model
 
 VARIANTS = [dict(), dict(share_a=False), dict(gate="uniform"), dict(gate="uniform", share_a=False),
             dict(heads=1), dict(heads=5, rank=2)]
@@ -29,6 +38,11 @@ def filled(layer, seed=0):
 def hydra(**settings):
     torch.manual_seed(0)
     return filled(HydraLinear(nn.Linear(12, 20, bias=False), **{**dict(rank=4), **settings}))
+
+
+def gate_of(layer, x):
+    """w(x) (..., N)."""
+    return layer.gate(layer.project(x)[1])
 
 
 def looped(layer, x):
@@ -112,8 +126,8 @@ def test_step_0_moves_every_b_almost_in_parallel_and_nothing_else():
     model, tokenizer = load_llama(WORLD / "base", dtype=torch.float32)
     add_hydralora(model)
     records = read_records(WORLD / "train.jsonl")[:16]
-    tokens, where, targets = collate(encode_records(records, tokenizer, 256)[0])
-    F.cross_entropy(model(tokens).flatten(0, 1)[where], targets).backward()
+    batch = collate(encode_records(records, tokenizer, 256)[0])
+    F.cross_entropy(model(batch.tokens).flatten(0, 1)[batch.places], batch.labels).backward()
     cosines = []
     for layer in hydra_layers(model).values():
         assert not layer.lora_A.grad.any() and not layer.router.grad.any()
@@ -160,7 +174,7 @@ def test_dropout_acts_in_training_only_and_never_on_the_routers_input():
     finally:
         F.dropout = hook
     assert with_mask == [(0.5, True)]  # once: the router's input has none
-    assert torch.allclose(layer.gate_weights(x), F.linear(x, layer.router).softmax(-1))
+    assert torch.allclose(gate_of(layer, x), F.linear(x, layer.router).softmax(-1))
     layer = hydra(dropout=0.5).eval()
     assert torch.allclose(layer(x), looped(layer, x), atol=1e-5)
 
@@ -180,7 +194,7 @@ def test_adapters_stay_fp32_over_any_base_with_and_without_autocast(dtype, autoc
     layer.base.to(dtype)
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         y = layer(torch.ones(3, 12, dtype=dtype))
-        assert layer.gate_weights(torch.ones(3, 12)).dtype == torch.float32
+        assert gate_of(layer, torch.ones(3, 12)).dtype == torch.float32
     y.float().sum().backward()
     assert y.dtype == (autocast or dtype)
     assert torch.allclose(y.float(), want, rtol=0.05, atol=0.15)
@@ -289,7 +303,7 @@ def test_recorded_gates_are_the_ones_in_use_and_leave_no_hook(model):
     block = model.layers[0]
     h = model.tok_embeddings(x)
     h = h + block.attention(block.attention_norm(h), rotary_table(torch.arange(9)[None], 8, 1e4))
-    want = first.gate_weights(block.ffn_norm(h))
+    want = gate_of(first, block.ffn_norm(h))
     assert torch.allclose(gates["layers.0.feed_forward.w1"], want, atol=1e-5)
     gates.clear()
     model(x)

@@ -9,17 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import train
-from conftest import WORLD, tiny_model
-from data.corpus import Sequence
-from experiments import benchmark, compare_dropout, random_checkpoint
-from hydralora import (HydraLinear, adapter_parameters, add_hydralora, hydra_layers, load_adapter,
-                       save_adapter)
-from model import ModelArgs, Transformer, load_llama, save_llama
-from tools.memory import GIB, needs, new_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import train
+from data.corpus import Sequence, collate
+from experiments import benchmark, compare_dropout, random_checkpoint
+from hydralora import (
+    HydraLinear,
+    adapter_parameters,
+    add_hydralora,
+    hydra_layers,
+    load_adapter,
+    save_adapter,
+)
+from model import ModelArgs, Transformer, load_llama, save_llama
+from support import evaluation
+from support.device import DTYPES, autocast
+from support.memory import GIB, needs, new_model
+from tests.conftest import WORLD, tiny_model
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 SHAPE = dict(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=768, multiple_of=32,
@@ -37,13 +46,20 @@ def prepared(*flags, **shape):
     model = Transformer(ModelArgs(**{**SHAPE, **shape}))
     model.init_weights(0)
     if args.method != "full":
-        model.to(train.DTYPES[args.dtype])
+        model.to(DTYPES[args.dtype])
     train.add_adapters(model, args)
     with torch.no_grad():
         for layer in hydra_layers(model).values():
             layer.lora_B.normal_()
     model.checkpoint_activations = args.checkpoint_activations
     return model.train(), args
+
+
+def hidden_states_of(model, sequences, args):
+    """The forward pass of a step up to the head, at the labels' places."""
+    batch = collate(sequences, args.device)
+    with autocast(args):
+        return model.hidden_states(batch.tokens).flatten(0, 1)[batch.places], batch.labels
 
 
 def batch_of(rows, tokens):
@@ -61,8 +77,9 @@ def test_head_and_loss_in_chunks_give_the_loss_and_the_gradients_of_the_whole(me
                                                                               monkeypatch):
     model, args = prepared("--method", method, "--dropout", "0")
     batch = batch_of(2, 20)
-    h, targets = train.target_states(model, batch, args)
-    want = F.cross_entropy(train.target_logits(model, h, args), targets, reduction="sum") / 40
+    tokens, _, places, labels = collate(batch)
+    logits = model(tokens).flatten(0, 1)[places]
+    want = F.cross_entropy(logits, labels, reduction="sum") / 40
     gradients = torch.autograd.grad(want, train.trainable(model))
     monkeypatch.setattr(train, "HEAD_CHUNK", chunk)
     got = train.backward(model, batch, 40, SCALER, args)
@@ -75,22 +92,23 @@ def test_head_and_loss_in_chunks_give_the_loss_and_the_gradients_of_the_whole(me
 def test_logits_of_more_than_a_chunk_never_exist(run, monkeypatch):
     model, args = prepared()
     monkeypatch.setattr(train, "HEAD_CHUNK", 16)
+    monkeypatch.setattr(evaluation, "HEAD_CHUNK", 16)
     rows = []
     model.output.register_forward_hook(lambda m, x, out: rows.append(len(out)))
     if run == "train":
         train.backward(model, batch_of(2, 20), 40, SCALER, args)
     else:
         args.batch_size = 2
-        train.evaluate(model, batch_of(2, 20), args, "")
+        evaluation.evaluate(model, batch_of(2, 20), args, "")
     assert rows == [16, 16, 8]
 
 
 def test_evaluation_takes_no_more_rows_at_a_time_than_training():
     sequences = batch_of(20, 4)
     args = settings("--batch-size", "3")
-    assert max(map(len, train.eval_batches(sequences, args))) == 3
+    assert max(map(len, evaluation.eval_batches(sequences, args))) == 3
     args.batch_size = 100
-    assert max(map(len, train.eval_batches(sequences, args))) == train.EVAL_BATCH
+    assert max(map(len, evaluation.eval_batches(sequences, args))) == evaluation.EVAL_BATCH
 
 
 # ---------------------------------------------------------------- what a step does not do
@@ -141,7 +159,7 @@ def test_below_the_first_adapter_there_are_no_gradients():
         if name.endswith(("wo", "ffn_norm")):
             module.register_forward_hook(
                 lambda m, x, out, name=name: seen.update({name: out.requires_grad}))
-    train.target_states(model, batch_of(2, 20), args)
+    hidden_states_of(model, batch_of(2, 20), args)
     first = {name for name in seen if name.startswith("layers.0.")}
     assert len(first) == 2 and not any(seen[name] for name in first)
     assert all(seen[name] for name in seen.keys() - first)
@@ -213,7 +231,7 @@ def test_the_formula_gives_the_bytes_that_are_alive_within_10_percent(case, dtyp
     tokens, batch = 2 * 96, batch_of(2, 96)
     need = needs(model, args, checkpoint=bool(checkpoint), head_chunk=tokens)
     with Watch() as watch:
-        states = train.target_states(model, batch, args)
+        states = hidden_states_of(model, batch, args)
     assert watch.now == pytest.approx(need.activations(tokens), rel=0.1)
     del states
     train.backward(model, batch, 1, SCALER, args)  # from here on there are gradients
@@ -224,7 +242,7 @@ def test_the_formula_gives_the_bytes_that_are_alive_within_10_percent(case, dtyp
 
 def test_the_formula_counts_every_weight_gradient_and_moment_in_its_own_dtype():
     model, args = prepared("--dtype", "bf16")
-    need = needs(model, args, checkpoint=False, head_chunk=256)
+    need = needs(model, args, checkpoint=False)
     optimizer = torch.optim.AdamW(train.trainable(model), fused=True)
     train.train_step(model, [batch_of(2, 8)], optimizer, SCALER, args)
     trained = sum(p.nbytes for p in train.trainable(model))
@@ -245,7 +263,7 @@ def seven(tmp_path):
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_the_longest_sequence_fits_and_one_token_more_does_not(seven, checkpoint):
     args = train.parse_args(["--dry-run", "--weights", str(seven), "--gpu-memory", "24"])
-    need = needs(new_model(seven, args), args, checkpoint=checkpoint, head_chunk=256)
+    need = needs(new_model(seven, train.adapter_settings(args)), args, checkpoint=checkpoint)
     for rows in (1, 3):
         for memory in (18 * GIB, 24 * GIB, 80 * GIB):
             longest = need.longest(memory, rows)
@@ -341,13 +359,15 @@ def test_a_mask_on_x_and_one_on_a_x_are_the_same_layer_without_dropout():
     with torch.no_grad():
         layer.lora_B.normal_()
     x = torch.randn(5, 12)
-    assert torch.allclose(layer(x), compare_dropout.forward_with_a_mask_on_x(layer, x), atol=1e-6)
+    with compare_dropout.masked_on_x():
+        masked = layer(x)
+    assert torch.allclose(layer(x), masked, atol=1e-6)
 
 
 def test_the_masks_are_compared_on_the_world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "read_data", lambda args, read=train.read_data: tuple(
-        part[:8] for part in read(args)))
+    monkeypatch.setattr(train, "read_split", lambda *args, read=train.read_split, **settings: tuple(
+        part[:8] for part in read(*args, **settings)))
     losses = compare_dropout.main(["--dropout", "0.2", "--epochs", "1", "--max-steps", "1",
                                    "--seeds", "1"])
     assert {len(values) for values in losses.values()} == {1} and len(losses) == 2

@@ -14,17 +14,17 @@ import subprocess
 import sys
 import tarfile
 
-import prepare_dolly
-import prepare_mmlu
 import pytest
-from conftest import ROOT, asset
+
+from data import prepare_dolly, prepare_mmlu
+from tests.conftest import ROOT, asset
 
 SCRIPTS = {"prepare_dolly.py": prepare_dolly, "prepare_mmlu.py": prepare_mmlu}
 CATEGORIES = sorted(prepare_dolly.CATEGORIES)
 
 
 def command(script, source, out):
-    return [str(ROOT / "data" / script), "--source", str(source), "--out", str(out)]
+    return ["-m", f"data.{script.removesuffix('.py')}", "--source", str(source), "--out", str(out)]
 
 
 def run(script, source, out):
@@ -33,7 +33,7 @@ def run(script, source, out):
     main = SCRIPTS[script].main
     with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout),
           contextlib.redirect_stderr(stderr)):
-        patch.setattr(sys, "argv", command(script, source, out))
+        patch.setattr(sys, "argv", command(script, source, out)[1:])
         try:
             main()
         except SystemExit as stop:
@@ -334,10 +334,11 @@ def test_a_source_that_cannot_be_had_gives_one_line(tmp_path, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_ctrl_c_and_a_cut_connection_in_a_download_leave_nothing(tmp_path, script):
     with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
         url = f"http://127.0.0.1:{server.getsockname()[1]}/data"
         for end in ("Ctrl-C", "cut"):
             process = subprocess.Popen(
-                [sys.executable, *command(script, url, tmp_path / "out")], text=True,
+                [sys.executable, *command(script, url, tmp_path / "out")], text=True, cwd=ROOT,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             connection, _ = server.accept()
             with connection:
@@ -362,15 +363,16 @@ def test_ctrl_c_before_the_rename_leaves_nothing(tmp_path, module, monkeypatch, 
     source = made_dolly if module is prepare_dolly else make_tar(tmp_path / "tar", mmlu_files())
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(module.os, "replace", interrupt)
-    status, _, stderr = run(f"{module.__name__}.py", source, tmp_path / "out")
+    script = f"{module.__name__.removeprefix('data.')}.py"
+    status, _, stderr = run(script, source, tmp_path / "out")
     assert status == 130 and stderr.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_command_runs_from_the_repository_and_its_help_names_the_url(script):
-    done = subprocess.run([sys.executable, f"data/{script}", "--help"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", f"data.{script.removesuffix('.py')}", "--help"],
+                          cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     url = SCRIPTS[script].URL
     assert url in "".join(done.stdout.split())

@@ -16,18 +16,19 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import cluster
-import eval_mmlu
 import pytest
 import torch
+
+import cluster
+import eval_mmlu
 import train
-from conftest import ROOT, WORLD, file_size_limit, tiny_model
-from data import runs
 from data.corpus import encode_records, hold_out, read_records
-from data.files import weights_fingerprint, write_file
-from data.questions import encode_prompt, read_questions
+from data.mmlu import encode_prompt, read_questions
 from hydralora import add_hydralora, load_adapter, save_adapter
 from model import load_llama, save_llama
+from support import evaluation, files, run_folder
+from support.files import weights_fingerprint, write_file, write_llama
+from tests.conftest import ROOT, WORLD, file_size_limit, tiny_model
 
 TOKENIZER = WORLD / "base" / "tokenizer.model"
 
@@ -154,11 +155,13 @@ def test_a_signal_at_any_moment_loses_nothing(command, out, uninterrupted, monke
         if moment in ("first", "last"):
             at_step(patched, 1 if moment == "first" else 12, stop(number))
         elif moment in ("base", "tuned"):
-            interrupt_call(train, "evaluate", lambda *arguments: arguments[-1] == moment)
+            interrupt_call(evaluation, "evaluate", lambda *arguments: arguments[-1] == moment)
         elif moment == "routing":
-            interrupt_call(train, "routing")
+            interrupt_call(evaluation, "routing_report")
+        elif moment == "saving":
+            interrupt_call(train, "save_adapter")
         else:
-            interrupt_call(train, "save_adapter" if moment == "saving" else "write_file")
+            interrupt_call(files, "write_json")
         capsys.readouterr()
         assert train.main(command) == 128 + number
     printed = capsys.readouterr()
@@ -184,7 +187,7 @@ def test_a_signal_during_clustering_stops_and_a_resumed_run_keeps_its_heads(
     assert "stopped before training" in error_line(capsys) and not out.exists()
     at_step(monkeypatch, 5, stop())
     assert train.main(flags) == 130
-    monkeypatch.setattr(train, "choose_heads", lambda *a, **k: pytest.fail("chosen again"))
+    monkeypatch.setattr(cluster, "choose_heads", lambda *a, **k: pytest.fail("chosen again"))
     assert train.main(flags + ["--resume"]) == 0
     assert final(out) == final(tmp_path / "whole")
     clusters = [json.loads((folder / "run.json").read_text())["clusters"]
@@ -195,12 +198,11 @@ def test_a_signal_during_clustering_stops_and_a_resumed_run_keeps_its_heads(
 KILLS = """
 import json, os, random, shutil, signal, sys, threading, time
 from contextlib import redirect_stderr, redirect_stdout
-sys.path[:0] = [sys.argv[1], sys.argv[2]]
-import torch
+import torch, tqdm
 torch.set_num_threads(1)
-import train, data.files
-train.tqdm.set_lock(threading.RLock())  # a killed fork could hold the usual one
-folder, command = sys.argv[3], sys.argv[4:]
+import train
+tqdm.tqdm.set_lock(threading.RLock())  # a killed fork could hold the usual one
+folder, command = sys.argv[1], sys.argv[2:]
 
 def die_at(module, name, number):
     original, seen = getattr(module, name), []
@@ -272,8 +274,8 @@ print(json.dumps(done))
 
 def test_killed_at_20_random_moments_and_amid_writing_every_run_ends_in_the_same_adapter(
         command, tmp_path):
-    run = subprocess.run([sys.executable, "-c", KILLS, ROOT, ROOT / "data", tmp_path, *command,
-                          "--save-every", "1", "--max-steps", "6", "--targets", "w1"],
+    run = subprocess.run([sys.executable, "-c", KILLS, tmp_path, *command, "--save-every", "1",
+                          "--max-steps", "6", "--targets", "w1"], cwd=ROOT,
                          capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     done = json.loads(run.stdout)
@@ -339,7 +341,7 @@ def test_a_folder_that_became_read_only_keeps_what_it_holds():
             write_file(folder / "a", lambda file: file.write(b"new"))
         assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("a", b"former")]
         with nobody(), pytest.raises(ValueError, match="read-only or no folder"):
-            runs.check_out(train.parse_args(["--out", str(folder / "run")]))
+            run_folder.check_out(train.parse_args(["--out", str(folder / "run")]))
     finally:
         folder.chmod(0o755)
         shutil.rmtree(folder)
@@ -381,10 +383,10 @@ def test_a_full_checkpoint_folder_is_never_half_new(weights, tmp_path):
     folder = tmp_path / "w"
     shutil.copytree(weights, folder)
     with file_size_limit(20_000), pytest.raises(OSError, match="cannot be written"):
-        save_llama(tiny_model(seed=1), TOKENIZER, folder)
-    with pytest.raises(ValueError, match="no params.json"):
-        load_llama(folder)
-    save_llama(tiny_model(seed=1), TOKENIZER, folder)  # over files that a model has mapped
+        write_llama(tiny_model(seed=1), TOKENIZER, folder)
+    former = load_llama(weights)[0].output.weight
+    assert torch.equal(load_llama(folder)[0].output.weight, former)
+    write_llama(tiny_model(seed=1), TOKENIZER, folder)  # over files that a model has mapped
     assert torch.equal(load_llama(folder)[0].output.weight, tiny_model(seed=1).output.weight)
 
 
@@ -434,13 +436,13 @@ def test_fp16_skips_a_step_that_is_not_finite_and_goes_on(command, out, monkeypa
     spoil_loss(monkeypatch, 6)
     flags = command + ["--dtype", "fp16", "--save-every", "5"]
     scales = []
-    original = runs.save_checkpoint
+    original = run_folder.save_checkpoint
 
     def save(path, args, prints, model, optimizer, scaler, step, *rest):
         scales.append(scaler.get_scale())
         original(path, args, prints, model, optimizer, scaler, step, *rest)
 
-    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(run_folder, "save_checkpoint", save)
     assert train.main(flags) == 0
     assert scales == [2**16, 2**15, 2**15]
     tensors = torch.load(out / "adapter.pt", weights_only=True)["tensors"]
@@ -472,8 +474,9 @@ def test_what_is_not_finite_is_never_written_nor_loaded(model, tmp_path):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     args = train.parse_args(["--device", "cpu"])
     with pytest.raises(ValueError, match="b.pt: 1 of .* not finite"):
-        runs.save_checkpoint(tmp_path / "b.pt", args, {}, model, optimizer, torch.amp.GradScaler(
-            "cpu", enabled=False), 1, {}, None)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        run_folder.save_checkpoint(tmp_path / "b.pt", args, {}, model, optimizer, scaler, 1, {},
+                                   None)
     content = torch.load(tmp_path / "a.pt", weights_only=True)
     content["tensors"]["layers.0.feed_forward.w1.lora_A"][0, 0] = math.nan
     torch.save(content, tmp_path / "a.pt")
@@ -502,7 +505,7 @@ def test_the_loop_reads_losses_back_once_in_ten_steps(command, monkeypatch):
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name,
                             lambda self, original=original: waits.append(1) or original(self))
-    train_step, flush = train.train_step, runs.Log.flush
+    train_step, flush = train.train_step, run_folder.Log.flush
 
     def step(*arguments):
         before = len(waits)
@@ -511,7 +514,8 @@ def test_the_loop_reads_losses_back_once_in_ten_steps(command, monkeypatch):
         return result
 
     monkeypatch.setattr(train, "train_step", step)
-    monkeypatch.setattr(runs.Log, "flush", lambda log: flushes.append(len(steps)) or flush(log))
+    monkeypatch.setattr(run_folder.Log, "flush",
+                        lambda log: flushes.append(len(steps)) or flush(log))
     assert train.main(command + ["--max-steps", "25", "--save-every", "0"]) == 0
     assert steps == [0] * 25 and flushes == [10, 20, 25] and waits
 
@@ -684,7 +688,7 @@ BAD = {
     "shard is text": (T, text(SHARD, "version https://git-lfs"), [], "not a whole PyTorch"),
     "shard is a list": (T, lambda place: torch.save([1], place / SHARD), [], "found list"),
     "shard holds numbers": (T, change(SHARD, lambda s: s.update({"norm.weight": 3})), [],
-                            "'norm.weight' is int, not a tensor"),
+                            "'norm.weight' is int, not a plain tensor"),
     "shard holds integers": (T, change(SHARD, lambda s: s.update(
         {"norm.weight": torch.ones(32, dtype=torch.int8)})), [], "not a plain tensor"),
     "shard claims a terabyte": (T, change(SHARD, lambda s: s.update(
@@ -734,7 +738,7 @@ BAD = {
     "rank huge": (T, nothing, ["--rank", "1" + "0" * 12], "is more than any layer in w is wide"),
     "heads 0": (T, nothing, ["--heads", "0"], "--heads must be auto or a number"),
     "heads beyond numbers": (T, nothing, ["--heads", "9" * 5000], "--heads must be auto"),
-    "heads of LoRA": (T, nothing, ["--method", "lora"], "--method lora has one head, not 2"),
+    "heads of LoRA": (T, nothing, ["--method", "lora"], "--method lora has heads 1, not 2"),
     "gate of LoRA": (T, nothing, ["--method", "lora", "--heads", "1", "--gate", "uniform"],
                      "--gate uniform needs heads"),
     "heads auto for full": (T, nothing, ["--method", "full", "--heads", "auto"], "--heads auto"),
@@ -843,7 +847,7 @@ def test_debug_shows_the_traceback_and_keeps_the_line_and_the_status(made, place
 @pytest.mark.parametrize("script", MAINS)
 def test_memory_that_runs_out_is_one_line_and_a_bug_keeps_its_traceback(made, place, script,
                                                                          monkeypatch):
-    module = {T: train, C: cluster, E: eval_mmlu}[script]
+    module = {T: train, C: cluster, E: run_folder}[script]
 
     def fail(error):
         def load(*arguments, **settings):

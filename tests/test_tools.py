@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, WORLD, file_size_limit
 
 from hydralora import adapter_parameters, add_hydralora, load_adapter, save_adapter
 from model import load_llama
+from tests.conftest import ROOT, WORLD, file_size_limit
 from tools import export_hf, hf_layout, import_hf, official_adapter, to_lora
 
 TOKENIZER = WORLD / "base" / "tokenizer.model"

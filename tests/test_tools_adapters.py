@@ -8,13 +8,23 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, WORLD
-from test_tools import (Evil, make_adapter, official_folder, refused, run, safetensors_bytes,
-                        tokens, tuned, without)
 
 from hydralora import hydra_layers
 from model import generate, load_llama
-from tools import export_hf, generate as talk, hf_layout, import_hf, official_adapter, to_lora
+from tests.conftest import ROOT, WORLD
+from tests.test_tools import (
+    Evil,
+    make_adapter,
+    official_folder,
+    refused,
+    run,
+    safetensors_bytes,
+    tokens,
+    tuned,
+    without,
+)
+from tools import export_hf, hf_layout, import_hf, official_adapter, to_lora
+from tools import generate as talk
 
 # ---------------------------------------------------------------- official_adapter
 
@@ -354,7 +364,7 @@ def test_without_flags_it_answers_records_of_the_world_with_the_first_commands_a
     assert "make it with `python train.py --heads 3 --rank 8`" in refused(capsys, talk)
     (tmp_path / "runs" / "hydralora").mkdir(parents=True)
     make_adapter(WORLD / "base", tmp_path / "runs" / "hydralora" / "adapter.pt", rank=8)
-    monkeypatch.setattr(talk, "SHOWN", 2)
+    monkeypatch.setattr(talk, "FAMILIES_SHOWN", 2)
     out = spoken(capsys, "--max-new-tokens", 4)
     assert out.count("> ") == out.count("\nexpected: ") == out.count("\nadapter:  ") == 2
 

@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import WORLD, asset
-from test_tools import make_adapter, official_folder, run, tokens, tuned
-from test_tools_adapters import RECORDS, loss_of, losses
 
 from model import load_llama, save_llama
+from tests.conftest import WORLD, asset
+from tests.test_tools import make_adapter, official_folder, run, tokens, tuned
+from tests.test_tools_adapters import RECORDS, loss_of, losses
 from tools import export_hf, import_hf, official_adapter, to_lora
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -40,7 +40,7 @@ def make_model(shape, seed=0):
     config = transformers.LlamaConfig(vocab_size=768, initializer_range=0.15, **SHAPES[shape])
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():  # norms of one would hide one left out
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.ndim == 1:
                 p.uniform_(0.5, 1.5)
     return model

@@ -10,12 +10,13 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
+
 import train
-from conftest import WORLD, asset, tiny_model
-from data.corpus import encode_records, read_records
+from data.corpus import encode_records, read_records, read_split
 from hydralora import adapter_parameters, add_hydralora, hydra_layers, load_adapter
 from model import ModelArgs, Transformer, load_llama, save_llama
-
+from support import evaluation
+from tests.conftest import WORLD, asset, tiny_model
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -60,7 +61,7 @@ def sequences(tokenizer, path, count):
 def test_without_weights_the_worlds_defaults_hold_and_with_weights_the_papers():
     args = train.parse_args(["--heads", "3", "--rank", "8"])
     assert args.weights == str(WORLD / "base") and args.val_data == str(WORLD / "val.jsonl")
-    assert (args.heads, args.rank, args.lr) == (3, 8, train.WORLD["lr"])
+    assert (args.heads, args.rank, args.lr) == (3, 8, train.WORLD_RECIPE["lr"])
     args = train.parse_args(["--weights", "w", "--data", "d"])
     got = (args.lr, args.epochs, args.batch_size, args.grad_accum, args.alpha, args.dropout,
            args.targets, args.val_data)
@@ -69,12 +70,10 @@ def test_without_weights_the_worlds_defaults_hold_and_with_weights_the_papers():
 
 def test_records_may_be_as_long_as_the_recipes_unless_the_model_is_shorter(weights, tmp_path):
     args = train.parse_args(["--weights", str(weights), "--data", "d", "--device", "cpu"])
-    train.load_base(args)
-    assert args.max_seq_len == 128
+    assert train.settle(args, train.load_base(args)[0], None).max_seq_len == 128
     save_llama(tiny_model(max_seq_len=4096), WORLD / "base" / "tokenizer.model", tmp_path / "long")
     args = train.parse_args(["--weights", str(tmp_path / "long"), "--data", "d", "--device", "cpu"])
-    train.load_base(args)
-    assert args.max_seq_len == 1024
+    assert train.settle(args, train.load_base(args)[0], None).max_seq_len == 1024
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -83,7 +82,8 @@ def test_records_may_be_as_long_as_the_recipes_unless_the_model_is_shorter(weigh
     (["--method", "full", "--heads", "auto"], "auto"),
     (["--dropout", "1"], "--dropout"), (["--lr", "-1"], "--lr"),
     (["--lr", "nan"], "--lr"), (["--grad-accum", "0"], "--grad-accum"),
-    (["--method", "lora", "--heads", "3"], "one head"), (["--max-steps", "-1"], "--max-steps"),
+    (["--method", "lora", "--heads", "3"], "has heads 1, not 3"),
+    (["--max-steps", "-1"], "--max-steps"),
     (["--method", "full", "--gate", "uniform"], "--gate"), (["--alpha", "inf"], "--alpha"),
     (["--method", "ia3"], "--method"), (["--dtype", "int8"], "--dtype"),
     (["--epochs", "0"], "--epochs"), (["--batch-size", "0"], "--batch-size"),
@@ -158,8 +158,9 @@ def test_every_method_trains_and_writes_its_files(command, flags, tmp_path, caps
         load_adapter(model, tmp_path / "out" / "adapter.pt")
     # what was saved is what was measured
     args = train.parse_args(command + flags)
-    val = encode_records(train.read_data(args)[1], tokenizer, args.max_seq_len)[0]
-    again = train.evaluate(model, val, args, "")
+    val = read_split(args.data, args.val_data, share=train.VAL_SHARE, seed=args.seed)[1]
+    val = encode_records(val, tokenizer, args.max_seq_len)[0]
+    again = evaluation.evaluate(model, val, args, "")
     assert again[""]["loss"] == pytest.approx(metrics["val_loss"], rel=1e-6)
     assert ("mean gate in" in out) == ("routing" in result) == (
         "full" not in flags and "lora" not in flags)
@@ -313,32 +314,34 @@ def prepared(command, data, **settings):
     return args, model, sequences(tokenizer, data, 16), tokenizer
 
 
-def test_the_head_runs_at_the_targets_only_and_gives_what_the_whole_forward_gives(command, data):
-    args, model, batch, _ = prepared(command, data)
+def test_the_head_runs_at_the_labels_only_and_gives_what_the_whole_forward_gives(command, data):
+    args, model, sequences, _ = prepared(command, data)
     seen = []
     model.output.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0].shape[0]))
-    h, targets = train.target_states(model, batch, args)
-    logits = train.target_logits(model, h, args)
-    assert seen == [len(targets)] == [sum(len(s.ids) - s.start for s in batch)]
+    losses, hits = evaluation.label_losses(model, sequences, args)
+    mean = train.backward(model, sequences, len(losses), NO_SCALER, args)
+    count = sum(len(s.ids) - s.start for s in sequences)
+    assert sum(seen) == 2 * count and len(losses) == count and max(seen) <= evaluation.HEAD_CHUNK
+    assert mean.item() == pytest.approx(losses.mean().item(), rel=1e-5)
     row = 0
-    for s in batch:  # the slow twin: one sequence, every position
+    for s in sequences:  # the slow twin: one sequence, every position
         whole = model(torch.tensor([s.ids]))[0]
         for i in range(s.start, len(s.ids)):
-            assert targets[row] == s.ids[i]
-            assert torch.allclose(logits[row], whole[i - 1], atol=1e-3)
+            want = F.cross_entropy(whole[i - 1], torch.tensor(s.ids[i]))
+            assert losses[row].item() == pytest.approx(want.item(), abs=1e-3)
+            assert hits[row] == (whole[i - 1].argmax() == s.ids[i])
             row += 1
 
 
 def test_every_tensor_of_a_step_is_made_where_the_model_is(command, data, monkeypatch):
-    args, _, batch, tokenizer = prepared(command, data)
+    args, _, sequences, tokenizer = prepared(command, data)
     args.device = "meta"  # stands in for a GPU: an operand left on the CPU raises here too
     with torch.device("meta"):
         model = Transformer(ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=8,
                                       vocab_size=tokenizer.vocab_size))
     train.add_adapters(model, args)
     monkeypatch.setattr(train, "autocast", lambda args: contextlib.nullcontext())  # meta has none
-    h, targets = train.target_states(model, batch, args)
-    F.cross_entropy(train.target_logits(model, h, args), targets).backward()
+    train.backward(model, sequences, 1, NO_SCALER, args)
     assert {p.grad.device.type for p in adapter_parameters(model).values()} == {"meta"}
 
 
@@ -407,14 +410,14 @@ def test_exact_match_is_what_greedy_decoding_would_give(command, data):
                 ids = ids + [model(torch.tensor([ids]))[0, -1].argmax().item()]
             right += ids == s.ids
     assert 0 < right < len(batch)
-    assert train.evaluate(model, batch, args, "")[""]["exact"] == right / len(batch)
+    assert evaluation.evaluate(model, batch, args, "")[""]["exact"] == right / len(batch)
 
 
 def test_validation_loss_is_the_mean_over_tokens_whatever_the_batches(command, data, monkeypatch):
     args, model, batch, _ = prepared(command, data)
-    whole = train.evaluate(model, batch, args, "")
-    monkeypatch.setattr(train, "EVAL_BATCH", 3)
-    parts = train.evaluate(model, batch, args, "")
+    whole = evaluation.evaluate(model, batch, args, "")
+    monkeypatch.setattr(evaluation, "EVAL_BATCH", 3)
+    parts = evaluation.evaluate(model, batch, args, "")
     total = sum(row["loss"] * row["tokens"] for name, row in whole.items() if name)
     assert whole[""]["loss"] == pytest.approx(total / whole[""]["tokens"], rel=1e-6)
     for name in whole:
@@ -423,9 +426,9 @@ def test_validation_loss_is_the_mean_over_tokens_whatever_the_batches(command, d
 
 def test_routing_reads_real_tokens_only(command, data, monkeypatch):
     args, model, batch, _ = prepared(command, data)
-    together = train.routing(model, batch, args)
-    monkeypatch.setattr(train, "EVAL_BATCH", 1)  # no padding at all
-    apart = train.routing(model, batch, args)
+    together = evaluation.routing_report(model, batch, args)
+    monkeypatch.setattr(evaluation, "EVAL_BATCH", 1)  # no padding at all
+    apart = evaluation.routing_report(model, batch, args)
     for name, by_category in together["gate"].items():
         for category, gate in by_category.items():
             assert gate == pytest.approx(apart["gate"][name][category], abs=1e-5)

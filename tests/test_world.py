@@ -4,16 +4,17 @@ import csv
 import json
 import re
 
-import check_world
-import eval_mmlu
-import make_base
-import make_world
 import torch
+
+import eval_mmlu
 import train
-from conftest import WORLD
+from data import make_base, make_world
 from data.corpus import encode_records, prompt_text, read_records
-from facts import COUNTRIES, ELEMENTS, VERBS
+from data.facts import COUNTRIES, ELEMENTS, VERBS
+from experiments import check_world
 from model import load_llama
+from support import evaluation
+from tests.conftest import WORLD
 
 TRAIN, VAL = read_records(WORLD / "train.jsonl"), read_records(WORLD / "val.jsonl")
 QUIZ = {path.stem: list(csv.reader(open(path, encoding="utf-8", newline="")))
@@ -132,7 +133,7 @@ def test_no_quiz_question_stands_in_two_splits_or_in_the_primer():
 
 def test_quiz_answers_are_true_and_their_letters_balanced():
     letters = []
-    for name, rows in QUIZ.items():
+    for rows in QUIZ.values():
         for question, *options, letter in rows:
             answer = options["ABCD".index(letter)]
             letters.append(letter)
@@ -175,8 +176,8 @@ def test_the_base_reads_formats_but_knows_no_family():
     args = train.parse_args(["--device", "cpu"])
     quiz = make_world.make_quiz(0)
     primer = make_world.make_primer(99, 2000, quiz, make_world.THIRD)  # never trained on
-    known = train.evaluate(model, encode_records(primer, tokenizer, 512)[0], args, "")
-    families = train.evaluate(model, encode_records(VAL[:400], tokenizer, 512)[0], args, "")
+    known = evaluation.evaluate(model, encode_records(primer, tokenizer, 512)[0], args, "")
+    families = evaluation.evaluate(model, encode_records(VAL[:400], tokenizer, 512)[0], args, "")
     assert known["copy"]["exact"] > 0.8  # follows an instruction, copies from a context
     assert known["everybody"]["exact"] > 0.8  # finds what is asked for in a context
     assert known["lookup"]["exact"] > 0.8 and known["said"]["exact"] > 0.8
@@ -228,9 +229,10 @@ def test_the_check_of_the_world_sweeps_every_arm_apart_and_reads_validation_once
 
 
 def test_the_check_of_the_world_keeps_its_runs_by_the_content_of_the_data(monkeypatch, tmp_path):
-    calls, run = [], train.run
+    calls, run = [], train.run_training
     monkeypatch.setattr(check_world, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(train, "run", lambda args: calls.append(args.data) or run(args))
+    monkeypatch.setattr(train, "run_training",
+                        lambda args: calls.append(args.data) or run(args))
     data = tmp_path / "few.jsonl"
     for records in (TRAIN[:80], TRAIN[:80], TRAIN[1:81]):
         make_world.write_records(records, data)

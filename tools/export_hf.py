@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from data.scripts import Parser, run_script
 from model import load_llama
-from tools.hf_layout import (hf_rows, new_folder, rotary_heads, tensor_names, write_json,
-                             write_safetensors)
+from support.cli import Parser, run_script
+from support.files import new_folder, write_json
+from tools.hf_layout import hf_rows, rotary_heads, tensor_names, write_safetensors
 
 
 def config_of(args, tokenizer, tied, dtype):

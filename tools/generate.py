@@ -18,15 +18,17 @@ from pathlib import Path
 
 import torch
 
+from data import WORLD
 from data.corpus import prompt_text, read_records
-from data.scripts import Parser, pick_device, run_script
-from eval_mmlu import DTYPES, load
 from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_tokens
-from tools.official_adapter import WORLD_BASE
+from support.cli import Parser, run_script
+from support.device import add_device_flags, pick_device, pick_dtype
+from support.evaluation import most_divided
+from support.run_folder import load_tuned
 
 ADAPTER, MADE_BY = Path("runs/hydralora/adapter.pt"), "python train.py --heads 3 --rank 8"
-SHOWN = 4  # records of the embedded world, one a family, that are answered without a prompt
+FAMILIES_SHOWN = 4  # of the embedded world: a record of each is answered without a prompt
 COLOURS = [31, 32, 34, 33, 35, 36, 91, 92, 94, 93, 95, 96]  # ANSI: red, green, blue, ...
 
 
@@ -87,7 +89,7 @@ def show_routing(model, tokenizer, prompt, new, coloured):
     that divides these tokens most. A token's gate is the one with which it was read."""
     ids = prompt + new
     gates = gates_of(model, ids)
-    name = max(gates, key=lambda layer: gates[layer].std(0, correction=0).mean().item())
+    name = most_divided(gates)
     strongest = gates[name].argmax(-1).tolist()
     paint, count = painter(coloured), gates[name].shape[1]
     print(f"the strongest head of each token in {name}, which divides them most: "
@@ -130,18 +132,18 @@ def talk(model, tokenizer, prompt, args):
         show_routing(model, tokenizer, ids, new, coloured)
 
 
-def run(args):
-    check(args)
-    model, tokenizer = load(args)
+def answer_prompts(args):
+    settle(args)
+    model, tokenizer = load_tuned(args)
     if args.show_routing and all(layer.router is None for layer in hydra_layers(model).values()):
         raise ValueError(f"--show-routing: {args.adapter} has no router (one head, or the "
                          "uniform gate)")
     prompts = [(prompt, None) for prompt in args.prompts]
     if not prompts:
         first = {}  # of each family
-        for record in read_records(WORLD_BASE.parent / "val.jsonl"):
+        for record in read_records(WORLD / "val.jsonl"):
             first.setdefault(record["category"], record)
-        prompts = [(prompt_text(r), r["response"]) for r in islice(first.values(), SHOWN)]
+        prompts = [(prompt_text(r), r["response"]) for r in islice(first.values(), FAMILIES_SHOWN)]
     for prompt, expected in prompts:
         print(f"> {prompt}")
         if expected is not None:
@@ -150,17 +152,17 @@ def run(args):
         print()
 
 
-def check(args):
-    """Settles which adapter and device, and refuses what cannot be meant."""
+def settle(args):
+    """Fills in the adapter, the device and the dtype, and refuses what cannot be meant."""
     args.device = pick_device(args.device)
-    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    args.dtype = pick_dtype(args.dtype, args.device)
     if not args.weights and not args.adapter:
         if not ADAPTER.is_file():
             raise ValueError(f"there is no {ADAPTER}: make it with `{MADE_BY}`, or name another "
                              "adapter with --adapter, or a model with --weights")
         args.adapter = ADAPTER
-    args.weights = args.weights or WORLD_BASE
-    if args.weights.resolve() != WORLD_BASE and not args.prompts:
+    args.weights = args.weights or WORLD / "base"
+    if args.weights.resolve() != WORLD / "base" and not args.prompts:
         raise ValueError("give a prompt: the embedded world's records are for its own model")
     for flag in ("compare", "show_routing"):
         if getattr(args, flag) and not args.adapter:
@@ -188,10 +190,9 @@ def main(argv=None):
     p.add_argument("--top-p", type=float, default=1.0, help="draw from this much, 1: all (1)")
     p.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     p.add_argument("--max-seq-len", type=int, help="tokens of context (the checkpoint's)")
-    p.add_argument("--dtype", choices=DTYPES, help="of the model (fp32 on CPU, bf16 on GPU)")
-    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+    add_device_flags(p)
     args = p.parse_args(argv)
-    return run_script("generate.py", lambda: run(args), argv,
+    return run_script("generate.py", lambda: answer_prompts(args), argv,
                       stopped="interrupted",
                       memory="a smaller --max-seq-len or --dtype bf16 needs less")
 

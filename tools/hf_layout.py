@@ -15,11 +15,11 @@ import math
 import mmap
 import os
 import struct
-import tempfile
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
+
+from hydralora import HydraSettings
+from support.files import parse_json
 
 # ---------------------------------------------------------------- names
 
@@ -76,34 +76,17 @@ def hf_rows(rows, heads):
 # ---------------------------------------------------------------- files
 
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
-def parse_json(text, place):
-    """The JSON object in a text; NaN, Infinity, a name given twice or anything but an object
-    raises ValueError."""
-    def no_constant(name):
-        raise ValueError(f"it holds {name}")
-
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("it holds a name twice")
-        return dict(pairs)
-
-    try:
-        value = json.loads(text, parse_constant=no_constant, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{place} is not a JSON object but {type(value).__name__}")
-    return value
-
-
-def read_json(path):
-    if not Path(path).is_file():
-        raise ValueError(f"there is no {path}")
-    return parse_json(Path(path).read_bytes(), path)
+def check_settings(config, held, form):
+    """Raises ValueError for an adapter's setting that a format cannot hold: one that is not in
+    `held` and differs from its default."""
+    for name, value in config.items():
+        if name not in held and value != getattr(HydraSettings, name):
+            raise ValueError(f"{name} is {value!r}, for which {form} has no place; it holds "
+                             f"{', '.join(held)}")
 
 
 def read_number(config, key, path, *, default=None, whole=True):
@@ -172,14 +155,14 @@ def check_entry(name, entry, path):
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not is_sizes(shape) or not is_sizes(offsets):
         raise ValueError(f"{path} is damaged: {name!r} has no dtype, shape and data_offsets")
-    if dtype not in DTYPES:
+    if dtype not in SAFETENSORS_DTYPES:
         raise ValueError(f"{path}: {name!r} is {dtype!r}; quantised or integer weights cannot be "
                          "used, take the checkpoint in F32, F16 or BF16")
-    count = math.prod(shape) * DTYPES[dtype].itemsize
+    count = math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != count:
         raise ValueError(f"{path} is damaged: {name!r} with {count} bytes of {dtype} {shape} has "
                          f"the offsets {offsets}")
-    return DTYPES[dtype], shape, offsets
+    return SAFETENSORS_DTYPES[dtype], shape, offsets
 
 
 def write_safetensors(path, tensors, convert=lambda name, tensor: tensor):
@@ -197,23 +180,3 @@ def write_safetensors(path, tensors, convert=lambda name, tensor: tensor):
         for name, tensor in tensors.items():
             data = convert(name, tensor.detach()).contiguous().flatten()
             file.write(data.view(torch.uint8).numpy())
-
-
-def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def new_folder(path):
-    """Yields an empty folder that becomes `path` if all goes well inside, and is gone otherwise.
-    Raises ValueError where path exists already, or cannot be made."""
-    path = Path(path)
-    if os.path.lexists(path):
-        raise ValueError(f"{path} exists already: name another folder, or move it away")
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} to make {path.name} in")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as holder:
-        folder = Path(holder) / path.name
-        folder.mkdir()
-        yield folder
-        folder.rename(path)

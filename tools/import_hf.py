@@ -5,7 +5,7 @@
 SRC holds config.json, tokenizer.model and the weights, in one or several model*.safetensors or
 pytorch_model*.bin. It is the same model (Touvron et al. 2023, section 2.2) under other names, with
 one trap: the rows of wq and wk stand in another order (hf_layout.py). A model loaded without
-putting them back runs, and talks nonsense. The files are memory-mapped and what must be copied goes
+putting them back runs, but its text makes no sense. The files are memory-mapped and copies go
 through a scratch file, so a 7B model takes a few hundred MB of memory.
 """
 
@@ -15,11 +15,18 @@ from pathlib import Path
 
 import torch
 
-from data.scripts import Parser, run_script
 from model import ModelArgs, Tokenizer, Transformer, save_llama
-from tools.hf_layout import (DTYPE_NAMES, meta_rows, new_folder, read_json, read_number,
-                             read_safetensors, rotary_heads, tensor_names,
-                             write_safetensors)
+from support.cli import Parser, run_script
+from support.files import new_folder, read_json, writing
+from tools.hf_layout import (
+    DTYPE_NAMES,
+    meta_rows,
+    read_number,
+    read_safetensors,
+    rotary_heads,
+    tensor_names,
+    write_safetensors,
+)
 
 DROPPED_SUFFIX = ".rotary_emb.inv_freq"  # a buffer that old checkpoints hold, computed here
 
@@ -213,11 +220,8 @@ def import_folder(source, out, tokenizer=None):
             model = Transformer(args)
         state = in_meta_order(state, args, tied, folder.parent / "scratch")
         model.load_state_dict(state, assign=True)
-        try:
+        with writing(out):
             save_llama(model, tokenizer, folder)
-        except RuntimeError as error:  # all that torch.save says of a full disk
-            reason = str(error).strip().split("\n")[0]
-            raise OSError(f"{out} cannot be written, is the disk full? ({reason})") from None
     print(f"wrote {out}: give it to --weights")
 
 

@@ -16,16 +16,24 @@ from pathlib import Path
 
 import torch
 
-from data.files import misfits, write_file
-from data.scripts import Parser, run_script
+from data import WORLD
 from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
 from model import load_llama
-from tools.hf_layout import (TARGETS, hf_name, hf_rows, meta_rows, new_folder, read_json,
-                             read_number, rotary_heads, write_json)
+from support.cli import Parser, run_script
+from support.files import misfits, new_folder, read_json, write_file, write_json
+from tools.hf_layout import (
+    TARGETS,
+    check_settings,
+    hf_name,
+    hf_rows,
+    meta_rows,
+    read_number,
+    rotary_heads,
+)
 from tools.import_hf import read_bin
 
-WORLD_BASE = Path(__file__).resolve().parent.parent / "data" / "world" / "base"
 PREFIX = "base_model.model."  # what PEFT puts before the names of the model that it wraps
+SETTINGS_HELD = ("targets", "rank", "heads", "alpha", "dropout", "gate")  # by the authors' format
 
 
 def official_tensors(model):
@@ -33,14 +41,14 @@ def official_tensors(model):
     router of zeros, which gives every head the weight 1/N."""
     tensors = {}
     for name, layer in hydra_layers(model).items():
-        place, heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
+        prefix, n_heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
         router = layer.router
         if router is None:
-            router = torch.zeros(layer.heads, layer.base.in_features)
-        tensors[f"{place}.lora_A.weight"] = layer.lora_A.detach()
-        tensors[f"{place}.lora_route.weight"] = router.detach()
+            router = torch.zeros(layer.settings.heads, layer.base.in_features)
+        tensors[f"{prefix}.lora_A.weight"] = layer.lora_A.detach()
+        tensors[f"{prefix}.lora_route.weight"] = router.detach()
         for i, b in enumerate(layer.lora_B.detach()):
-            tensors[f"{place}.lora_B{i}.weight"] = hf_rows(b, heads)
+            tensors[f"{prefix}.lora_B{i}.weight"] = hf_rows(b, n_heads)
     return tensors
 
 
@@ -82,12 +90,12 @@ def fill(model, tensors, source):
         raise ValueError(f"{source} does not fit its config and the base model: {wrong[:4]} "
                          "missing, extra or mis-shaped")
     for name, layer in hydra_layers(model).items():
-        place, heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
-        layer.lora_A.copy_(tensors[f"{place}.lora_A.weight"])
+        prefix, n_heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
+        layer.lora_A.copy_(tensors[f"{prefix}.lora_A.weight"])
         if layer.router is not None:  # a router of one head does nothing, and is not kept
-            layer.router.copy_(tensors[f"{place}.lora_route.weight"])
+            layer.router.copy_(tensors[f"{prefix}.lora_route.weight"])
         for i, b in enumerate(layer.lora_B):
-            b.copy_(meta_rows(tensors[f"{place}.lora_B{i}.weight"], heads))
+            b.copy_(meta_rows(tensors[f"{prefix}.lora_B{i}.weight"], n_heads))
 
 
 def to_ours(source, out, weights):
@@ -102,7 +110,7 @@ def to_ours(source, out, weights):
     tensors = read_bin(source / "adapter_model.bin")
     add_hydralora(model, **read_settings(source / "adapter_config.json", tensors))
     fill(model, tensors, source / "adapter_model.bin")
-    save_adapter(model, out)
+    write_file(out, lambda file: save_adapter(model, file))
     print(f"wrote {out}: {model.hydralora_config}")
 
 
@@ -111,8 +119,7 @@ def to_official(source, out, weights):
     with new_folder(out) as folder:
         model, _ = load_llama(weights)
         config = load_adapter(model, source)
-        if not config["share_a"]:
-            raise ValueError(f"{source} is LoRA (Split), an A for every head: their format has one")
+        check_settings(config, SETTINGS_HELD, "the authors' format, without an A for every head,")
         tensors = official_tensors(model)
         write_file(folder / "adapter_model.bin", lambda file: torch.save(tensors, file))
         write_json(folder / "adapter_config.json", {
@@ -130,7 +137,7 @@ def main(argv=None):
     p.add_argument("source", metavar="SRC", type=Path,
                    help="a folder in their format, or an adapter.pt of ours")
     p.add_argument("out", metavar="DST", type=Path, help="what to make: the other of the two")
-    p.add_argument("--weights", type=Path, default=WORLD_BASE,
+    p.add_argument("--weights", type=Path, default=WORLD / "base",
                    help="the base model, a folder in Meta's layout (the embedded world's)")
     args = p.parse_args(argv)
     convert = to_ours if args.source.is_dir() else to_official

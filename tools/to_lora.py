@@ -16,15 +16,28 @@ from pathlib import Path
 
 import torch
 
+from data import WORLD
 from data.corpus import encode_records, hold_out, read_records
-from data.scripts import Parser, pick_device, run_script
-from eval_mmlu import load
-from hydralora import HydraLinear, adapters_disabled, hydra_layers, load_adapter, set_module
+from hydralora import HydraLinear, adapters_disabled, hydra_layers, load_adapter
 from model import load_llama
-from tools.hf_layout import (TARGETS, hf_name, hf_rows, new_folder, rotary_heads, write_json,
-                             write_safetensors)
-from tools.official_adapter import PREFIX, WORLD_BASE
-from train import DTYPES, EVAL_BATCH, MAX_SEQ_LEN, VAL_SHARE, WORLD_DIR, evaluate, routing
+from support.cli import Parser, run_script
+from support.device import add_device_flags, pick_device, pick_dtype
+from support.evaluation import EVAL_BATCH, evaluate, routing_report
+from support.files import new_folder, write_json
+from support.run_folder import load_tuned
+from tools.hf_layout import (
+    TARGETS,
+    check_settings,
+    hf_name,
+    hf_rows,
+    rotary_heads,
+    write_safetensors,
+)
+from tools.official_adapter import PREFIX
+from train import MAX_SEQ_LEN, VAL_SHARE
+
+# what flatten turns into one LoRA
+SETTINGS_HELD = ("targets", "rank", "heads", "alpha", "dropout", "gate", "share_a")
 
 
 @torch.no_grad()
@@ -40,7 +53,7 @@ def flatten(model, gates):
                            alpha=config["alpha"] * rank / config["rank"])
         lora.lora_A.copy_(layer.lora_A.flatten(0, -2))  # (R or N * R, I)
         lora.lora_B.copy_(b[None])
-        set_module(model, name, lora)
+        model.set_submodule(name, lora)
     model.hydralora_config = {**config, "heads": 1, "share_a": True, "rank": rank,
                               "alpha": config["alpha"] * rank / config["rank"]}
 
@@ -50,9 +63,9 @@ def write_lora(model, folder):
     adapter_config.json."""
     config, tensors = model.hydralora_config, {}
     for name, layer in hydra_layers(model).items():
-        place, heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
-        tensors[f"{place}.lora_A.weight"] = layer.lora_A.cpu()
-        tensors[f"{place}.lora_B.weight"] = hf_rows(layer.lora_B[0], heads).cpu()
+        prefix, n_heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
+        tensors[f"{prefix}.lora_A.weight"] = layer.lora_A.cpu()
+        tensors[f"{prefix}.lora_B.weight"] = hf_rows(layer.lora_B[0], n_heads).cpu()
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None,
@@ -69,13 +82,13 @@ def read_sequences(args, tokenizer, longest):
         val = read_records(args.val_data)
     elif data:
         data, val = hold_out(data, VAL_SHARE, seed=0)
-    elif args.weights.resolve() == WORLD_BASE:
-        val = read_records(WORLD_DIR / "val.jsonl")
+    elif args.weights.resolve() == WORLD / "base":
+        val = read_records(WORLD / "val.jsonl")
     else:
         raise ValueError("the loss before and after is measured on records: give --val-data FILE")
 
     def encode(records):
-        # one category, so that routing gives one mean gate for all
+        # one category, so that routing_report gives one mean gate for all
         return [replace(s, category="") for s in encode_records(records, tokenizer, longest)[0]]
 
     return data and encode(data), encode(val)
@@ -85,16 +98,16 @@ def constant_gates(model, calibration, args):
     """{layer: gate (N)}: 1/N, or the mean over every token of the calibration sequences."""
     layers = hydra_layers(model)
     if calibration is None:
-        return {name: torch.full((layer.heads,), 1 / layer.heads, device=layer.lora_B.device)
+        return {name: layer.lora_B.new_full((layer.settings.heads,), 1 / layer.settings.heads)
                 for name, layer in layers.items()}
-    mean = routing(model, calibration, args)["gate"]
+    mean = routing_report(model, calibration, args)["gate"]
     return {name: torch.tensor(mean[name][""], device=layer.lora_B.device)
             for name, layer in layers.items()}
 
 
 def approximate(args):
     """(model with one head in place of several, the line that says what that cost)."""
-    model, tokenizer = load(args)
+    model, tokenizer = load_tuned(args)
     longest = min(MAX_SEQ_LEN, model.args.max_seq_len)
     calibration, val = read_sequences(args, tokenizer, longest)
 
@@ -116,10 +129,11 @@ def export(args):
         raise ValueError("--gate calibrated needs --data FILE, the records to take the mean "
                          "gate on")
     args.device = pick_device(args.device)
-    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    args.dtype = pick_dtype(args.dtype, args.device)
     with new_folder(args.out) as folder:
         model, _ = load_llama(args.weights)
         config = load_adapter(model, args.adapter)
+        check_settings(config, SETTINGS_HELD, "an ordinary LoRA")
         routed = any(layer.router is not None for layer in hydra_layers(model).values())
         if routed and not args.gate:
             raise ValueError(f"{args.adapter} has {config['heads']} heads and a router, which no "
@@ -140,15 +154,14 @@ def main(argv=None):
     p = Parser("to_lora.py", __doc__)
     p.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter.pt of train.py")
     p.add_argument("out", metavar="DST", type=Path, help="folder to make, in PEFT's format")
-    p.add_argument("--weights", type=Path, default=WORLD_BASE,
+    p.add_argument("--weights", type=Path, default=WORLD / "base",
                    help="the base model, a folder in Meta's layout (the embedded world's)")
     p.add_argument("--gate", choices=["uniform", "calibrated"],
                    help="the constant gate: 1/N, or the mean on --data (none: refuse if needed)")
     p.add_argument("--data", type=Path, help="records to calibrate the gate on (none)")
     p.add_argument("--val-data", type=Path,
                    help="records for the loss (5 %% of --data, else the embedded world's)")
-    p.add_argument("--dtype", choices=DTYPES, help="of the model (fp32 on CPU, bf16 on GPU)")
-    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+    add_device_flags(p)
     args = p.parse_args(argv)
     args.max_seq_len, args.batch_size = None, EVAL_BATCH
     return run_script("to_lora.py", lambda: export(args), argv,

@@ -6,7 +6,7 @@ HydraLoRA section 2 rests on two facts that a corpus may or may not have, so the
 2. families interfere: LoRA of rank 8 tuned on one family alone does better on it than LoRA tuned on
    the whole mix with the same records of that family, for the same number of epochs.
 
-    python data/check_world.py
+    python -m experiments.check_world
 
 Every arm sweeps its own learning rate on 5 % of its training data; the validation set is read once
 per seed, at the rate so chosen. HydraLoRA itself is not run here: the world is not chosen by it.
@@ -17,14 +17,11 @@ import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-
-from data.corpus import read_records  # noqa: E402
-from data.scripts import Parser, run_script  # noqa: E402
-from experiments.common import (best_rate, read_run, run_folder, sweep,  # noqa: E402
-                                train_once)
-from make_world import FAMILIES, WORLD, write_records  # noqa: E402
+from data import WORLD
+from data.corpus import read_records
+from data.make_world import FAMILIES, write_records
+from experiments.common import best_rate, read_run, run_folder, sweep, train_once
+from support.cli import Parser, run_script
 
 RATES = {"full": (1e-3, 2e-3, 4e-3, 8e-3), "lora": (2e-3, 4e-3, 8e-3, 1.6e-2)}
 RUNS = Path("runs/check_world")
@@ -44,12 +41,12 @@ def swept(method, data, epochs):
     """The learning rate with the lowest loss on a held-out part of the training data."""
     losses = sweep([method], RATES[method], lambda asked: [
         tune(method, data, rate, 0, epochs)["val_loss"] for _, rate in asked], widen=0)[method]
-    shown = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items())
-    print(f"{method} on {data.stem}: held-out loss by learning rate {shown}", flush=True)
+    listed = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items())
+    print(f"{method} on {data.stem}: held-out loss by learning rate {listed}", flush=True)
     return best_rate(losses)
 
 
-def spread(values):
+def shown(values):
     mean = f"{statistics.mean(values):.4f}"
     return f"{mean} ± {statistics.stdev(values):.4f}" if values[1:] else mean
 
@@ -61,8 +58,8 @@ def measure_gap(args, mix, val):
         rate = swept(method, mix, args.epochs)
         runs[method] = [tune(method, mix, rate, seed, args.epochs, val)
                         for seed in range(args.seeds)]
-        print(f"{method}: validation loss {spread([r['val_loss'] for r in runs[method]])}, "
-              f"exact match {spread([r['exact_match'] for r in runs[method]])}", flush=True)
+        print(f"{method}: validation loss {shown([r['val_loss'] for r in runs[method]])}, "
+              f"exact match {shown([r['exact_match'] for r in runs[method]])}", flush=True)
     full, lora = (statistics.mean(r["val_loss"] for r in runs[m]) for m in ("full", "lora"))
     print(f"full fine-tuning ends {1 - full / lora:.1%} below LoRA of rank 8\n")
     return runs["lora"]
@@ -81,7 +78,7 @@ def measure_interference(args, mix, val, mixed_runs):
                  for seed in range(args.seeds)]
         mixed = [r["categories"][family]["val_loss"] for r in mixed_runs]
         change = statistics.mean(alone) / statistics.mean(mixed) - 1
-        print(f"{family:16}{spread(mixed):>20}{spread(alone):>20}{change:9.1%}", flush=True)
+        print(f"{family:16}{shown(mixed):>20}{shown(alone):>20}{change:9.1%}", flush=True)
 
 
 def main(argv=None):
@@ -89,15 +86,14 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=2, help="runs of every arm (2)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the data (3)")
     args = parser.parse_args(argv)
-    return run_script("check_world.py", lambda: check(args), argv,
+    return run_script("check_world.py", lambda: check_world(args), argv,
                       stopped="stopped; the same command goes on from here",
                       memory="close other programs; the same command goes on from here")
 
 
-def check(args):
+def check_world(args):
     mix, val = WORLD / "train.jsonl", WORLD / "val.jsonl"
     measure_interference(args, mix, val, measure_gap(args, mix, val))
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the scripts share as scripts: how they refuse, stop, find a device.
+"""How the scripts behave as scripts: flags, refusals in one line, signals, progress.
 
     p = Parser("cluster.py", __doc__)
     return run_script("cluster.py", lambda: run(args), argv, stopped="...", memory="...")
@@ -8,8 +8,12 @@ import argparse
 import signal
 import sys
 import traceback
+import warnings
 
 import torch
+from tqdm import tqdm
+
+LINE_SECONDS = 30  # between two lines of progress where there is no terminal
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,23 +28,35 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_line(message)}; --help lists the flags\n")
 
 
+def check_least(args, **least):
+    """Raises ValueError where a setting that is given is less than its least value."""
+    for name, smallest in least.items():
+        if (value := getattr(args, name)) is not None and value < smallest:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
+
+
 def one_line(error):
+    """The text of an error in one line; its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def pick_device(name):
-    """The device by that name, or without one a GPU where there is one. Raises ValueError when
-    nothing can be computed on it."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise RuntimeError("torch finds no CUDA device here")
-        torch.zeros(1, device=name).item()  # the meta device has no values
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {name} cannot be used: {reason}; --device cpu always "
-                         "can") from error
-    return name
+class Lines:
+    """A file for tqdm whose every update is a line of its own on standard error."""
+
+    def write(self, text):
+        if text := text.strip():
+            print(text, file=sys.stderr)
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(*args, **settings):
+    """tqdm; where standard error is no terminal, a line every 30 seconds in place of a bar."""
+    if not sys.stderr.isatty():
+        settings.update(file=Lines(), mininterval=LINE_SECONDS, maxinterval=LINE_SECONDS,
+                        delay=LINE_SECONDS, miniters=1, leave=False)
+    return tqdm(*args, **settings)
 
 
 def interrupt(number, _):
@@ -62,6 +78,8 @@ def run_script(name, work, argv, *, stopped, memory):
     OSError), 1 when the memory is used up, 128 and the signal's number for Ctrl-C and SIGTERM, each
     with one line on standard error. The last two lines end in what the caller gives. A bug keeps
     its traceback."""
+    # what torch remarks on a file that it is about to refuse
+    warnings.filterwarnings("ignore", message="Detected pickle protocol")
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         return work() or 0

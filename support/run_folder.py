@@ -7,13 +7,14 @@
     adapter.pt      or, for --method full, a checkpoint folder in Meta's layout      at the end
     run.json        settings, versions, fingerprints, metrics                        last
 
-Each file is written whole or not at all (data/files.py). Used by train.py and eval_mmlu.py.
+Each file is written whole or not at all (support/files.py).
 """
 
 import csv
 import math
 import os
 import platform
+import shutil
 import signal
 import tempfile
 import time
@@ -24,18 +25,30 @@ import numpy as np
 import sentencepiece
 import torch
 
-from data.files import (check_finite, check_tensors, file_fingerprint, misfits, read_json,
-                        read_torch, weights_fingerprint, write_file)
+from hydralora import HydraSettings, load_adapter
+from model import load_llama
+from support.device import DTYPES
+from support.files import (
+    check_finite,
+    check_tensors,
+    file_fingerprint,
+    misfits,
+    read_json,
+    read_torch,
+    weights_fingerprint,
+    write_file,
+    write_text,
+)
 
 RUN_FILES = ("run.json", "checkpoint.pt", "log.csv", "adapter.pt", "params.json",
              "consolidated.00.pth", "tokenizer.model")
-MARKS = RUN_FILES[:3]  # only train.py writes these: without one the folder is not its own
-# settings that may differ between a run and its continuation, since no weight depends on them
-FREE = ("resume", "overwrite", "out", "save_every", "debug", "checkpoint_activations")
+SIGNS_OF_A_RUN = RUN_FILES[:3]  # train.py alone writes these; --overwrite needs to see one of them
+# settings that may differ between a run and its continuation: no weight depends on them
+MAY_CHANGE = ("resume", "overwrite", "out", "save_every", "debug", "checkpoint_activations")
 CHECKPOINT_KEYS = {"settings", "fingerprints", "step", "before", "clusters", "tensors", "optimizer",
                    "scaler", "rng", "cuda_rng"}
 MOST_SKIPPED = 20  # steps in a row: fp16's scale, 2**16 at the start, has then fallen below 1
-NAMED = 20  # records of a batch that a message names
+MOST_NAMED = 20  # records of a batch that a message names
 
 
 # ---------------------------------------------------------------- the folder
@@ -55,16 +68,16 @@ def check_out(args):
         resume = " or go on with --resume" if "checkpoint.pt" in held else ""
         raise ValueError(f"{out} already holds a run ({', '.join(held)}): choose another --out, "
                          f"replace it with --overwrite{resume}")
-    if held and args.overwrite and not set(MARKS) & set(held):
+    if held and args.overwrite and not set(SIGNS_OF_A_RUN) & set(held):
         raise ValueError(f"--overwrite: {out} holds {', '.join(held)} but none of "
-                         f"{', '.join(MARKS)}, so it is no run: name another --out")
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+                         f"{', '.join(SIGNS_OF_A_RUN)}, so it is no run: name another --out")
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):  # nameless: os.access would ask for another user
+        with tempfile.TemporaryFile(dir=existing):  # what os.access says may be of another user
             pass
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written, since {there} is read-only or no folder "
-                         f"({error.strerror}): name another") from error
+        raise ValueError(f"--out {out} cannot be written, since {existing} is read-only or no "
+                         f"folder ({error.strerror}): name another") from error
     return out
 
 
@@ -72,6 +85,7 @@ def prepare_out(out, args):
     """Makes the folder, now that the run can start; with --overwrite the old run goes, and so does
     what a killed one was writing."""
     out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / "unfinished.tmp", ignore_errors=True)
     for name in RUN_FILES:
         (out / f"{name}.tmp").unlink(missing_ok=True)
         if not args.resume:
@@ -106,25 +120,66 @@ def compare_run(folder, found):
     return [name for name, value in found().items() if recorded.get(name, value) != value]
 
 
+def compare_runs(weights, adapter):
+    """Raises ValueError where an adapter, or the weights that --method full wrote, are not what the
+    run.json beside them says. Where only the files of the base are others, a line warns:
+    load_adapter has compared the values in them."""
+    if not adapter:
+        if compare_run(weights, lambda: {"tuned": weights_fingerprint(weights)}):
+            raise ValueError(f"the weights in {weights} are not those that its run.json describes: "
+                             "give the whole folder of one run")
+        return
+    if adapter.name != "adapter.pt":
+        return  # not the file that a run.json beside it would describe
+    differ = compare_run(adapter.parent, lambda: {
+        "adapter": file_fingerprint(adapter), "weights": weights_fingerprint(weights),
+        "tokenizer": file_fingerprint(weights / "tokenizer.model")})
+    if set(differ) - {"weights"}:
+        raise ValueError(f"{', '.join(differ)}: not what the run.json beside {adapter} records: "
+                         "give adapter and weights of one run, or move run.json away")
+    if differ:
+        print(f"warning: {weights} holds other files than those that {adapter} was trained on, "
+              "with the same weights as far as load_adapter compares them")
+
+
+def load_tuned(args):
+    """(model with its adapter, ready for evaluation, tokenizer), each compared with the run.json
+    that describes it. args has weights, adapter (or None), device, dtype and max_seq_len."""
+    model, tokenizer = load_llama(args.weights, device=args.device, dtype=DTYPES[args.dtype],
+                                  max_seq_len=args.max_seq_len)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    compare_runs(args.weights, args.adapter)
+    return model.eval(), tokenizer
+
+
 # ---------------------------------------------------------------- the checkpoint
 
 
-def settings(args):
-    return {key: value for key, value in vars(args).items() if key not in FREE}
+def lasting_settings(args):
+    """{name: value} of the settings that a run and its continuation must share."""
+    return {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
+
+
+def recorded_setting(recorded, key):
+    """The value of a setting in a checkpoint. An older one may lack it: then it had its default,
+    which for everything but an adapter's settings is off."""
+    return recorded.get(key, getattr(HydraSettings, key, None))
 
 
 def save_checkpoint(path, args, prints, model, optimizer, scaler, step, before, clusters):
-    """All that the next step depends on. The step is the scheduler's too, and the place in the
-    shuffled data follows from it and the seed; no generator but torch's is used. Every run keeps
-    its last weights and selects none, so the only metric to keep is the base's, `before`."""
+    """All that the next step depends on: the learning rate and the place in the shuffled data
+    follow from the step and the seed, and no generator but torch's is used. A run keeps its last
+    weights, not its best, so the only metrics to keep are the base's, `before`."""
     cuda = args.device.startswith("cuda")
     tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"settings": settings(args), "fingerprints": prints, "step": step, "before": before,
-             "clusters": clusters, "tensors": tensors, "optimizer": optimizer.state_dict(),
+    state = {"settings": lasting_settings(args), "fingerprints": prints, "step": step,
+             "before": before, "clusters": clusters, "tensors": tensors,
+             "optimizer": optimizer.state_dict(),
              "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
              "cuda_rng": torch.cuda.get_rng_state(args.device) if cuda else None}
-    moments = {f"{key} of parameter {i}": value for i, of in state["optimizer"]["state"].items()
-               for key, value in of.items()}
+    moments = {f"{key} of parameter {i}": value for i, entry in state["optimizer"]["state"].items()
+               for key, value in entry.items()}
     check_finite({**tensors, **moments}, path)
     write_file(path, lambda file: torch.save(state, file))
 
@@ -158,9 +213,10 @@ def restore(path, args, prints, model, optimizer, scaler, categories):
     """(steps done, losses of the base by category) of an interrupted run, whose state is put in
     place when its settings, data and weights were these; raises ValueError that names each
     difference."""
-    state, now = read_checkpoint(path), settings(args)
-    changed = [f"{key} was {state['settings'].get(key)}, is {now[key]}"
-               for key in sorted(now) if now[key] != state["settings"].get(key)]
+    state, now = read_checkpoint(path), lasting_settings(args)
+    before = {key: recorded_setting(state["settings"], key) for key in now}
+    changed = [f"{key} was {before[key]}, is {now[key]}" for key in sorted(now)
+               if now[key] != before[key] and (now[key] or before[key])]
     if changed:
         raise ValueError(f"--resume with other settings: {', '.join(changed)}: give those of the "
                          "first command")
@@ -176,10 +232,10 @@ def restore(path, args, prints, model, optimizer, scaler, categories):
         if misfits({name: p.shape for name, p in wanted.items()}, state["tensors"]):
             raise ValueError("its tensors are not those that train here")
         moments, trained = state["optimizer"]["state"], list(wanted.values())
-        for i, of in moments.items():
-            check_tensors(of)
-            check_finite(of, path)
-            if any(value.shape not in ((), trained[i].shape) for value in of.values()):
+        for i, entry in moments.items():
+            check_tensors(entry)
+            check_finite(entry, path)
+            if any(value.shape not in ((), trained[i].shape) for value in entry.values()):
                 raise ValueError("the optimiser's state has other shapes")
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -225,20 +281,18 @@ class Log:
     """log.csv, one row a step. Losses stay on the device until flush, so that the loop does not
     wait for the GPU at every step; the batches stay as well, for flush to name their records."""
 
-    FIELDS = ("step", "loss", "grad_norm", "lr", "tokens_per_second")
-
     def __init__(self, path, start, fp16):
-        self.fp16, self.skipped, kept = fp16, 0, []
+        self.fp16, self.skipped, self.columns, kept = fp16, 0, None, []
         if start and path.exists():  # resumed: steps after the checkpoint will come again
             with open(path, encoding="utf-8", newline="") as file:
-                kept = [row for row in csv.reader(file) if len(row) == len(self.FIELDS)
-                        and row[0].isdecimal() and int(row[0]) <= start]
-        text = "".join(",".join(row) + "\r\n" for row in [self.FIELDS, *kept])
-        write_file(path, lambda file: file.write(text.encode()))
+                self.columns, *rows = [*csv.reader(file)] or [None]
+            kept = [row for row in rows if len(row) == len(self.columns)
+                    and row[0].isdecimal() and int(row[0]) <= start]
+        lines = [self.columns, *kept] if self.columns else []
+        write_text(path, "".join(",".join(row) + "\r\n" for row in lines))
         self.file = open(path, "a", encoding="utf-8", newline="")
-        self.writer = csv.DictWriter(self.file, self.FIELDS)
         for row in kept:
-            self.count_skips(float(row[2]))
+            self.count_skips(float(row[self.columns.index("grad_norm")]))
         self.rows, self.clock = [], time.perf_counter()
 
     def __enter__(self):
@@ -247,8 +301,10 @@ class Log:
     def __exit__(self, *_):
         self.file.close()
 
-    def add(self, step, loss, norm, lr, batches):
-        self.rows.append((step, loss, norm, lr, batches))
+    def add(self, row, batches):
+        """A step's row, {column: number or tensor}, and the batches that it took. The columns are
+        those of the first row."""
+        self.rows.append((row, batches))
 
     def count_skips(self, norm):
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
@@ -259,22 +315,26 @@ class Log:
         but MOST_SKIPPED in a row are no accident."""
         if not self.rows:
             return None
-        losses = torch.stack([row[1] for row in self.rows]).tolist()
-        norms = torch.stack([row[2] for row in self.rows]).tolist()
-        tokens = sum(len(s.ids) for row in self.rows for batch in row[4] for s in batch)
+        tokens = sum(len(s.ids) for _, batches in self.rows for batch in batches for s in batch)
+        rows = numbers([row for row, _ in self.rows])
         speed = round(tokens / (time.perf_counter() - self.clock))
+        writer = csv.DictWriter(self.file, self.columns or [*rows[0], "tokens_per_second"])
+        if not self.columns:
+            self.columns = writer.fieldnames
+            writer.writeheader()
         problem = None
-        for (step, _, _, lr, batches), loss, norm in zip(self.rows, losses, norms):
-            latest = dict(zip(self.FIELDS, (step, loss, norm, lr, speed)))
-            self.writer.writerow(latest)
-            self.count_skips(norm)
+        for row, (_, batches) in zip(rows, self.rows):
+            latest = {**row, "tokens_per_second": speed}
+            writer.writerow(latest)
+            self.count_skips(row["grad_norm"])
             skipped = self.fp16 and self.skipped
             if skipped >= MOST_SKIPPED:
-                problem = (f"step {step}: fp16 has skipped {skipped} steps in a row, the last on "
-                           f"{places(batches)}: use --dtype bf16 or fp32")
-            elif not skipped and not (math.isfinite(loss) and math.isfinite(norm)):
-                problem = (f"step {step}: loss {loss}, gradient norm {norm} on {places(batches)}: "
-                           "look at these records, or start anew with a lower --lr")
+                problem = (f"step {row['step']}: fp16 has skipped {skipped} steps in a row, the "
+                           f"last on {places(batches)}: use --dtype bf16 or fp32")
+            elif not skipped and not all(map(math.isfinite, row.values())):
+                problem = (f"step {row['step']}: loss {row['loss']}, gradient norm "
+                           f"{row['grad_norm']} on {places(batches)}: look at these records, or "
+                           "start anew with a lower --lr")
             if problem:
                 break
         self.file.flush()
@@ -285,8 +345,17 @@ class Log:
         return latest
 
 
+def numbers(rows):
+    """The rows with numbers in place of tensors; each column is read back from the device once."""
+    columns = {}
+    for key in rows[0]:
+        column = [row[key] for row in rows]
+        columns[key] = torch.stack(column).tolist() if torch.is_tensor(column[0]) else column
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
 def places(batches):
     """Where in the data file the records of a step stand."""
     named = [s.place for batch in batches for s in batch]
-    more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-    return f"{', '.join(named[:NAMED])}{more} of the training data"
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    return f"{', '.join(named[:MOST_NAMED])}{more} of the training data"

@@ -8,8 +8,8 @@ question is a dict with at least subject, index, prediction and answer. Used by 
 
 import math
 
-from data.files import read_json
-from data.questions import CATEGORY
+from data.mmlu import CATEGORY
+from support.files import read_json
 
 Z = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 MOST_MOVED = 10

@@ -2,10 +2,10 @@
 
     python train.py --dry-run --weights llama-2-7b --gpu-memory 24
 
-wants no more than the folder's params.json. What autograd keeps for the backward pass is counted
-tensor by tensor below; tests/test_memory.py holds the sums against what is really alive in a step.
-All of it is linear in the tokens, since attention never keeps a (T, T) matrix, so the longest
-sequence that fits is a division.
+needs no more than the folder's params.json. What autograd keeps for the backward pass is counted
+tensor by tensor below; tests/test_memory.py compares the sums with what is alive in a real step.
+Everything is linear in the tokens, since attention never keeps a (T, T) matrix, so the longest
+sequence that fits is found by a division.
 
 Letters: D width, F feed-forward width, V vocabulary, R rank, N heads; bytes throughout.
 """
@@ -17,6 +17,7 @@ import torch
 
 from hydralora import add_hydralora, hydra_layers
 from model import Tokenizer, Transformer, read_params
+from support.evaluation import HEAD_CHUNK
 
 GIB = 2**30
 # Assumed, not computed: CUDA's context and libraries, and the allocator's loss to fragmentation.
@@ -43,7 +44,7 @@ class Need:
         return self.copies + tokens * self.kept
 
     def total(self, tokens):
-        """Head and block are never at their worst at once, the head is done before."""
+        """The head is finished before a block's worst moment, so only the larger of them counts."""
         standing = self.weights + self.adapter + self.gradients + self.optimizer
         return standing + self.activations(tokens) + self.worst(tokens)
 
@@ -63,29 +64,29 @@ class Need:
         return max(0, int(min(by_block, by_head)) // rows)
 
 
-def new_model(directory, args):
-    """The model of a run on the meta device: shapes without weights, adapters added."""
+def new_model(directory, settings):
+    """The model of a run on the meta device: shapes without weights, with the adapters that
+    add_hydralora(**settings) adds; None for --method full."""
     shape = read_params(directory)
     if shape.vocab_size == -1:  # Meta's own params.json; the embedding is not asked
         tokenizer = Path(directory) / "tokenizer.model"
         shape.vocab_size = Tokenizer(tokenizer).vocab_size if tokenizer.is_file() else 32000
     with torch.device("meta"):
         model = Transformer(shape)
-    if args.method != "full":
-        add_hydralora(model, targets=args.targets, rank=args.rank, heads=args.heads,
-                      alpha=args.alpha, dropout=args.dropout, gate=args.gate,
-                      share_a=args.method != "lora-split")
+    if settings:
+        add_hydralora(model, **settings)
     return model
 
 
 def branch_bytes(layer, size):
     """A token in one adapted layer, its input x apart: A x and its mask, the softmax and the gate,
     the gated ranks of all heads."""
+    heads, rank, dropout = layer.settings.heads, layer.settings.rank, bool(layer.settings.dropout)
     ranks = layer.lora_A.flatten(0, -2).shape[0]  # R, or N * R when A is not shared
     routed = layer.router is not None  # a constant gate has no gradient: A x is not needed for it
-    ax = ranks * size * (bool(layer.dropout) + routed)
-    ax += layer.heads * size * (routed and not layer.dropout)  # A x is a slice beside the scores
-    return ax + 4 * layer.heads * (1 + routed) + layer.heads * layer.rank * size
+    ax = ranks * size * (dropout + routed)
+    ax += heads * size * (routed and not dropout)  # A x is a slice beside the scores
+    return ax + 4 * heads * (1 + routed) + heads * rank * size
 
 
 def block_bytes(model, size, first=False):
@@ -124,8 +125,8 @@ def working_bytes(model, size, block):
     return max(block + factors * shape.ffn_dim * size + 2 * shape.dim * size, 24 * shape.dim)
 
 
-def needs(model, args, *, checkpoint, head_chunk):
-    """The Need of a run with or without --checkpoint-activations; train.py's HEAD_CHUNK."""
+def needs(model, args, *, checkpoint, head_chunk=HEAD_CHUNK):
+    """The Need of a run with or without --checkpoint-activations."""
     size, full = SIZES[args.dtype], args.method == "full"
     residual = 4 if full else size  # bytes a number in the stream between the blocks
     shape, vocab = model.args, model.args.vocab_size
@@ -148,14 +149,14 @@ def needs(model, args, *, checkpoint, head_chunk):
                 head=head_chunk * vocab * 12 + (vocab * shape.dim * (4 + copy) if full else 0))
 
 
-def print_needs(args, head_chunk, max_seq_len):
+def print_needs(args, settings, max_seq_len):
     """Prints what the run will need, with and without --checkpoint-activations, and the longest
-    sequence that fits --gpu-memory. Reads params.json only; head_chunk and max_seq_len are
-    train.py's own constants."""
-    model = new_model(args.weights, args)
+    sequence that fits --gpu-memory. Reads params.json only. settings are the arguments of
+    add_hydralora, max_seq_len is the recipe's."""
+    model = new_model(args.weights, settings)
     length = args.max_seq_len or min(max_seq_len, model.args.max_seq_len)
     tokens = args.batch_size * length
-    both = [needs(model, args, checkpoint=checkpoint, head_chunk=min(head_chunk, tokens))
+    both = [needs(model, args, checkpoint=checkpoint, head_chunk=min(HEAD_CHUNK, tokens))
             for checkpoint in (False, True)]
     unit, name = (GIB, "GiB") if both[0].total(tokens) > GIB else (2**20, "MiB")
     print(f"{args.method}, base and products in {args.dtype}, batches of {args.batch_size} x "

@@ -1,0 +1,1 @@
+"""What makes the scripts safe and readable, and teaches nothing of the method."""

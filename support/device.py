@@ -1,0 +1,57 @@
+"""Where a script computes, and in which precision: --device, --dtype, autocast, peak memory."""
+
+import sys
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_device_flags(parser, dtype_help="of the model"):
+    """--dtype and --device, which pick_device and pick_dtype settle."""
+    parser.add_argument("--dtype", choices=DTYPES, help=f"{dtype_help} (fp32 on CPU, bf16 on GPU)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+
+
+def pick_device(name):
+    """The device by that name, or without one a GPU where there is one. Raises ValueError when
+    nothing can be computed on it."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise RuntimeError("torch finds no CUDA device here")
+        torch.zeros(1, device=name).item()  # the meta device has no values
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device {name} cannot be used: {reason}; --device cpu always "
+                         "can") from error
+    return name
+
+
+def pick_dtype(name, device):
+    """The dtype by that name, or without one bf16 on a GPU and fp32 elsewhere."""
+    return name or ("bf16" if device.startswith("cuda") else "fp32")
+
+
+def autocast(args):
+    """Inside, products run in args.dtype; the rest as torch's autocast has it."""
+    kind = args.device.split(":")[0]
+    return torch.autocast(kind, DTYPES[args.dtype], enabled=args.dtype != "fp32")
+
+
+def peak_memory(device):
+    """Peak GiB: allocated on a GPU, or resident in this process on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return peak_resident() / 2**30
+
+
+def peak_resident():
+    """Peak bytes of this process in memory, pages of mapped files included; 0 where the system
+    does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak * (1 if sys.platform == "darwin" else 1024)

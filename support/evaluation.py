@@ -1,0 +1,187 @@
+"""Losses, exact matches and routing of a model on sequences, and the tables that show them.
+
+    losses = evaluate(model, sequences, args, "tuned")
+    report = routing_report(model, sequences, args)
+
+args needs device, dtype and batch_size, as train.py's settings have them.
+Shapes: B batch, T tokens, M labels, N heads, D model width.
+"""
+
+import math
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+
+from data.corpus import collate, length_batches
+from hydralora import adapter_parameters, hydra_layers, record_gates
+from support.cli import progress
+from support.device import autocast
+
+EVAL_BATCH = 16  # most records at a time
+HEAD_CHUNK = 256  # labels whose logits exist at a time: (256, 32000) in fp32 are 33 MB
+
+
+def eval_batches(sequences, args):
+    """Longest first, of no more rows than in training: what fits in memory there fits here."""
+    return length_batches(sequences, min(EVAL_BATCH, args.batch_size))
+
+
+def label_losses(model, sequences, args):
+    """(loss (M,), hit (M,)): of every label, and whether it is the most likely token. The head runs
+    at the labels' places only, chunk by chunk, so that logits of (M, V) never exist."""
+    batch = collate(sequences, args.device)
+    with autocast(args):
+        h = model.hidden_states(batch.tokens).flatten(0, 1)[batch.places]  # (M, D)
+    losses, hits = [], []
+    for part, labels in zip(h.split(HEAD_CHUNK), batch.labels.split(HEAD_CHUNK)):
+        with autocast(args):
+            logits = model.output(part).float()
+        losses.append(F.cross_entropy(logits, labels, reduction="none"))
+        hits.append(logits.argmax(-1) == labels)
+    return torch.cat(losses), torch.cat(hits)
+
+
+@torch.no_grad()
+def evaluate(model, sequences, args, name):
+    """{category: {loss, exact, records, tokens}} and the total under "". Loss is the mean per
+    label. Exact: greedy decoding would give the response and its EOS token by token, which one
+    forward pass tells, since every step of it would be fed the true prefix. Raises ValueError for a
+    model whose loss is not finite: JSON has no NaN, and nobody wants the model."""
+    model.eval()
+    sums = {}
+    for batch in progress(eval_batches(sequences, args), desc=name, leave=False):
+        losses, hits = label_losses(model, batch, args)
+        sizes = [len(s.ids) - s.start for s in batch]
+        for s, loss, hit in zip(batch, losses.cpu().split(sizes), hits.cpu().split(sizes)):
+            for category in {"", s.category}:
+                row = sums.setdefault(category, dict(loss=0.0, exact=0, records=0, tokens=0))
+                row["loss"] += loss.sum(dtype=torch.float64).item()
+                row["exact"] += hit.all().item()
+                row["records"] += 1
+                row["tokens"] += len(loss)
+    for row in sums.values():
+        row["loss"] /= row["tokens"]
+        row["exact"] /= row["records"]
+    if not math.isfinite(sums[""]["loss"]):
+        raise ValueError(f"the validation loss of the {name} model is {sums['']['loss']}: try "
+                         "--dtype fp32, or other weights")
+    return sums
+
+
+# ---------------------------------------------------------------- routing
+
+
+@torch.no_grad()
+def batch_gates(model, sequences, args):
+    """({layer: gate (B, T, N)} on the CPU, real (B, T)) of one forward pass over a list of
+    sequences; layers without a router have the constant gate."""
+    batch = collate(sequences, args.device)
+    with record_gates(model) as gates, autocast(args):
+        h = model.hidden_states(batch.tokens)
+        if "output" in hydra_layers(model):  # the head costs much: only where it is adapted
+            model.output(h)
+    return {name: w.cpu() for name, w in gates.items()}, batch.real.cpu()
+
+
+def gate_entropy(w):
+    """Sum over the tokens of the entropy of w (..., N), in nats."""
+    return -(w * w.clamp_min(1e-12).log()).sum().item()
+
+
+def most_divided(gates):
+    """The layer of {layer: gates (rows, N)} whose rows differ most. Heads of different layers have
+    nothing to do with each other, so a table or a picture is of one layer."""
+    return max(gates, key=lambda name: gates[name].std(0, correction=0).mean().item())
+
+
+def routing_report(model, sequences, args):
+    """Where the tokens went: {"gate": {layer: {category: mean gate (N)}}} over the real tokens of
+    the sequences, "entropy" {layer: mean entropy of the gate, 1 = uniform} and "cosine_b" {layer:
+    mean cosine between two B matrices}."""
+    model.eval()
+    layers = hydra_layers(model)
+    heads = next(iter(layers.values())).settings.heads
+    gate, entropy, tokens = {name: {} for name in layers}, dict.fromkeys(layers, 0.0), {}
+    for batch in progress(eval_batches(sequences, args), desc="routing", leave=False):
+        gates, real = batch_gates(model, batch, args)
+        for row, s in enumerate(batch):
+            tokens[s.category] = tokens.get(s.category, 0) + real[row].sum().item()
+            for name, weights in gates.items():
+                w = weights[row, real[row]]  # (T, N), padding left out
+                gate[name][s.category] = gate[name].get(s.category, 0) + w.sum(0)
+                entropy[name] += gate_entropy(w)
+    count = sum(tokens.values())
+    return {
+        "gate": {name: {c: (total / tokens[c]).tolist() for c, total in sorted(by.items())}
+                 for name, by in gate.items()},
+        "entropy": {name: total / count / math.log(heads) for name, total in entropy.items()},
+        "cosine_b": {name: mean_cosine(layer.lora_B) for name, layer in layers.items()},
+    }
+
+
+def mean_cosine(matrices):
+    """Mean cosine over all pairs of matrices (N, ...), each taken as one vector."""
+    pairs = list(combinations(matrices.detach().flatten(1), 2))
+    return sum(F.cosine_similarity(a, b, dim=0).item() for a, b in pairs) / len(pairs)
+
+
+# ---------------------------------------------------------------- what is printed and written
+
+
+def count_parameters(model):
+    """{trainable, trainable_without_router, base}: numbers of weights."""
+    adapter = adapter_parameters(model)
+    router = sum(p.numel() for name, p in adapter.items() if name.endswith(".router"))
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in adapter.values())
+    return {"trainable": total, "trainable_without_router": total - router, "base": base}
+
+
+def print_start(args, counts, data):
+    """Every setting, how much trains, how many records there are."""
+    print("\n".join(f"{key:24}{value}" for key, value in vars(args).items()))
+    share = counts["trainable"] / counts["base"]
+    print(f"{'trainable parameters':24}{counts['trainable']:,} ({share:.2%} of the base's "
+          f"{counts['base']:,}); without the router {counts['trainable_without_router']:,}")
+    for name, part in data.items():
+        print(f"{name + ' records':24}{part['records']} ({part['shortened']} shortened, "
+              f"{part['skipped']} too long and skipped)")
+    print()
+
+
+def metrics(before, after):
+    """val_loss, val_loss_base and the exact matches, in total and per category."""
+    def pair(category):
+        return {"val_loss": after[category]["loss"], "val_loss_base": before[category]["loss"],
+                "exact_match": after[category]["exact"],
+                "exact_match_base": before[category]["exact"],
+                "records": after[category]["records"]}
+    return {**pair(""), "categories": {c: pair(c) for c in sorted(after) if c}}
+
+
+def print_losses(before, after):
+    """The losses and exact matches of both, category by category."""
+    print(f"\n{'category':24}{'records':>8}{'loss base':>11}{'tuned':>9}"
+          f"{'exact base':>12}{'tuned':>8}")
+    for category in sorted(before, key=lambda name: (name == "", name)):
+        a, b = before[category], after[category]
+        print(f"{category or 'all':24}{a['records']:8}{a['loss']:11.4f}{b['loss']:9.4f}"
+              f"{a['exact']:12.1%}{b['exact']:8.1%}")
+
+
+def print_routing(report):
+    """The mean gate per category in the most divided layer, then the signs of a collapsed router:
+    an entropy of 1, and heads that are alike."""
+    def mean(values):
+        return sum(values.values()) / len(values)
+
+    gate = report["gate"]
+    name = most_divided({layer: torch.tensor(list(by.values())) for layer, by in gate.items()})
+    heads = len(next(iter(gate[name].values())))
+    print(f"\nmean gate in {name}, the most divided of {len(gate)} layers")
+    print(f"{'category':24}" + "".join(f"{f'head {i + 1}':>9}" for i in range(heads)))
+    for category, weights in gate[name].items():
+        print(f"{category or 'all':24}" + "".join(f"{w:9.3f}" for w in weights))
+    print(f"over all layers: gate entropy {mean(report['entropy']):.3f} (1: uniform, 0: one head), "
+          f"mean cosine between the B matrices {mean(report['cosine_b']):.3f} (1: identical heads)")

@@ -1,0 +1,221 @@
+"""Files written whole or not at all, and files of others opened so that no code in them runs.
+
+    write_file("adapter.pt", lambda file: save_adapter(model, file))
+    write_json("run.json", result)
+    state = read_torch("checkpoint.pt", "a checkpoint of a run")
+
+Every script writes its results and reads foreign files through this module.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from model import save_llama
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# ---------------------------------------------------------------- writing
+
+
+@contextmanager
+def writing(path):
+    """Inside, an error of the disk becomes an OSError that names the path and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError about positions in its archive
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(reason, OSError):
+            raise OSError(f"{path} cannot be written ({reason.strerror or reason}): make room or "
+                          "name another place") from error
+        raise
+
+
+def write_file(path, write):
+    """write(file) to a temporary name, synced and renamed, then the folder synced: whatever happens
+    the path holds the whole new file or the former one. Raises OSError where it cannot be written.
+    A temporary file that a kill left behind is never read, and the next write replaces it."""
+    temporary = f"{path}.tmp"
+    try:
+        with writing(path), open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        with writing(path):
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(Path(path).parent)
+
+
+def sync_folder(path):
+    """Makes a rename in the folder outlast a power cut, where the system can open a folder."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows
+        return
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path, text):
+    """The text as UTF-8, whole or not at all."""
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path, value):
+    """The value as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_llama(model, tokenizer_path, folder, dtype=None):
+    """save_llama into a folder that may hold other files: each of the three is whole or the former
+    one, and params.json is there only when all of them are. Raises what save_llama raises, and
+    OSError where it cannot be written. What a kill left behind, the next call removes."""
+    folder = Path(folder)
+    unfinished = folder / "unfinished.tmp"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            save_llama(model, tokenizer_path, unfinished, dtype)
+            (folder / "params.json").unlink(missing_ok=True)
+            for name in ("tokenizer.model", "consolidated.00.pth", "params.json"):
+                with open(unfinished / name, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(unfinished / name, folder / name)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    sync_folder(folder)
+
+
+@contextmanager
+def new_folder(path):
+    """Yields an empty folder that becomes `path` if all goes well inside, and is gone otherwise.
+    Raises ValueError where path exists already, or cannot be made."""
+    path = Path(path)
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists already: name another folder, or move it away")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to make {path.name} in")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as holder:
+        folder = Path(holder) / path.name
+        folder.mkdir()
+        yield folder
+        folder.rename(path)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_torch(path, kind, mmap=False):
+    """What torch.save wrote: tensors and plain values, nothing else, so no code in it can run.
+    Raises ValueError, saying that the file is not `kind`, for whatever cannot be read so."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except Exception as error:  # a damaged file raises half a dozen types
+        reason = "it holds more than tensors and plain values, or is damaged"
+        if isinstance(error, (OSError, RuntimeError)):  # the others say to trust it, or nothing
+            reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} is not {kind}: {reason}") from error
+
+
+def parse_json(text, place):
+    """The JSON object in a text. Raises ValueError, naming the place, for NaN, Infinity, a name
+    given twice and anything but an object."""
+    def no_constant(name):
+        raise ValueError(f"it holds {name}")
+
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("it holds a name twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, parse_constant=no_constant, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} is not a JSON object but {type(value).__name__}")
+    return value
+
+
+def read_json(path):
+    """The JSON object in a file. Raises ValueError where there is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no {path}")
+    return parse_json(Path(path).read_bytes(), path)
+
+
+def check_tensors(tensors):
+    """Raises ValueError unless this is {name: dense floating-point tensor} whose values all stand
+    in the file: a tensor with strides of zero can claim a terabyte and hold one number."""
+    if not isinstance(tensors, dict):
+        raise ValueError(f"tensors by name were wanted, found {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name!r} is {type(tensor).__name__}, not a tensor")
+        if (tensor.device.type != "cpu" or tensor.layout != torch.strided
+                or tensor.dtype not in FLOATS
+                or tensor.nbytes > tensor.untyped_storage().nbytes()):
+            raise ValueError(f"{name} is not a plain tensor of floating-point numbers")
+
+
+def misfits(shapes, tensors):
+    """Names that are missing from {name: tensor}, extra, or of another shape than {name: shape}."""
+    return sorted(name for name in shapes.keys() | tensors.keys()
+                  if name not in shapes or name not in tensors
+                  or shapes[name] != tensors[name].shape)
+
+
+def check_finite(tensors, path):
+    """Raises ValueError when a value of {name: tensor} is not finite: it must not reach the path,
+    or must not be taken from it."""
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{path}: {len(bad)} of {len(tensors)} tensors hold values that are not "
+                         f"finite, {bad[0]} the first: they are neither written nor loaded")
+
+
+# ---------------------------------------------------------------- fingerprints
+
+READ_WHOLE, SAMPLES, SAMPLE_BYTES = 2**24, 64, 2**18  # shards up to 16 MiB are read whole
+
+
+def digest(*content):
+    """16 hexadecimal digits that tell one content from another."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def file_fingerprint(path):
+    """sha256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def weights_fingerprint(folder):
+    """sha256 of params.json and of the shards in a folder of Meta's layout. A shard over 16 MiB
+    counts by its size and 64 evenly spaced blocks, the last of which is the archive's directory
+    with a checksum of every tensor: seconds, not minutes, for 7B."""
+    found = hashlib.sha256((Path(folder) / "params.json").read_bytes())
+    for path in sorted(Path(folder).glob("consolidated.*.pth")):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            if size <= READ_WHOLE:
+                found.update(file.read())
+            else:
+                for i in range(SAMPLES):
+                    file.seek(i * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+                    found.update(file.read(SAMPLE_BYTES))
+    return found.hexdigest()

@@ -1,0 +1,33 @@
+"""Settings of train.py that cannot be, refused in one line before anything is read."""
+
+import math
+
+from support.cli import check_least
+
+
+def refuse_impossible(args, parser):
+    """Ends in one line for settings that cannot be, before anything is read."""
+    try:
+        check_least(args, rank=1, epochs=1, batch_size=1, grad_accum=1, max_seq_len=1, max_steps=0,
+                    save_every=0)
+    except ValueError as error:
+        parser.error(str(error))
+    for name in ("lr", "alpha"):
+        if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
+            parser.error(f"--{name} must be positive and finite, got {getattr(args, name)}")
+    refused = {
+        f"--seed must be from 0 to 2**32 - 1, got {args.seed}": not 0 <= args.seed < 2**32,
+        "--resume goes on with a run and --overwrite deletes it: give one of them":
+            args.resume and args.overwrite,
+        "--dropout must be at least 0 and below 1": not 0 <= args.dropout < 1,
+        "--heads auto needs heads to count: --method full has none":
+            args.method == "full" and args.heads == "auto",
+        "--dry-run reads no data: --heads auto must be a number":
+            args.dry_run and args.heads == "auto",
+        "--gpu-memory is a positive number of GiB, and a question to --dry-run":
+            args.gpu_memory is not None and not (args.dry_run and args.gpu_memory > 0),
+        f"--gate uniform needs heads to weigh: --method {args.method} has none":
+            args.gate == "uniform" and args.method in ("lora", "full")}
+    for message, applies in refused.items():
+        if applies:
+            parser.error(message)

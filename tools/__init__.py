@@ -1,0 +1,1 @@
+"""Converters, and ways to talk to a model: python -m tools.NAME --help says what each does."""
