@@ -1,6 +1,7 @@
 """Shared by the tests: paths, a tiny random model, and how to run a script as a user would."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ import torch
 
 from data import WORLD
 from model import ModelArgs, Tokenizer, Transformer, save_llama
+
+# Several processes of many threads each slow one another down; these tests need no more than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+torch.set_num_threads(1)  # of this one
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT.parent / "shared" / "assets"  # real models and data, where somebody put them

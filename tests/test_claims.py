@@ -94,6 +94,7 @@ def test_every_row_of_the_readmes_answer_was_written_by_a_script():
 # ---------------------------------------------------------------- the scripts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_runs_and_again_from_its_runs_to_the_same_bytes(name, place, tmp_path, capsys):
     script, more = SCRIPTS[name]
@@ -110,6 +111,7 @@ def test_every_script_runs_and_again_from_its_runs_to_the_same_bytes(name, place
     assert "run 1 of" not in out and ("0 of them to be computed" in out or name == "collapse")
 
 
+@pytest.mark.slow
 def test_table1_has_every_method_with_both_counts_and_pairs_its_seeds(place, tmp_path):
     command = [*flags_of(place, tmp_path), *SWEPT, "--scaling", "fixed", "--name", "fixed"]
     assert table1.main(command) == 0
@@ -150,6 +152,7 @@ def test_without_matplotlib_the_tables_come_out_and_one_line_says_so(place, tmp_
     assert capsys.readouterr().out.count("no picture: matplotlib is not here") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_draws_its_picture(name, place, tmp_path, capsys):
     pytest.importorskip("matplotlib")
@@ -325,6 +328,7 @@ def test_a_stopped_script_goes_on_to_the_same_table(place, tmp_path, monkeypatch
                                                            "heads.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives_and_say_when_a_run_fails(place, tmp_path, capfd):
     args, records, val = prepared(place, tmp_path)
     flags = [common.train_flags(args, common.hydra(2), rate=4e-3, seed=seed, epochs=1, data=records,

@@ -370,6 +370,7 @@ def test_weak_evidence_is_called_weak(model, tokenizer, features, capsys):
     assert "the evidence is weak (bend below 0.1, silhouette below 0.1)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_embedded_worlds_families_are_found_again(tokenizer):
     records = read_records(WORLD / "train.jsonl")[:1200]
     result = choose_heads(records, None, tokenizer, features="tfidf", max_seq_len=512)
@@ -447,6 +448,7 @@ def test_an_empty_file_or_instruction_is_refused(tmp_path, capsys, text, message
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", ["hidden", "tfidf"])
 def test_one_record_and_duplicates_give_a_valid_result(tmp_path, features):
     status, content = run_script(tmp_path, "--features", features, records=[record("alone")])

@@ -70,6 +70,7 @@ def test_a_file_that_is_absent_or_not_utf8_is_refused(tmp_path):
         read_records(tmp_path / "b.jsonl")
 
 
+@pytest.mark.slow
 def test_dolly_reads_whole():
     records = read_records(asset("dolly/databricks-dolly-15k.jsonl"))
     assert len(records) == 15011 and len({r["category"] for r in records}) == 8

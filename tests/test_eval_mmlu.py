@@ -200,6 +200,7 @@ def test_shared_prefix_equals_one_whole_pass_a_question(weights, quiz, tmp_path,
     assert set(kept) == {-1}  # nothing shared but BOS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subject, limit", [
     ("college_computer_science", 11), ("computer_security", 11), ("college_mathematics", 9)])
 def test_real_awkward_subjects_equal_one_whole_pass_a_question(subject, limit):
@@ -513,6 +514,7 @@ def test_an_adapter_of_another_model_is_refused(evaluate, tmp_path, capsys):
     assert "another base model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_script_runs_on_the_embedded_quiz_as_it_is(tmp_path):
     run = subprocess.run([sys.executable, ROOT / "eval_mmlu.py", "--limit", "2", "--out",
                           tmp_path / "mmlu.json"], capture_output=True, text=True, cwd=tmp_path)

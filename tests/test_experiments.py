@@ -12,6 +12,7 @@ def numbers(line):
     return [float(word) for word in re.findall(r"-?\d+\.\d+", line)]
 
 
+@pytest.mark.slow
 def test_compare_kmeans_sets_ours_beside_scikit_learn(capsys):
     pytest.importorskip("sklearn.cluster", reason="scikit-learn is not installed")
     compare_kmeans.main(["--sets", "1"])

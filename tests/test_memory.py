@@ -223,6 +223,7 @@ SHAPES = [dict(flags=flags, shape=dict()) for flags in FLAGS.values()] + [
     dict(flags=[], shape=dict(n_kv_heads=4, dim=128, ffn_dim_multiplier=2.0, n_layers=2))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [[], ["--checkpoint-activations"]], ids=["kept", "again"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", SHAPES, ids=[*FLAGS, "wide"])
@@ -364,6 +365,7 @@ def test_a_mask_on_x_and_one_on_a_x_are_the_same_layer_without_dropout():
     assert torch.allclose(layer(x), masked, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_masks_are_compared_on_the_world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "read_split", lambda *args, read=train.read_split, **settings: tuple(

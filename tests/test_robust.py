@@ -118,6 +118,7 @@ def error_line(capsys):
 # ---------------------------------------------------------------- stop and go on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_full_fine_tuning_resumes_bit_for_bit_and_names_its_original_base(
         command, out, tmp_path, monkeypatch, dtype):
@@ -137,6 +138,7 @@ def test_full_fine_tuning_resumes_bit_for_bit_and_names_its_original_base(
     assert prints[0]["tuned"] == weights_fingerprint(out) != prints[0]["weights"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["base", "first", "last", "tuned", "routing", "saving", "end"])
 def test_a_signal_at_any_moment_loses_nothing(command, out, uninterrupted, monkeypatch, capsys,
@@ -272,6 +274,7 @@ print(json.dumps(done))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_20_random_moments_and_amid_writing_every_run_ends_in_the_same_adapter(
         command, tmp_path):
     run = subprocess.run([sys.executable, "-c", KILLS, tmp_path, *command, "--save-every", "1",
@@ -1071,6 +1074,7 @@ def test_any_params_json_is_read_or_refused(made, place, only_refusals):
     assert 10 < passed < FUZZ
 
 
+@pytest.mark.slow
 def test_any_adapter_is_loaded_or_refused(made, place, only_refusals):
     path, passed = place / ADAPTER, 0
     whole, content = path.read_bytes(), torch.load(path, weights_only=True)

@@ -269,6 +269,7 @@ def anonymous_memory():
     return int(re.search(r"RssAnon:\s*(\d+)", status.read_text())[1]) * 1024
 
 
+@pytest.mark.slow
 def test_import_holds_neither_the_model_nor_the_copies_of_its_rows(hf, tmp_path):
     run(import_hf, hf, tmp_path / "first")  # what PyTorch imports at its first use is no matter
     dim, layers = 1024, 12  # 96 MiB of wq and wk, 96 MiB of wv and wo
@@ -502,6 +503,7 @@ def test_ctrl_c_leaves_nothing_and_exits_130(hf, tmp_path, capsys, monkeypatch, 
     assert os.listdir(tmp_path) == ["hf"]
 
 
+@pytest.mark.slow
 def test_the_tools_run_as_modules_from_the_repository_root(tmp_path):
     done = subprocess.run([sys.executable, "-m", "tools.export_hf", tmp_path, tmp_path / "out"],
                           cwd=ROOT, capture_output=True, text=True)

@@ -190,6 +190,7 @@ def loss_of(model, tokenizer, records):
     return total / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share_a", [True, False])
 @pytest.mark.parametrize("gate", ["uniform", "calibrated"])
 def test_several_heads_become_one_lora_whose_printed_loss_is_its_own(

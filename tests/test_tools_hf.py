@@ -71,6 +71,7 @@ def logits(hf, ids):
         return hf(ids).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("files", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -166,6 +166,7 @@ def test_every_method_trains_and_writes_its_files(command, flags, tmp_path, caps
         "full" not in flags and "lora" not in flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", ["hydralora", "full"])
 def test_every_precision_trains(command, tmp_path, dtype, method):
@@ -234,6 +235,7 @@ def test_a_folder_that_holds_a_run_is_kept_unless_overwrite_says_so(command, tmp
     assert (tmp_path / "out" / "adapter.pt").read_bytes() != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("stop_at", [1, 7, 11])  # the epoch ends at step 5
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(command, tmp_path, monkeypatch,
@@ -396,6 +398,7 @@ def test_the_optimiser_holds_exactly_what_trains(command, monkeypatch, method):
     assert settings["betas"] == (0.9, 0.999) and settings["weight_decay"] == 0
 
 
+@pytest.mark.slow
 def test_exact_match_is_what_greedy_decoding_would_give(command, data):
     args, model, batch, tokenizer = prepared(command + ["--method", "full"], data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -438,6 +441,7 @@ def test_routing_reads_real_tokens_only(command, data, monkeypatch):
 # ---------------------------------------------------------------- real data on a real model
 
 
+@pytest.mark.slow
 def test_stories260k_learns_dolly_in_a_few_steps(tmp_path):
     lines = []
     with open(asset("dolly/databricks-dolly-15k.jsonl"), encoding="utf-8") as file:

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 
+import pytest
 import torch
 
 import eval_mmlu
@@ -171,6 +172,7 @@ def test_the_base_is_small_enough_to_ship():
     assert sum(p.stat().st_size for p in (WORLD / "base").iterdir()) <= 6_000_000
 
 
+@pytest.mark.slow
 def test_the_base_reads_formats_but_knows_no_family():
     model, tokenizer = load_llama(WORLD / "base", dtype=torch.float32)
     args = train.parse_args(["--device", "cpu"])
@@ -194,6 +196,7 @@ def test_the_base_answers_the_quiz_on_what_it_has_read_and_guesses_the_rest(tmp_
     assert all(result[subject]["accuracy"] < 0.5 for subject in set(result) - set(read))
 
 
+@pytest.mark.slow
 def test_the_base_comes_out_of_train_py(tmp_path):
     flags = ["--records", "160", "160", "160", "--epochs", "1", "1", "2",
              "--batch-size", "64", "64", "32", "--lr", "1e-3", "1e-3", "1e-3", "--seed", "3",
@@ -204,6 +207,7 @@ def test_the_base_comes_out_of_train_py(tmp_path):
     assert model.output.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_the_check_of_the_world_sweeps_every_arm_apart_and_reads_validation_once(monkeypatch,
                                                                               tmp_path, capsys):
     calls = []
@@ -228,6 +232,7 @@ def test_the_check_of_the_world_sweeps_every_arm_apart_and_reads_validation_once
     assert len(final) == 10 * 2 and {call[2] for call in final} == {4e-3}
 
 
+@pytest.mark.slow
 def test_the_check_of_the_world_keeps_its_runs_by_the_content_of_the_data(monkeypatch, tmp_path):
     calls, run = [], train.run_training
     monkeypatch.setattr(check_world, "RUNS", tmp_path / "runs")
