@@ -303,6 +303,7 @@ def test_a_run_is_found_by_settings_and_content_not_by_place(place, tmp_path):
     assert folder() not in known
 
 
+@pytest.mark.slow
 def test_a_stopped_script_goes_on_to_the_same_table(place, tmp_path, monkeypatch, capsys):
     command = ["--heads", "1", *SWEPT]
     run, calls = train.run_training, []

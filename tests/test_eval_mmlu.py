@@ -217,6 +217,7 @@ def test_real_awkward_subjects_equal_one_whole_pass_a_question(subject, limit):
     assert set(kept) == {5}
 
 
+@pytest.mark.slow
 def test_a_real_subject_beyond_the_context_equals_one_whole_pass_a_question():
     model, tokenizer = load_llama(asset("stories260k"))
     kept = assert_scores_equal_the_twin(

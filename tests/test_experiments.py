@@ -40,6 +40,7 @@ def test_compare_kmeans_times_k_from_1_to_10(capsys):
     assert inertias[0] > inertias[-1]
 
 
+@pytest.mark.slow
 def test_compare_layers_has_a_row_for_tfidf_and_every_layer(capsys):
     compare_layers.main(["--weights", str(WORLD / "base"), "--data", str(WORLD / "val.jsonl"),
                          "--records", "24", "--max-seq-len", "128"])

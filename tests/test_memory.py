@@ -337,6 +337,7 @@ def test_the_random_checkpoint_is_written_loaded_and_trained(tmp_path, shards, c
     assert 0.015 < model.output.weight.float().std() < 0.025
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_every_part(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "FRAMEWORKS", False)
     monkeypatch.setitem(benchmark.SIZE, "vocab_size", 1000)

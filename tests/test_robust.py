@@ -1100,6 +1100,7 @@ def test_any_adapter_is_loaded_or_refused(made, place, only_refusals):
     assert 10 < passed < FUZZ
 
 
+@pytest.mark.slow
 def test_any_checkpoint_is_resumed_or_refused(made, place):
     whole = {path.name: path.read_bytes() for path in (place / "stopped").iterdir()}
     content, statuses = torch.load("stopped/checkpoint.pt", weights_only=True), []

@@ -185,6 +185,7 @@ def hf_weights(tmp_path):
 ALL = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets, settings", [
     (ALL, {"heads": 1}), (("w1", "w2", "w3"), {"heads": 1, "alpha": 5.5}),
     (ALL, {"heads": 3, "gate": "uniform"}),
@@ -198,6 +199,7 @@ def test_the_exported_lora_has_our_logits_in_peft(hf_weights, tmp_path, targets,
     assert (logits(peft_model(tmp_path), ids) - want).abs().max() < 1e-4 * want.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["uniform", "calibrated"])
 def test_peft_has_the_loss_that_was_printed_for_several_heads(
         hf_weights, tmp_path, tokenizer, capsys, gate):
