@@ -14,7 +14,7 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -84,20 +84,19 @@ def parse_args(argv=None):
         p.error("--weights needs --data FILE as well")
     if not args.weights and not args.data and not args.val_data:
         args.val_data = str(WORLD / "val.jsonl")
-    for name, value in (PAPER_RECIPE if args.weights else WORLD_RECIPE).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     if args.heads not in (None, "auto"):
         if not (args.heads.isdecimal() and len(args.heads) < 5 and int(args.heads) >= 1):
             p.error("--heads must be auto or a number from 1 to 9999")
         args.heads = int(args.heads)
-    for field in fields(HydraSettings):  # what the method fixes, or the default
-        fixed = METHODS[args.method].get(field.name)
-        if getattr(args, field.name, fixed) not in (None, fixed) and fixed is not None:
-            p.error(f"--method {args.method} has {field.name} {fixed}, not "
-                    f"{getattr(args, field.name)}: drop --{field.name} or the method")
-        if getattr(args, field.name, 0) is None:
-            setattr(args, field.name, field.default if fixed is None else fixed)
+    for name, value in METHODS[args.method].items():
+        if getattr(args, name, None) not in (None, value):
+            p.error(f"--method {args.method} has {name} {value}, not {getattr(args, name)}: drop "
+                    f"--{name} or the method")
+    defaults = {**asdict(HydraSettings()), **(PAPER_RECIPE if args.weights else WORLD_RECIPE),
+                **METHODS[args.method]}
+    for name, value in defaults.items():
+        if getattr(args, name, "no flag") is None:
+            setattr(args, name, value)
     args.targets = args.targets.split(",")
     args.out = args.out or f"runs/{args.method}"
     try:
@@ -128,7 +127,7 @@ def adapter_settings(args):
     return {"targets": args.targets, **flags, **METHODS[args.method]}
 
 
-# ---------------------------------------------------------------- data and base model
+# ---------------------------------------------------------------- what a run starts with
 
 
 def load_base(args):
@@ -167,14 +166,14 @@ def plan_steps(sequences, args):
     return steps
 
 
-# ---------------------------------------------------------------- the loop
-
-
 def make_optimizer(model, args):
     """(AdamW over what trains, the scaler of fp16's gradients, which does nothing otherwise)."""
     optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=BETAS, weight_decay=0.0,
                                   fused=True)
     return optimizer, torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "fp16")
+
+
+# ---------------------------------------------------------------- the loop
 
 
 def learning_rate(step, steps, peak):
