@@ -28,7 +28,7 @@ from hydralora import base_fingerprint
 from model import Tokenizer, load_llama, read_params
 from support.cli import Parser, check_least, progress, run_script
 from support.cluster_scores import ari, contingency, nmi, silhouette
-from support.device import pick_device
+from support.device import DTYPES, pick_device, pick_dtype
 from support.files import check_tensors, read_torch, write_file, write_text
 
 MAX_PIECES = 4096  # TF-IDF columns: 15,000 records stay below 250 MB
@@ -394,9 +394,8 @@ def cluster_records(args):
     records = read_records(args.data)
     max_seq_len = read_params(args.weights, args.max_seq_len).max_seq_len
     if args.features == "hidden":
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        model, tokenizer = load_llama(args.weights, device=device, dtype=dtype,
-                                      max_seq_len=max_seq_len)
+        model, tokenizer = load_llama(args.weights, device=device, max_seq_len=max_seq_len,
+                                      dtype=DTYPES[pick_dtype(None, device)])
     else:
         model, tokenizer = None, Tokenizer(Path(args.weights) / "tokenizer.model")
     result = choose_heads(records, model, tokenizer, k_max=args.k_max, seed=args.seed,
