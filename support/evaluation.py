@@ -47,7 +47,7 @@ def evaluate(model, sequences, args, name):
     """{category: {loss, exact, records, tokens}} and the total under "". Loss is the mean per
     label. Exact: greedy decoding would give the response and its EOS token by token, which one
     forward pass tells, since every step of it would be fed the true prefix. Raises ValueError for a
-    model whose loss is not finite: JSON has no NaN, and nobody wants the model."""
+    model whose loss is not finite: such a model is of no use, and JSON has no NaN."""
     model.eval()
     sums = {}
     for batch in progress(eval_batches(sequences, args), desc=name, leave=False):
