@@ -26,7 +26,7 @@ from data import WORLD
 from data.corpus import encode_prompts, length_batches, pad, prompt_text, read_records
 from hydralora import base_fingerprint
 from model import Tokenizer, load_llama, read_params
-from support.cli import Parser, check_least, progress, run_script
+from support.cli import Parser, add_strict_flag, check_least, progress, run_script
 from support.cluster_scores import ari, contingency, nmi, silhouette
 from support.device import DTYPES, pick_device, pick_dtype
 from support.files import check_tensors, read_torch, write_file, write_text
@@ -362,6 +362,7 @@ def parse_args(argv):
                    help="checkpoint folder in Meta's layout (the embedded world's)")
     p.add_argument("--data", default=str(WORLD / "train.jsonl"),
                    help="records, JSON lines or array (the embedded world's)")
+    add_strict_flag(p)
     p.add_argument("--features", default="hidden", choices=["hidden", "tfidf"],
                    help="hidden states of the base, or the paper's TF-IDF of its pieces (hidden)")
     p.add_argument("--layer", type=int,
@@ -391,7 +392,8 @@ def check_paths_and_numbers(args):
 def cluster_records(args):
     check_paths_and_numbers(args)
     device = pick_device(args.device)
-    records = read_records(args.data)
+    records = read_records(args.data, args.strict)
+    records.print_remarks(args.data)
     max_seq_len = read_params(args.weights, args.max_seq_len).max_seq_len
     if args.features == "hidden":
         model, tokenizer = load_llama(args.weights, device=device, max_seq_len=max_seq_len,
@@ -403,6 +405,7 @@ def cluster_records(args):
                           max_seq_len=max_seq_len, cache=args.cache)
     result["settings"].update(weights=args.weights, data=args.data, device=device,
                               batch_size=args.batch_size, cache=args.cache)
+    result.update(records.report)
     print_report(result)
     write_text(args.out, json.dumps(result))
     print(f"\nwrote {args.out}")

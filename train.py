@@ -25,7 +25,7 @@ from data.corpus import collate, encode_records, length_batches, read_split
 from hydralora import GATES, TARGETS, HydraSettings, adapters_disabled, add_hydralora, save_adapter
 from model import load_llama
 from support import evaluation, files, run_folder
-from support.cli import Parser, progress, run_script, signal_number
+from support.cli import Parser, add_strict_flag, progress, run_script, signal_number
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
 from support.evaluation import HEAD_CHUNK
 from support.refusals import refuse_impossible
@@ -51,6 +51,7 @@ def parse_args(argv=None):
     p.add_argument("--weights", help="checkpoint folder in Meta's layout (the embedded world's)")
     p.add_argument("--data", help="training records, JSON lines or array (the embedded world's)")
     p.add_argument("--val-data", help="validation records (5 %% of --data, drawn by --seed)")
+    add_strict_flag(p)
     p.add_argument("--method", default="hydralora", choices=METHODS, help="what trains (hydralora)")
     p.add_argument("--heads", help="number of B matrices, or auto: ask cluster.py (3; lora: 1)")
     p.add_argument("--rank", type=int, help="rank of A and B (8)")
@@ -256,7 +257,8 @@ def prepare(args, out):
     """(settled args, model, training and validation sequences, clusters, what run.json says of the
     data)."""
     model, tokenizer = load_base(args)
-    train, val = read_split(args.data, args.val_data, share=VAL_SHARE, seed=args.seed)
+    train, val = read_split(args.data, args.val_data, share=VAL_SHARE, seed=args.seed,
+                            strict=args.strict)
     clusters = None
     if args.resume:  # its heads are not chosen again
         clusters = run_folder.read_checkpoint(out / "checkpoint.pt")["clusters"]

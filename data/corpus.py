@@ -12,80 +12,13 @@ and the loss is on the response and its EOS only. Used by train.py and cluster.p
 Shapes: B batch, T tokens, M labels, the tokens of the batch that are to be predicted.
 """
 
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-CONTEXT_NAMES = ("context", "input")  # Dolly's name, Alpaca's name
-RESPONSE_NAMES = ("response", "output")
-
-
-def read_records(path):
-    """A list of {instruction, context, response, category} from JSON lines or one JSON array, with
-    Dolly's or Alpaca's field names. Raises ValueError naming the file and the line or record."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no data file at {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    if text.lstrip().startswith("["):
-        rows = [(f"record {i}", row) for i, row in enumerate(parse(text, path), start=1)]
-    else:  # split at newlines only: str.splitlines would cut inside a string at U+2028
-        rows = [(f"line {i}", parse(line, f"{path}, line {i}"))
-                for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not rows:
-        raise ValueError(f"{path} holds no records: it needs JSON lines or one JSON array")
-    records = []
-    for place, row in rows:
-        records.append(read_record(row, f"{path}, {place}"))
-        records[-1].place = place
-    return records
-
-
-class Record(dict):
-    """instruction, context, response, category; place is where it stood, such as "line 3"."""
-
-    place = None
-
-
-def parse(text, place):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not valid JSON: {error}") from None
-
-
-def read_record(row, place):
-    """One record with the four names used everywhere else; no context or category is ""."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{place} is not a JSON object but {type(row).__name__}")
-
-    def field(names, required):
-        value = next((row[name] for name in names if row.get(name) is not None), None)
-        if value is None and not required:
-            return ""
-        if not isinstance(value, str):
-            raise ValueError(f"{place} needs a text under {' or '.join(map(repr, names))}, "
-                             f"found {type(value).__name__}")
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ValueError(f"{place} has half a surrogate pair under {names[0]!r}: JSON can "
-                             "write it, UTF-8 cannot; mend the text")
-        return value
-
-    record = Record(instruction=field(["instruction"], required=True),
-                    context=field(CONTEXT_NAMES, required=False),
-                    response=field(RESPONSE_NAMES, required=True),
-                    category=field(["category"], required=False))
-    for name in ("instruction", "response"):
-        if not record[name].strip():
-            raise ValueError(f"{place} has an empty {name}")
-    return record
+from data.records import Records, read_records
 
 
 def prompt_text(record):
@@ -121,8 +54,8 @@ def encode_record(record, tokenizer, max_seq_len):
 
 
 def encode_records(records, tokenizer, max_seq_len):
-    """(sequences, report): what fits, and how many records were kept, shortened and skipped.
-    Raises ValueError when nothing is left."""
+    """(sequences, report): what fits, and how many records were kept, shortened and skipped, with
+    what read_records reported. Raises ValueError when nothing is left."""
     sequences, shortened = [], 0
     for index, record in enumerate(records):
         encoded = encode_record(record, tokenizer, max_seq_len)
@@ -136,7 +69,7 @@ def encode_records(records, tokenizer, max_seq_len):
         raise ValueError(f"none of the {len(records)} records fits max_seq_len {max_seq_len}: give "
                          "more of it, or shorter records")
     return sequences, {"records": len(sequences), "shortened": shortened,
-                       "skipped": len(records) - len(sequences)}
+                       "skipped": len(records) - len(sequences), **getattr(records, "report", {})}
 
 
 def encode_prompts(records, tokenizer, max_seq_len):
@@ -169,16 +102,19 @@ def without_duplicates(records, others):
     return [r for r in records if (prompt_text(r), r["response"]) not in seen]
 
 
-def read_split(path, val_path, *, share, seed):
-    """(training records, validation records) of the file at path and that at val_path; without one,
-    a share of the first is held out. Training records that stand in both are removed, and counted
-    in a printed line. Raises ValueError where none is left."""
-    records = read_records(path)
+def read_split(path, val_path, *, share, seed, strict=False):
+    """(training Records, validation Records) of the file at path and that at val_path; without one,
+    a share of the first is held out. Training records that stand in both are removed. Prints what
+    was removed, skipped or not used. Raises ValueError where none is left."""
+    whole = records = read_records(path, strict)
     if val_path:
-        val = read_records(val_path)
+        val = read_records(val_path, strict)
     else:
-        records, val = hold_out(records, share, seed)
-    kept = without_duplicates(records, val)
+        records, held = hold_out(records, share, seed)
+        val = Records(held)
+    whole.print_remarks(path)
+    val.print_remarks(val_path)
+    kept = Records(without_duplicates(records, val), whole.report)
     if not kept:
         raise ValueError(f"every record of {path} stands in the validation data too: give other "
                          "records to one of them")

@@ -28,6 +28,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_line(message)}; --help lists the flags\n")
 
 
+def add_strict_flag(parser):
+    parser.add_argument("--strict", action="store_true", help="refuse a record that cannot be "
+                        "trained on, in place of skipping and counting it (off)")
+
+
 def check_least(args, **least):
     """Raises ValueError where a setting that is given is less than its least value."""
     for name, smallest in least.items():

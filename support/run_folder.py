@@ -44,7 +44,8 @@ RUN_FILES = ("run.json", "checkpoint.pt", "log.csv", "adapter.pt", "params.json"
              "consolidated.00.pth", "tokenizer.model")
 SIGNS_OF_A_RUN = RUN_FILES[:3]  # train.py alone writes these; --overwrite needs to see one of them
 # settings that may differ between a run and its continuation: no weight depends on them
-MAY_CHANGE = ("resume", "overwrite", "out", "save_every", "debug", "checkpoint_activations")
+MAY_CHANGE = ("resume", "overwrite", "out", "save_every", "debug", "checkpoint_activations",
+              "strict")
 CHECKPOINT_KEYS = {"settings", "fingerprints", "step", "before", "clusters", "tensors", "optimizer",
                    "scaler", "rng", "cuda_rng"}
 MOST_SKIPPED = 20  # steps in a row: fp16's scale, 2**16 at the start, has then fallen below 1

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+import cluster
+import train
 from data.corpus import (
     collate,
     encode_record,
@@ -13,6 +15,7 @@ from data.corpus import (
     length_batches,
     prompt_text,
     read_records,
+    read_split,
     without_duplicates,
 )
 from tests.conftest import asset
@@ -50,7 +53,7 @@ def test_a_line_separator_inside_a_text_does_not_cut_the_record(tmp_path):
     ('{"instruction": "a", "response": "b"}\n{"instr', "line 2 is not valid JSON"),
     ('[{"instruction": "a"', "not valid JSON"), ("[" * 100000, "not valid JSON"),
     ('{"instruction": "a", "response": "b"}\n3', "line 2 is not a JSON object but int"),
-    ('{"response": "b"}', "line 1 needs a text under 'instruction', found NoneType"),
+    ('{"response": "b"}', "line 1 needs a text under 'instruction': it has response; wanted"),
     ('{"instruction": "a"}', "needs a text under 'response' or 'output'"),
     ('{"instruction": "a", "response": 5}', "found int"),
     ('{"instruction": " ", "response": "b"}', "empty instruction"),
@@ -163,3 +166,135 @@ def test_labels_are_the_response_and_its_eos_at_the_places_before_them(tokenizer
         assert real[row].tolist() == [i < len(s.ids) - 1 for i in range(width)]
     assert places.tolist() == want_places and labels.tolist() == want_labels
     assert tokenizer.decode(labels[:2].tolist()) == "b" and labels[1] == tokenizer.eos_id
+
+
+# ---------------------------------------------------------------- what people feed in
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def plain(count, **more):
+    return [{"instruction": f"Name fish {i}.", "response": f"Fish {i}.", **more}
+            for i in range(count)]
+
+
+@pytest.mark.parametrize("row, context, response, unused", [
+    ({"context": "", "input": "The sea.", "output": "a"}, "The sea.", "a", {}),
+    ({"context": None, "input": "The sea.", "output": "a"}, "The sea.", "a", {}),
+    ({"context": "The lake.", "input": " ", "response": "a"}, "The lake.", "a", {}),
+    ({"context": "The lake.", "input": "The lake.", "response": "a"}, "The lake.", "a", {}),
+    ({"context": "The lake.", "input": "The sea.", "response": "a"}, "The lake.", "a",
+     {"input": 1}),
+    ({"response": "", "output": "b"}, "", "b", {}),
+    ({"response": "a", "output": "b", "id": 7, "tags": [], "more": {"x": [1, " "]}}, "", "a",
+     {"output": 1}),
+    ({"response": "a", "system": "Be brief.", "history": [["Hi.", "Hello."]], "note": ""}, "", "a",
+     {"system": 1, "history": 1}),
+], ids=str)
+def test_no_text_of_a_record_is_lost_in_silence(tmp_path, row, context, response, unused):
+    path = write_rows(tmp_path / "a.jsonl", [{"instruction": "Sum it up.", "category": "x", **row}])
+    records = read_records(path)
+    assert records == [{"instruction": "Sum it up.", "context": context, "response": response,
+                        "category": "x"}]
+    assert records.report["not_used"] == unused
+
+
+def test_fields_that_are_not_used_are_named_once_with_their_counts(tmp_path, capsys):
+    rows = plain(12, history=[["Hi.", "Hello."]]) + plain(30) + plain(1, system="Be brief.")
+    train, _ = read_split(write_rows(tmp_path / "a.jsonl", rows), None, share=0.1, seed=0)
+    out = capsys.readouterr().out
+    assert out.count("not used: history (12 records), system (1)") == 1
+    assert train.report["not_used"] == {"history": 12, "system": 1}
+
+
+BAD_ROWS = [({"instruction": "a", "output": ""}, "empty response", "has an empty response"),
+            ({"instruction": " ", "output": "b"}, "empty instruction", "an empty instruction"),
+            ({"instruction": "a\ud800", "output": "b"}, "half a surrogate pair", "surrogate"),
+            ({"instruction": "a", "output": 5}, "output is int", "found int"),
+            ({"instruction": "a", "output": "b", "input": ["x"]}, "input is list", "found list"),
+            ({"output": "b"}, "no instruction", "wanted instruction"),
+            (7, "not an object", "is not a JSON object but int")]
+
+
+@pytest.mark.parametrize("row, reason, words", BAD_ROWS, ids=str)
+def test_one_bad_record_is_skipped_counted_and_named(tmp_path, capsys, row, reason, words):
+    path = write_rows(tmp_path / "a.jsonl", [*plain(15), row, *plain(15), row])
+    records = read_records(path)
+    assert len(records) == 30 and records.report["unusable"] == {reason: 2}
+    assert [r.place for r in records[14:16]] == ["line 15", "line 17"]
+    records.print_remarks(path)
+    line = capsys.readouterr().out
+    assert f"skipped: {reason} (2 records)" in line and words in line
+    assert "line 16 " in line and "line 32 " in line
+    with pytest.raises(ValueError, match=f"line 16 .*{words}.*--strict"):
+        read_records(path, strict=True)
+
+
+def test_only_the_first_three_bad_records_are_named_and_a_tenth_is_too_many(tmp_path, capsys):
+    bad = {"instruction": "a", "output": ""}
+    records = read_records(write_rows(tmp_path / "a.jsonl", [*[bad] * 5, *plain(45)]))
+    records.print_remarks("a.jsonl")
+    out = capsys.readouterr().out
+    assert "line 3 " in out and "line 4 " not in out
+    with pytest.raises(ValueError, match=r"6 of 51 records cannot be used \(empty response"):
+        read_records(write_rows(tmp_path / "b.jsonl", [*[bad] * 6, *plain(45)]))
+
+
+CHAT = {"messages": [{"role": "user", "content": "Name a fish."},
+                     {"role": "assistant", "content": "Trout."}]}
+SHAREGPT = {"conversations": [{"from": "human", "value": "Name a fish."},
+                              {"from": "gpt", "value": "Trout."}]}
+
+
+@pytest.mark.parametrize("row", [CHAT, SHAREGPT], ids=["messages", "conversations"])
+def test_a_chat_of_one_question_and_one_answer_is_a_record(tmp_path, row):
+    name, turns = next(iter(row.items()))
+    system = {"role": "system", "from": "system", "content": "Be brief.", "value": "Be brief."}
+    records = read_records(write_rows(tmp_path / "a.jsonl", [row, {name: [system, *turns]}]))
+    want = {"instruction": "Name a fish.", "context": "", "response": "Trout.", "category": ""}
+    assert records == [want, want] and records.report["not_used"] == {"system": 1}
+
+
+@pytest.mark.parametrize("turns, words", [
+    (CHAT["messages"] * 2, "a chat of 4 turns"), (CHAT["messages"][:1], "a chat of 1 turn:"),
+    (CHAT["messages"][::-1], "a chat of 2 turns"), ("hello", "no list of objects"),
+    ([{"role": "tool", "content": "x"}], "a turn of 'tool'"),
+    ([{"role": "user", "content": ["x"]}, CHAT["messages"][1]], "found list")], ids=str)
+def test_other_chats_are_skipped_by_reason_or_refused_by_name(tmp_path, turns, words):
+    path = tmp_path / "a.jsonl"
+    assert len(read_records(write_rows(path, [{"messages": turns}, *plain(20)]))) == 20
+    with pytest.raises(ValueError, match=words):
+        read_records(write_rows(path, [{"messages": turns}]))
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"data": [{"instruction": "a", "output": "b"}]}', "records under 'data'"),
+    ('{"version": 1,\n "rows": [{"a": 1}]}', "records under 'rows'"),
+    ('{\n"instruction": "a",\n"output": "b"}', "one JSON value, dict, over 3 lines"),
+    ('"text"', "line 1 is not a JSON object but str"),
+    ('{"prompt": "a", "completion": "b"}', "it has completion, prompt; wanted instruction, context "
+                                           "or input, response or output")])
+def test_valid_json_of_another_layout_is_told_from_broken_json(tmp_path, text, words):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_records(tmp_path / "a.json")
+
+
+def test_train_and_cluster_go_on_without_a_bad_record_and_strict_refuses_it(tmp_path, capsys):
+    path = write_rows(tmp_path / "a.jsonl", [*plain(24), {"instruction": "a", "output": ""}])
+    runs = {train.main: ["--data", str(path), "--heads", "2", "--rank",
+                         "2", "--max-steps", "1", "--device", "cpu", "--out",
+                         str(tmp_path / "run")],
+            cluster.main: ["--data", str(path), "--features", "tfidf", "--k-max", "2", "--out",
+                           str(tmp_path / "c.json"), "--device", "cpu"]}
+    for main, flags in runs.items():
+        assert main([*flags, "--strict"]) == 2
+        assert "line 25 has an empty response" in capsys.readouterr().err
+        assert main(flags) == 0
+        assert "skipped: empty response (1 record)" in capsys.readouterr().out
+    report = json.loads((tmp_path / "run" / "run.json").read_text())["data"]["train"]
+    assert report["records"] == 23 and report["unusable"] == {"empty response": 1}
+    assert json.loads((tmp_path / "c.json").read_text())["unusable"] == {"empty response": 1}
