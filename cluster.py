@@ -72,10 +72,11 @@ def tfidf_features(sequences, vocab_size):
     for sequence in sequences:
         found[sorted(set(sequence.ids[1:]))] += 1
     kept = found.argsort(descending=True, stable=True)[:MAX_PIECES]
-    counts = [torch.bincount(torch.tensor(s.ids[1:]), minlength=vocab_size)[kept].float()
-              for s in sequences]
-    weight = ((1 + len(sequences)) / (1 + found[kept])).log() + 1
-    return F.normalize(torch.stack(counts) * weight, dim=1)
+    x = torch.empty(len(sequences), len(kept))  # all that follows happens in this one matrix
+    for row, s in zip(x, sequences):
+        row.copy_(torch.bincount(torch.tensor(s.ids[1:]), minlength=vocab_size)[kept])
+    x *= ((1 + len(sequences)) / (1 + found[kept])).log() + 1
+    return F.normalize(x, dim=1, out=x)
 
 
 def normalise(x):
@@ -158,8 +159,14 @@ def lloyd(x, x2, centroids, *, tol, max_iter):
 
 def mean_of(x):
     """The mean record of x (M, F), taken of the differences to the first record, so that it is
-    exact where all records are equal."""
-    return x[0] + (x - x[0]).mean(0)
+    exact where all records are equal. x is used up."""
+    first = x[0].clone()
+    return first + x.sub_(first).mean(0)
+
+
+def in_parts(x):
+    """The rows of x (M, F) in parts of at most 32 MiB, for sums whose terms need a copy."""
+    return x.split(max(1, 2**23 // max(1, x.shape[1])))
 
 
 def best_start(x, x2, centroids, k, *, generator, max_iter):
@@ -183,9 +190,9 @@ def kmeans(x, k, *, seed=0, n_init=10, max_iter=300):
     if points.ndim != 2 or not 1 <= k <= len(points) or min(n_init, max_iter) < 1:
         raise ValueError(f"k-means of {tuple(points.shape)} needs records by features, k from 1 to "
                          f"the number of records and at least one start; k is {k}")
-    centre = mean_of(points)
+    centre = mean_of(points.clone())
     z = (points - centre).float()
-    z2 = z.square().sum(1)
+    z2 = torch.cat([part.square().sum(1) for part in in_parts(z)])
     if not z2.isfinite().all():
         raise ValueError("the data holds values that are not finite, or too large to square")
     generator = torch.Generator().manual_seed(seed)
@@ -201,10 +208,11 @@ def kmeans(x, k, *, seed=0, n_init=10, max_iter=300):
         best = again if lower < inertia else best
     centroids, labels, _ = lloyd(z, z2, best[None], tol=0, max_iter=max_iter)
     centroids, labels, inertia = centroids[0].to(points) + centre, labels[0], 0.0
+    del z  # as large as the data
     for j in labels.unique().tolist():
-        own = points[labels == j]
-        centroids[j] = mean_of(own)
-        inertia += (own - centroids[j]).square().sum(dtype=torch.float64).item()
+        centroids[j] = mean_of(points[labels == j])
+        inertia += sum((part - centroids[j]).square().sum(dtype=torch.float64).item()
+                       for part in in_parts(points[labels == j]))
     if not torch.is_tensor(x):
         centroids, labels = centroids.numpy(), labels.numpy()
     return centroids, labels, inertia
@@ -259,7 +267,8 @@ def describe(records, x, centroids, labels):
     clusters = []
     for j, centroid in enumerate(centroids):
         members = (labels == j).nonzero()[:, 0]
-        order = (x[members] - centroid).norm(dim=1).argsort(stable=True)[:3]
+        far = torch.cat([(part - centroid).norm(dim=1) for part in in_parts(x)])
+        order = far[members].argsort(stable=True)[:3]
         clusters.append({
             "size": len(members),
             "words": telling_words(words, (labels == j).tolist()) if len(members) else [],

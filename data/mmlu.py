@@ -9,6 +9,7 @@ eval_mmlu.py:
 """
 
 import csv
+import io
 
 LETTERS = ("A", "B", "C", "D")
 CATEGORIES = {  # the benchmark's own table; a subject outside it counts as "uncategorised"
@@ -36,19 +37,26 @@ def read_rows(path):
     if not path.is_file():
         raise ValueError(f"there is no {path}: --data takes a folder with dev/SUBJECT_dev.csv and "
                          "test/SUBJECT_test.csv, --subjects takes names of its files")
-    rows = []
+    rows, read, data = [], 0, path.read_bytes()
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.reader(file, strict=True):
-                if len(row) != 6:
-                    raise ValueError(f"{len(row)} columns, not question, 4 options and answer")
-                if row[5] not in LETTERS:
-                    raise ValueError(f"the answer is {row[5]!r}, not A, B, C or D")
-                rows.append(row)
+        for row in csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True):
+            read += 1
+            if not any(row):
+                continue  # a blank line, or the empty cells that a spreadsheet leaves
+            if len(row) != 6:
+                raise ValueError(f"{len(row)} columns, not question, 4 options and answer: "
+                                 f"{str(row)[:60]}")
+            if row[5] not in LETTERS:
+                raise ValueError(f"the answer is {row[5][:30]!r}, not A, B, C or D")
+            rows.append(row)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    except (csv.Error, ValueError) as error:
-        raise ValueError(f"{path}, row {len(rows) + 1}: {error}") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} is not UTF-8 text, line {line} holds the byte "
+                         f"{data[error.start]:#x}: save it as UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}, row {read + 1}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}, row {read}: {error}") from None
     if not rows:
         raise ValueError(f"{path} is empty")
     return rows
@@ -57,7 +65,8 @@ def read_rows(path):
 def read_questions(root, *, subjects=None, shots=5, limit=None):
     """({subject: test rows}, {subject: the first dev rows, the shots}), subjects in order."""
     if subjects is None:
-        subjects = [path.name.removesuffix("_test.csv") for path in root.glob("test/*_test.csv")]
+        subjects = [path.name.removesuffix("_test.csv") for path in root.glob("test/*_test.csv")
+                    if not path.name.startswith(".")]  # ._NAME is macOS's, not a subject
         if not subjects:
             raise ValueError(f"{root} has no test/SUBJECT_test.csv: give MMLU's folder as --data")
     questions, examples = {}, {}

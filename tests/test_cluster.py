@@ -23,7 +23,7 @@ from cluster import (
     tfidf_features,
 )
 from data.corpus import encode_prompts, read_records
-from tests.conftest import WORLD, asset, tiny_model
+from tests.conftest import WORLD, Watch, asset, tiny_model
 
 LAYERS = 2  # of tiny_model
 
@@ -475,3 +475,20 @@ def test_dolly_runs_with_a_real_model(tmp_path, capsys):
                                  "--weights", str(asset("stories260k")), "--max-seq-len", "128")
     assert status == 0 and 1 <= content["k"] <= 4 and len(content["labels"]) == 60
     assert np.sum(content["categories"]["table"]) == 60
+
+
+def alive_peak(work):
+    """The most bytes of tensors made by work() that were alive at one time."""
+    with Watch() as watch:
+        work()
+    return watch.peak
+
+
+def test_tfidf_and_kmeans_hold_little_more_than_their_matrix(tokenizer):
+    sequences, _ = encode_prompts(read_records(WORLD / "train.jsonl")[:3000], tokenizer, 128)
+    matrix = len(sequences) * tokenizer.vocab_size * 4
+    x = tfidf_features(sequences, tokenizer.vocab_size)
+    assert x.nbytes == matrix
+    assert alive_peak(lambda: tfidf_features(sequences, tokenizer.vocab_size)) < 1.1 * matrix
+    wide = torch.rand(600, 60000)  # parts of 32 MiB are small beside it
+    assert alive_peak(lambda: kmeans(wide, 2, n_init=2)) < 2.2 * wide.nbytes

@@ -541,3 +541,29 @@ def test_the_benchmark_finds_the_same_answers_both_ways(capsys):
                          "--layers", "1", "--repeats", "1", "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "4 prompts" in printed and "4 of 4 answers the same" in printed
+
+
+# ---------------------------------------------------------------- what editors and archives make
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text + b"\r\n", lambda text: b"\xef\xbb\xbf" + text,
+    lambda text: text + b",,,,,\n", lambda text: b"\n" + text], ids=range(4))
+def test_marks_of_editors_change_no_question(quiz, change):
+    plain = read_questions(quiz, shots=1)
+    for path in quiz.glob("*/anatomy*.csv"):
+        path.write_bytes(change(path.read_bytes()))
+    (quiz / "test" / "._anatomy_test.csv").write_bytes(b"\0\5\x16\7Mac OS X")
+    assert read_questions(quiz, shots=1) == plain
+
+
+@pytest.mark.parametrize("text, words", [
+    (b"question,A,B,C,D,answer\n", "row 1: the answer is 'answer', not A, B, C or D"),
+    (b"a,1,2,3,4,A\n\nb,1,2,3,4,0\n", "row 3: the answer is '0'"),
+    (b"a;1;2;3;4;A\n", "row 1: 1 columns, .*a;1;2;3;4;A"),
+    (b"a,1,2,3,4,A\nd\xe9j\xe0,1,2,3,4,A\n", "line 2 holds the byte 0xe9: save it as UTF-8"),
+    (b'a,1,2,3,4,A\n"b,1,2,3,4,A\n', "row 2: ")])
+def test_what_is_no_question_is_refused_with_its_row(quiz, text, words):
+    (quiz / "test" / "anatomy_test.csv").write_bytes(text)
+    with pytest.raises(ValueError, match=f"anatomy_test.csv.*{words}"):
+        read_questions(quiz, shots=1)

@@ -3,15 +3,12 @@
 import contextlib
 import copy
 import json
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train
 from data.corpus import Sequence, collate
@@ -28,7 +25,7 @@ from model import ModelArgs, Transformer, load_llama, save_llama
 from support import evaluation
 from support.device import DTYPES, autocast
 from support.memory import GIB, needs, new_model
-from tests.conftest import WORLD, tiny_model
+from tests.conftest import WORLD, Watch, tiny_model
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 SHAPE = dict(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=768, multiple_of=32,
@@ -112,33 +109,6 @@ def test_evaluation_takes_no_more_rows_at_a_time_than_training():
 
 
 # ---------------------------------------------------------------- what a step does not do
-
-
-class Watch(TorchDispatchMode):
-    """Bytes of every tensor made inside that is still alive, their peak, and what made each."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive, self.made = {}, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs or {}))
-                  if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if id(storage) not in inputs and id(storage) not in self.alive:
-                    self.made.append((func.overloadpacket.__name__, tuple(tensor.shape)))
-                    self.alive[id(storage)] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.freed, id(storage))
-        return out
-
-    def freed(self, key):
-        self.now -= self.alive.pop(key)
 
 
 def test_no_weight_of_the_base_is_copied_in_a_step():

@@ -158,8 +158,8 @@ def test_every_method_runs_through_every_tool(method, place, tmp_path, capsys):
     if method == "full":
         return
     adapter = str(tmp_path / "run" / "adapter.pt")
-    assert to_lora.main([adapter, str(tmp_path / "lora"), "--weights", weights, "--gate", "uniform",
-                         "--val-data", data, "--device", "cpu"]) == 0
+    assert to_lora.main([adapter, str(tmp_path / "lora"), "--weights", weights, "--constant",
+                         "uniform", "--val-data", data, "--device", "cpu"]) == 0
     held = train.METHODS[method].keys() <= set(official_adapter.SETTINGS_HELD)
     status = official_adapter.main([adapter, str(tmp_path / "theirs"), "--weights", weights])
     assert status == (0 if held else 2), capsys.readouterr().err

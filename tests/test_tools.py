@@ -471,7 +471,7 @@ def test_a_destination_that_exists_is_left_alone(hf, weights, tmp_path, capsys):
     adapter = make_adapter(weights, tmp_path / "adapter.pt")
     for tool, argv in [(import_hf, [hf, out]), (export_hf, [weights, out]),
                        (official_adapter, [adapter, out, "--weights", weights]),
-                       (to_lora, [adapter, out, "--weights", weights, "--gate", "uniform"])]:
+                       (to_lora, [adapter, out, "--weights", weights, "--constant", "uniform"])]:
         assert "exists already" in refused(capsys, tool, *argv)
     assert os.listdir(out) == ["mine"]
     assert "there is no folder" in refused(capsys, import_hf, hf, tmp_path / "absent" / "out")

@@ -196,8 +196,8 @@ def loss_of(model, tokenizer, records):
 def test_several_heads_become_one_lora_whose_printed_loss_is_its_own(
         weights, tokenizer, records, tmp_path, capsys, gate, share_a):
     path = make_adapter(weights, tmp_path / "a.pt", TARGETS, share_a=share_a)
-    argv = [path, tmp_path / "lora", "--weights", weights, "--gate", gate, "--val-data", records,
-            "--dtype", "fp32", "--device", "cpu"]
+    argv = [path, tmp_path / "lora", "--weights", weights, "--constant", gate, "--val-data",
+            records, "--dtype", "fp32", "--device", "cpu"]
     assert run(to_lora, *argv, *(["--data", records] if gate == "calibrated" else [])) == 0
     base, before, after = losses(capsys.readouterr().out)
     assert base == pytest.approx(loss_of(load_llama(weights)[0], tokenizer, RECORDS), abs=2e-4)
@@ -209,8 +209,8 @@ def test_several_heads_become_one_lora_whose_printed_loss_is_its_own(
 def test_the_calibrated_gate_is_the_mean_over_every_token_of_the_data(
         weights, tokenizer, records, tmp_path):
     path = make_adapter(weights, tmp_path / "a.pt", ("w1",))
-    run(to_lora, path, tmp_path / "lora", "--weights", weights, "--gate", "calibrated", "--data",
-        records, "--val-data", records)
+    run(to_lora, path, tmp_path / "lora", "--weights", weights, "--constant", "calibrated",
+        "--data", records, "--val-data", records)
     model, seen = tuned(weights, path), []
     layer = model.layers[0].feed_forward.w1
     layer.register_forward_hook(lambda _, x, y: seen.append((layer.router @ x[0][0].T).softmax(0)))
@@ -231,17 +231,18 @@ def test_a_learned_gate_is_not_exported_without_saying_how(weights, records, tmp
     def attempt(*more):
         return refused(capsys, to_lora, path, tmp_path / "lora", "--weights", weights, *more)
 
-    assert "3 heads and a router, which no single LoRA equals: choose --gate uniform" in attempt()
-    assert "--gate calibrated needs --data FILE" in attempt("--gate", "calibrated")
-    assert "give --val-data FILE" in attempt("--gate", "uniform")
-    assert "no data file" in attempt("--gate", "uniform", "--val-data", tmp_path / "absent")
+    said = attempt()
+    assert "3 heads and a router, which no single LoRA equals: choose --constant uniform" in said
+    assert "--constant calibrated needs --data FILE" in attempt("--constant", "calibrated")
+    assert "give --val-data FILE" in attempt("--constant", "uniform")
+    assert "no data file" in attempt("--constant", "uniform", "--val-data", tmp_path / "absent")
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "records.jsonl", "weights"]
 
 
 def test_without_val_data_a_share_of_the_data_is_held_out(weights, records, tmp_path, capsys):
     path = make_adapter(weights, tmp_path / "a.pt")
-    run(to_lora, path, tmp_path / "lora", "--weights", weights, "--gate", "calibrated", "--data",
-        records)
+    run(to_lora, path, tmp_path / "lora", "--weights", weights, "--constant", "calibrated",
+        "--data", records)
     assert "validation loss on 2 records" in capsys.readouterr().out  # 5 % of 40
 
 
@@ -395,3 +396,25 @@ def test_what_generate_cannot_do_is_said_in_one_line(weights, adapter, tmp_path,
 def test_generate_runs_in_bf16(weights, adapter, capsys):
     assert "adapter:" in spoken(capsys, "one", "--weights", weights, "--adapter", adapter,
                                 "--dtype", "bf16", "--max-new-tokens", 2)
+
+
+def test_pefts_config_names_the_base_and_a_tied_output_is_warned_about(weights, tmp_path, capsys):
+    make_adapter(weights, tmp_path / "a.pt", ("output",), heads=1)
+
+    def config_of(name, *flags):
+        assert run(to_lora, tmp_path / "a.pt", tmp_path / name, "--weights", weights, *flags) == 0
+        text = (tmp_path / name / "adapter_config.json").read_text()
+        return json.loads(text)["base_model_name_or_path"]
+
+    assert config_of("one") == "weights"
+    out = capsys.readouterr().out
+    assert "for the base weights (--base names another)" in out and "warning" not in out
+    assert config_of("two", "--base", "me/my-llama") == "me/my-llama"
+    shard = torch.load(weights / "consolidated.00.pth", weights_only=True)
+    (weights / "consolidated.00.pth").unlink()
+    torch.save({**shard, "output.weight": shard["tok_embeddings.weight"].clone()},
+               weights / "consolidated.00.pth")
+    make_adapter(weights, tmp_path / "a.pt", ("output",), heads=1)
+    capsys.readouterr()
+    config_of("three")
+    assert "warning: the base's output layer equals its embedding" in capsys.readouterr().out

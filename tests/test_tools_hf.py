@@ -206,7 +206,7 @@ def test_peft_has_the_loss_that_was_printed_for_several_heads(
     path = make_adapter(hf_weights, tmp_path / "a.pt", ALL, heads=3)
     records = tmp_path / "records.json"
     records.write_text(json.dumps(RECORDS))
-    run(to_lora, path, tmp_path / "lora", "--weights", hf_weights, "--gate", gate,
+    run(to_lora, path, tmp_path / "lora", "--weights", hf_weights, "--constant", gate,
         "--data", records, "--val-data", records)
     base, before, after = losses(capsys.readouterr().out)
     theirs = peft_model(tmp_path)

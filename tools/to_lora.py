@@ -1,11 +1,11 @@
 """HydraLoRA to one ordinary LoRA in PEFT's format, for servers that know nothing else.
 
-    python -m tools.to_lora adapter.pt lora --weights llama-2-7b --gate calibrated --data FILE
+    python -m tools.to_lora adapter.pt lora --weights llama-2-7b --constant calibrated --data FILE
 
 Tian et al., NeurIPS 2024, section 3.1: under a gate w that does not depend on the token,
 sum_i w_i B_i A is one LoRA with B = sum_i w_i B_i. So one head and the uniform gate are exported
-exactly. A learned gate cannot be: --gate says which constant takes its place, 1/N or each layer's
-mean gate on the data, and the validation loss before and after says what that costs.
+exactly. A learned gate cannot be: --constant says what takes its place, 1/N or each layer's mean
+gate on the data, and the validation loss before and after says what that costs.
 
 Shapes: N heads, R rank, I width in, O width out.
 """
@@ -59,7 +59,7 @@ def flatten(model, gates):
                               "alpha": config["alpha"] * rank / config["rank"]}
 
 
-def write_lora(model, folder):
+def write_lora(model, folder, base):
     """Writes the adapter of a model with one head as PEFT's adapter_model.safetensors and
     adapter_config.json."""
     config, tensors = model.hydralora_config, {}
@@ -69,10 +69,16 @@ def write_lora(model, folder):
         tensors[f"{prefix}.lora_B.weight"] = hf_rows(layer.lora_B[0], n_heads).cpu()
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
         "inference_mode": True, "r": config["rank"], "lora_alpha": config["alpha"],
         "lora_dropout": config["dropout"], "bias": "none", "fan_in_fan_out": False,
         "target_modules": [TARGETS[name] for name in config["targets"]]})
+
+
+def ties_output(model):
+    """Whether the output layer's weights equal the embedding's."""
+    output = hydra_layers(model)["output"].base.weight
+    return torch.equal(output, model.tok_embeddings.weight)
 
 
 def read_sequences(args, tokenizer, longest):
@@ -118,16 +124,17 @@ def approximate(args):
     with adapters_disabled(model):
         base = loss("base")
     before = loss("HydraLoRA")
-    flatten(model, constant_gates(model, calibration if args.gate == "calibrated" else None, args))
+    used = calibration if args.constant == "calibrated" else None
+    flatten(model, constant_gates(model, used, args))
     after = loss("one LoRA")
     return model, (f"validation loss on {len(val)} records: base {base:.4f}, HydraLoRA "
-                   f"{before:.4f}, this LoRA {after:.4f} (--gate {args.gate}, not exact)")
+                   f"{before:.4f}, this LoRA {after:.4f} (--constant {args.constant}, not exact)")
 
 
 def export(args):
-    """adapter.pt -> PEFT's folder; a learned gate without --gate raises ValueError."""
-    if args.gate == "calibrated" and not args.data:
-        raise ValueError("--gate calibrated needs --data FILE, the records to take the mean "
+    """adapter.pt -> PEFT's folder; a learned gate without --constant raises ValueError."""
+    if args.constant == "calibrated" and not args.data:
+        raise ValueError("--constant calibrated needs --data FILE, the records to take the mean "
                          "gate on")
     args.device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, args.device)
@@ -138,19 +145,24 @@ def export(args):
             config = load_adapter(model, args.adapter)
         check_settings(config, SETTINGS_HELD, "an ordinary LoRA")
         routed = any(layer.router is not None for layer in hydra_layers(model).values())
-        if routed and not args.gate:
+        if routed and not args.constant:
             raise ValueError(f"{args.adapter} has {config['heads']} heads and a router, which no "
-                             "single LoRA equals: choose --gate uniform, or --gate calibrated "
-                             "--data FILE, and read what it costs")
+                             "single LoRA equals: choose --constant uniform, or --constant "
+                             "calibrated --data FILE, and read what it costs")
         if routed:
             model, report = approximate(args)
         else:
             flatten(model, constant_gates(model, None, args))
             report = f"exact: {'one head' if config['heads'] == 1 else 'its gate is uniform'}"
-        write_lora(model, folder)
+        base = args.base or args.weights.resolve().name
+        write_lora(model, folder, base)
     config = model.hydralora_config
-    print(f"{report}\nwrote {args.out}: rank {config['rank']}, alpha {config['alpha']:g}, "
-          f"{len(hydra_layers(model))} layers")
+    print(report)
+    if "output" in config["targets"] and ties_output(model):
+        print("warning: the base's output layer equals its embedding. Hugging Face ties the two, "
+              "and merging this LoRA would change both: use it unmerged")
+    print(f"wrote {args.out}: rank {config['rank']}, alpha {config['alpha']:g}, "
+          f"{len(hydra_layers(model))} layers, for the base {base} (--base names another)")
 
 
 def main(argv=None):
@@ -159,8 +171,10 @@ def main(argv=None):
     p.add_argument("out", metavar="DST", type=Path, help="folder to make, in PEFT's format")
     p.add_argument("--weights", type=Path, default=WORLD / "base",
                    help="the base model, a folder in Meta's layout (the embedded world's)")
-    p.add_argument("--gate", choices=["uniform", "calibrated"],
+    p.add_argument("--constant", choices=["uniform", "calibrated"],
                    help="the constant gate: 1/N, or the mean on --data (none: refuse if needed)")
+    p.add_argument("--base", help="where PEFT finds the base, in Hugging Face's layout: "
+                   "base_model_name_or_path (the name of the --weights folder)")
     p.add_argument("--data", type=Path, help="records to calibrate the gate on (none)")
     p.add_argument("--val-data", type=Path,
                    help="records for the loss (5 %% of --data, else the embedded world's)")
