@@ -31,7 +31,6 @@ from support.device import add_device_flags, pick_device, pick_dtype
 from support.files import digest, write_json, write_text
 from support.run_folder import load_tuned
 from support.scores import compare, print_summary, summarise
-from support.weights import named_length
 
 QUESTION_KEYS = {"subject", "index", "prediction", "answer", "logprobs"}
 
@@ -115,11 +114,9 @@ def read_partial(path, settings):
     return done
 
 
-def answer_questions(model, tokenizer, questions, examples, *, batch_size, done, file,
-                     trained_on=None):
+def answer_questions(model, tokenizer, questions, examples, *, batch_size, done, file):
     """Completes `done`, {(subject, index): question}, and appends each new one to the file as a
-    line of JSON. Returns a Counter of how many shots the prompts kept, and under "longer" of how
-    many prompts are longer than the trained_on tokens that the model was made for."""
+    line of JSON. Returns a Counter of how many shots the prompts kept."""
     letters, kept = letter_ids(tokenizer), Counter()
     total = sum(map(len, questions.values()))
     with progress(total=total, initial=len(done), unit=" questions") as bar:
@@ -127,7 +124,6 @@ def answer_questions(model, tokenizer, questions, examples, *, batch_size, done,
             prompts = [encode_prompt(tokenizer, subject, examples[subject], row,
                                      model.args.max_seq_len) for row in rows]
             kept.update(shots for _, shots in prompts)
-            kept["longer"] += sum(len(ids) > (trained_on or len(ids)) for ids, _ in prompts)
             before = {index for name, index in done if name == subject}
             for batch, logprobs in score_prompts(model, prompts, letters, batch_size=batch_size,
                                                  done=before):
@@ -151,7 +147,6 @@ def score_questions(args):
     questions, examples = read_questions(args.data, subjects=args.subjects, shots=args.shots,
                                          limit=args.limit)
     model, tokenizer = load_tuned(args)
-    trained_on = named_length(args.weights)
     # what the answers depend on: a run goes on from a partial file only if all of it is the same
     deciding = {
         "weights_digest": digest(base_fingerprint(model)),
@@ -170,21 +165,16 @@ def score_questions(args):
     before, started = len(done), time.perf_counter()
     with open(partial, "a", encoding="utf-8") as file:
         kept = answer_questions(model, tokenizer, questions, examples, batch_size=args.batch_size,
-                                done=done, file=file, trained_on=trained_on)
+                                done=done, file=file)
     seconds = time.perf_counter() - started
-    longer = kept.pop("longer")
     # a shortened prompt lost shots, a cut one the beginning of its question too (kept is -1)
     result = {"settings": settings, **summarise([done[key] for key in sorted(done)]),
               "shots_dropped": sum((args.shots - max(k, 0)) * n for k, n in kept.items()),
               "prompts_shortened": sum(n for k, n in kept.items() if k < args.shots),
-              "prompts_cut": kept[-1], "prompts_longer_than_trained": longer,
-              "questions": [done[key] for key in sorted(done)]}
+              "prompts_cut": kept[-1], "questions": [done[key] for key in sorted(done)]}
     print_summary(result)
     print(f"{result['shots_dropped']} shots dropped from {result['prompts_shortened']} prompts too "
           f"long for {model.args.max_seq_len} tokens, {result['prompts_cut']} of them cut as well")
-    if longer:
-        print(f"{longer} prompts are longer than the {trained_on} tokens that the model was made "
-              "for (params.json)")
     print(f"{len(done) - before} questions in {seconds:.1f} s, "
           f"{(len(done) - before) / seconds:.1f} a second")
     write_json(args.out, result)

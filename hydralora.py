@@ -209,7 +209,7 @@ def load_adapter(model, path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         check_adapter(model, **content)
     except Exception as error:  # a damaged file raises almost anything
-        speaks = isinstance(error, (OSError, ValueError))
+        speaks = isinstance(error, (OSError, RuntimeError, ValueError))
         reason = str(error).split("\n")[0] if speaks else "it holds something else, or is damaged"
         raise ValueError(f"{path} is not an adapter of this project, or not one for this model: "
                          f"{reason}") from error

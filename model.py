@@ -185,6 +185,7 @@ class Transformer(nn.Module):
 # Meta splits a weight over the shards by rows (0) or columns (1); the norms are whole in each
 SPLIT_DIM = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1,
              "w1": 0, "w2": 1, "w3": 0, "output": 0}
+MOST_SPARE_ROWS = 999  # of an embedding beyond the tokenizer's pieces
 
 
 def read_params(directory, max_seq_len=None):
@@ -200,7 +201,6 @@ def read_params(directory, max_seq_len=None):
         raise ValueError(f"{path} is not a JSON object: {error}") from error
     if not isinstance(params, dict):
         raise ValueError(f"{path} is not a JSON object: found {type(params).__name__}")
-    params.pop("max_batch_size", None)  # of Meta's code, and nothing of the model
     if unknown := set(params) - {field.name for field in fields(ModelArgs)}:
         raise ValueError(f"{path} has keys this model does not know: {sorted(unknown)}")
     args = ModelArgs(**params)
@@ -218,14 +218,15 @@ def read_params(directory, max_seq_len=None):
 
 
 def open_shard(path):
-    """{name: tensor} of one shard, memory-mapped, but for rope.freqs, which is computed here (LLaMA
-    1 has one a layer). ValueError unless all are dense floating-point tensors whose values stand in
-    the file. hydralora.py has such checks too, so that either file can be copied alone."""
+    """{name: tensor} of one shard, memory-mapped, rope.freqs dropped. ValueError for anything but
+    dense floating-point tensors whose values all stand in the file: strides of zero could claim a
+    terabyte. hydralora.py has such checks of its own, so that either file can be copied alone."""
     try:
         shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # of half a dozen types, whose texts advise to trust the file
-        raise ValueError(f"{path} is not a whole PyTorch checkpoint of tensors alone: get it "
-                         "again") from error
+    except Exception as error:  # a damaged file raises half a dozen types
+        speaks = isinstance(error, (OSError, RuntimeError))
+        reason = str(error).split("\n")[0] if speaks else "it holds something else, or is damaged"
+        raise ValueError(f"{path} is not a whole PyTorch checkpoint: {reason}") from error
     if not isinstance(shard, dict):
         raise ValueError(f"{path} holds no tensors by name: found {type(shard).__name__}")
     for name, t in shard.items():
@@ -233,7 +234,7 @@ def open_shard(path):
                 t.layout == torch.strided and t.nbytes <= t.untyped_storage().nbytes()):
             raise ValueError(f"{path}: {name!r} is {type(t).__name__}, not a plain tensor of "
                              "floating-point numbers")
-    return {name: t for name, t in shard.items() if not name.endswith("rope.freqs")}
+    return {name: t for name, t in shard.items() if name != "rope.freqs"}  # computed here instead
 
 
 def read_shards(directory):
@@ -283,7 +284,7 @@ def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None):
     if missing or extra:
         raise ValueError(f"the tensors in {directory} do not fit its params.json: "
                          f"missing {missing[:4]}, extra {extra[:4]}")
-    if tokenizer.vocab_size > args.vocab_size:  # more rows than pieces are fine: none is drawn
+    if not 0 <= args.vocab_size - tokenizer.vocab_size <= MOST_SPARE_ROWS:
         raise ValueError(f"the tokenizer in {directory} has {tokenizer.vocab_size} pieces, the "
                          f"embedding {args.vocab_size} rows: they do not belong together, copy "
                          "the model's own tokenizer.model there")
@@ -324,8 +325,8 @@ class Tokenizer:
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:
-            raise ValueError(f"there is no tokenizer at {path}, or it is not a sentencepiece "
-                             "model: copy the model's own there") from error
+            raise ValueError(f"there is no tokenizer at {path}, or it is not a sentencepiece model "
+                             f"({error}): copy the model's own there") from error
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no BOS or no EOS, so it is no LLaMA tokenizer")
@@ -336,8 +337,8 @@ class Tokenizer:
         return [self.bos_id] * bos + self.model.encode(text) + [self.eos_id] * eos
 
     def decode(self, ids):
-        """The text of the ids; BOS, EOS and rows without a piece have none."""
-        return self.model.decode([i for i in ids if i < self.vocab_size])
+        """The text of the ids; BOS and EOS have none."""
+        return self.model.decode(ids)
 
 
 # ---------------------------------------------------------------- generation
@@ -374,8 +375,7 @@ def generate_tokens(model, tokenizer, ids, *, max_new_tokens, temperature=0.0, t
     for step in range(max_new_tokens):
         h = model.hidden_states(tokens, cache, positions)
         h = h[torch.arange(len(ids), device=device), last]  # (B, D)
-        logits = model.output(h)[:, :tokenizer.vocab_size]  # rows without a piece are not drawn
-        tokens = sample(logits, temperature, top_p, generators)[:, None]
+        tokens = sample(model.output(h), temperature, top_p, generators)[:, None]
         done |= tokens[:, 0] == tokenizer.eos_id
         if done.all():
             return

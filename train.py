@@ -29,7 +29,6 @@ from support.cli import Parser, add_strict_flag, progress, run_script, signal_nu
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
 from support.evaluation import HEAD_CHUNK
 from support.refusals import refuse_impossible
-from support.weights import explained_weights, shown_length
 
 # without --weights: the embedded world
 WORLD_RECIPE = dict(weights=str(WORLD / "base"), data=str(WORLD / "train.jsonl"), lr=4e-3,
@@ -136,11 +135,10 @@ def load_base(args):
     """(base model on the device, tokenizer)."""
     # full: the weights that train are fp32, only their products are in --dtype
     dtype = torch.float32 if args.method == "full" else DTYPES[args.dtype]
-    with explained_weights(args.weights):
-        model, tokenizer = load_llama(args.weights, device=args.device, dtype=dtype)
+    model, tokenizer = load_llama(args.weights, device=args.device, dtype=dtype)
     if (args.max_seq_len or 0) > model.args.max_seq_len:
-        raise ValueError(f"--max-seq-len {args.max_seq_len} is more than the model's "
-                         f"{shown_length(model.args, args.weights)}: give less")
+        raise ValueError(f"--max-seq-len {args.max_seq_len} is more than the "
+                         f"{model.args.max_seq_len} of the model in {args.weights}: give less")
     if args.method != "full" and args.rank > model.args.ffn_dim:
         raise ValueError(f"--rank {args.rank} is more than any layer in {args.weights} is wide "
                          f"({model.args.ffn_dim}): give less")
@@ -302,8 +300,7 @@ def run_training(args):
     """One run from the settings to the files; returns (exit status, content of run.json)."""
     if args.dry_run:
         from support.memory import print_needs
-        with explained_weights(args.weights):
-            print_needs(args, adapter_settings(args), MAX_SEQ_LEN)
+        print_needs(args, adapter_settings(args), MAX_SEQ_LEN)
         return 0, None
     torch.manual_seed(args.seed)
     out = run_folder.check_out(args)

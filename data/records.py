@@ -91,9 +91,6 @@ def read_rows(path):
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    if text.startswith("version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
-                         "its repository, or download the file")
     if text.lstrip().startswith("["):
         rows = [(f"record {i}", row) for i, row in enumerate(parse(text, path), start=1)]
     else:  # split at newlines only: str.splitlines would cut inside a string at U+2028

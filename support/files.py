@@ -126,8 +126,8 @@ def read_torch(path, kind, mmap=False):
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # a damaged file raises half a dozen types
         reason = "it holds more than tensors and plain values, or is damaged"
-        if isinstance(error, OSError):  # the others' texts say to trust it, or nothing
-            reason = error.strerror or str(error)
+        if isinstance(error, (OSError, RuntimeError)):  # the others say to trust it, or nothing
+            reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is not {kind}: {reason}") from error
 
 

@@ -18,7 +18,6 @@ import torch
 from hydralora import add_hydralora, hydra_layers
 from model import Tokenizer, Transformer, read_params
 from support.evaluation import HEAD_CHUNK
-from support.weights import shown_length
 
 GIB = 2**30
 # Assumed, not computed: CUDA's context and libraries, and the allocator's loss to fragmentation.
@@ -180,5 +179,5 @@ def print_needs(args, settings, max_seq_len):
         fits = [need.longest(args.gpu_memory * GIB, args.batch_size) for need in both]
         print(f"{f'longest sequence in {args.gpu_memory:g} GiB, tokens':36}"
               + "".join(f"{tokens if tokens else 'none':>10}" for tokens in fits)
-              + f"  (the model's longest: {shown_length(model.args, args.weights)})")
+              + f"  (the model was made for {model.args.max_seq_len})")
     return both

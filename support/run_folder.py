@@ -39,7 +39,6 @@ from support.files import (
     write_file,
     write_text,
 )
-from support.weights import explained_adapter, explained_weights
 
 RUN_FILES = ("run.json", "checkpoint.pt", "log.csv", "adapter.pt", "params.json",
              "consolidated.00.pth", "tokenizer.model")
@@ -147,12 +146,10 @@ def compare_runs(weights, adapter):
 def load_tuned(args):
     """(model with its adapter, ready for evaluation, tokenizer), each compared with the run.json
     that describes it. args has weights, adapter (or None), device, dtype and max_seq_len."""
-    with explained_weights(args.weights):
-        model, tokenizer = load_llama(args.weights, device=args.device, dtype=DTYPES[args.dtype],
-                                      max_seq_len=args.max_seq_len)
+    model, tokenizer = load_llama(args.weights, device=args.device, dtype=DTYPES[args.dtype],
+                                  max_seq_len=args.max_seq_len)
     if args.adapter:
-        with explained_adapter(args.adapter):
-            load_adapter(model, args.adapter)
+        load_adapter(model, args.adapter)
     compare_runs(args.weights, args.adapter)
     return model.eval(), tokenizer
 

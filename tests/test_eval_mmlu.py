@@ -1,10 +1,9 @@
-"""eval_mmlu.py, data/mmlu.py, support/scores.py: prompts, scores, intervals, resuming."""
+"""eval_mmlu.py, data/questions.py, data/scores.py: prompts, scores, intervals, resuming."""
 
 import csv
 import hashlib
 import json
 import math
-import shutil
 import subprocess
 import sys
 
@@ -332,17 +331,6 @@ def test_dropped_shots_are_counted_and_printed(evaluate, tokenizer, capsys):
     assert result["shots_dropped"] == sum(3 - k for k in kept) > 0
     assert f"{result['shots_dropped']} shots dropped from" in capsys.readouterr().out
     assert evaluate("--max-seq-len", 40)[1]["prompts_cut"] == 11
-
-
-def test_prompts_longer_than_the_model_was_made_for_are_counted(evaluate, weights, tmp_path,
-                                                                capsys):
-    short = shutil.copytree(weights, tmp_path / "short")
-    params = json.loads((short / "params.json").read_text())
-    (short / "params.json").write_text(json.dumps({**params, "max_seq_len": 100}))
-    _, result = evaluate("--weights", short, "--max-seq-len", 512)
-    assert result["prompts_longer_than_trained"] == 11 and result["shots_dropped"] == 0
-    assert "11 prompts are longer than the 100 tokens that the model" in capsys.readouterr().out
-    assert evaluate()[1]["prompts_longer_than_trained"] == 0
 
 
 def test_every_flag_has_its_effect(evaluate, quiz, tmp_path, monkeypatch):

@@ -679,10 +679,10 @@ KEY = "layers.0.feed_forward.w1.lora_A"
 RESUME = ["--out", "stopped", "--resume"]
 T, C, E = "train.py", "cluster.py", "eval_mmlu.py"
 BAD = {
-    "weights absent": (T, nothing, ["--weights", "absent"], "absent does not exist"),
+    "weights absent": (T, nothing, ["--weights", "absent"], "absent has no params.json"),
     "weights empty": (T, lambda place: (place / "empty").mkdir(), ["--weights", "empty"],
                       "give the folder of a checkpoint"),
-    "weights are a file": (T, nothing, ["--weights", "data.jsonl"], "data.jsonl is a file"),
+    "weights are a file": (T, nothing, ["--weights", "data.jsonl"], "no params.json"),
     "shard missing": (T, remove(SHARD), [], "needs the shards consolidated.00.pth", "found none"),
     "shard gap": (T, lambda place: (place / SHARD).rename(place / "w" / "consolidated.02.pth"), [],
                   "without a gap", "consolidated.02.pth"),
@@ -750,7 +750,7 @@ BAD = {
     "rate negative": (T, nothing, ["--lr", "-1"], "--lr must be positive"),
     "alpha 0": (T, nothing, ["--alpha", "0"], "--alpha must be positive"),
     "accumulation 0": (T, nothing, ["--grad-accum", "0"], "--grad-accum must be at least 1"),
-    "length beyond the model": (T, nothing, ["--max-seq-len", "999"], "more than the model's 128"),
+    "length beyond the model": (T, nothing, ["--max-seq-len", "999"], "more than the 128"),
     "seed negative": (T, nothing, ["--seed", "-1"], "--seed must be from 0"),
     "flag unknown": (T, nothing, ["--hedas", "2"], "--hedas", "--help"),
     "flag abbreviated": (T, nothing, ["--over"], "--over"),
@@ -789,7 +789,7 @@ BAD = {
                                      "run/adapter.pt is not an adapter"),
     "adapter is text": (E, nothing, ["--adapter", "data.jsonl"], "not an adapter", "or is damaged"),
     "weights of the quiz absent": (E, nothing, ["--weights", "absent", "--adapter",
-                                                "run/adapter.pt"], "absent does not exist"),
+                                                "run/adapter.pt"], "absent has no params.json"),
     "adapter truncated": (E, truncate(ADAPTER), ["--adapter", ADAPTER], "is not an adapter"),
     "adapter is a shard": (E, nothing, ["--adapter", SHARD], "is not an adapter"),
     "adapter of another model": (E, change(SHARD, lambda s: s["norm.weight"].mul_(2)),

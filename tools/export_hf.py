@@ -18,7 +18,6 @@ import torch
 from model import load_llama
 from support.cli import Parser, run_script
 from support.files import new_folder, write_json
-from support.weights import explained_weights
 from tools.hf_layout import hf_rows, rotary_heads, tensor_names, write_safetensors
 
 
@@ -48,8 +47,7 @@ def export_folder(source, out):
     """Writes the checkpoint in `source` to the new folder `out` in Hugging Face's layout, every
     number in its dtype. Raises ValueError or OSError, leaving nothing behind."""
     with new_folder(out) as folder:
-        with explained_weights(source):
-            model, tokenizer = load_llama(source)
+        model, tokenizer = load_llama(source)
         state = dict(model.named_parameters())
         tied = torch.equal(state["output.weight"], state["tok_embeddings.weight"])
         if tied:

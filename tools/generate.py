@@ -26,7 +26,6 @@ from support.cli import Parser, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
 from support.evaluation import most_divided
 from support.run_folder import load_tuned
-from support.weights import shown_length
 
 ADAPTER, MADE_BY = Path("runs/hydralora/adapter.pt"), "python train.py --heads 3 --rank 8"
 FAMILIES_SHOWN = 4  # of the embedded world: a record of each is answered without a prompt
@@ -118,9 +117,9 @@ def talk(model, tokenizer, prompt, args):
     """Answers one prompt: with the adapter if there is one, with --compare without it first."""
     ids = tokenizer.encode(prompt) + [tokenizer.eos_id] * (not args.raw)
     if len(ids) + args.max_new_tokens > model.args.max_seq_len:
-        longest = shown_length(model.args, args.weights)
         raise ValueError(f"the prompt's {len(ids)} tokens and --max-new-tokens "
-                         f"{args.max_new_tokens} exceed the model's {longest}: shorten one of them")
+                         f"{args.max_new_tokens} exceed the model's {model.args.max_seq_len}: "
+                         "shorten one of them")
     if args.compare:
         print("base:     ", end="")
         with adapters_disabled(model):

@@ -18,7 +18,6 @@ import torch
 from model import ModelArgs, Tokenizer, Transformer, save_llama
 from support.cli import Parser, run_script
 from support.files import new_folder, read_json, writing
-from support.weights import refuse_lfs_pointer
 from tools.hf_layout import (
     DTYPE_NAMES,
     meta_rows,
@@ -30,7 +29,6 @@ from tools.hf_layout import (
 )
 
 DROPPED_SUFFIX = ".rotary_emb.inv_freq"  # a buffer that old checkpoints hold, computed here
-FIRST_SPELLING = "LLaMAForCausalLM"  # of the same architecture, in the first conversions
 
 
 def read_config(path):
@@ -59,8 +57,7 @@ def read_config(path):
                      ffn_dim_multiplier=width / usual if usual > width else None,
                      norm_eps=number("rms_norm_eps", 1e-6, whole=False),
                      rope_theta=number("rope_theta", 10000.0, whole=False),
-                     max_seq_len=number("max_position_embeddings",
-                                        config.get("max_sequence_length") or 2048))
+                     max_seq_len=number("max_position_embeddings", 2048))
     return args, bool(config.get("tie_word_embeddings", False))
 
 
@@ -76,7 +73,6 @@ def check_architecture(config, path):
     scaling = rope(config).get("rope_type", rope(config).get("type", "default"))
     partial = rope(config).get("partial_rotary_factor", config.get("partial_rotary_factor"))
     heads = config.get("architectures") or ["LlamaForCausalLM"]
-    heads = ["LlamaForCausalLM" if name == FIRST_SPELLING else name for name in heads]
     refused = {
         f"the architecture is {kind!r}, not 'llama'": kind != "llama",
         f"the model is {heads}, not LlamaForCausalLM": heads != ["LlamaForCausalLM"],
@@ -100,8 +96,8 @@ def read_bin(path):
         tensors = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        raise ValueError(f"{path} is not a file of tensors alone, or is damaged: get it "
-                         "again") from error
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} is not a file of tensors alone: {reason[:200]}") from None
     if not isinstance(tensors, dict):
         raise ValueError(f"{path} holds a {type(tensors).__name__}, not a dict of tensors")
     for name, tensor in tensors.items():
@@ -199,28 +195,11 @@ def find_tokenizer(source, given, vocab_size):
             "take it from the model's original repository, or name it with --tokenizer; a model "
             "that never had one (SmolLM, Llama 3) cannot be used here" if not given else
             f"--tokenizer: there is no file {path}")
-    refuse_lfs_pointer(path)
     pieces = Tokenizer(path).vocab_size
     if pieces > vocab_size:
         raise ValueError(f"{path} has {pieces} pieces, the embedding {vocab_size} rows: they do "
                          "not belong together")
     return path
-
-
-def name_what_stays_behind(source, config, pieces):
-    """Prints what of the folder the import does not carry over, and what follows from it."""
-    if config["vocab_size"] > pieces:
-        print(f"note: the embedding has {config['vocab_size'] - pieces} rows more than the "
-              f"tokenizer has pieces ({pieces}): no text is encoded to them, and none is drawn")
-    if (source / "added_tokens.json").is_file():
-        names = ", ".join(list(read_json(source / "added_tokens.json"))[:4])
-        print(f"note: added_tokens.json is not carried over ({names}): in a prompt they are "
-              "ordinary text")
-    ends = config.get("eos_token_id")
-    for end in ends if isinstance(ends, list) else [ends]:
-        if isinstance(end, int) and end >= pieces:
-            print(f"note: eos_token_id {end} is beyond the tokenizer's pieces: an answer ends at "
-                  "the tokenizer's own EOS instead, or after --max-new-tokens")
 
 
 def import_folder(source, out, tokenizer=None):
@@ -231,12 +210,8 @@ def import_folder(source, out, tokenizer=None):
         if not (source / "config.json").is_file():
             raise ValueError(f"{source} has no config.json: give the folder of a Hugging Face "
                              "checkpoint (config.json, model*.safetensors, tokenizer.model)")
-        for path in sorted(source.iterdir()):
-            refuse_lfs_pointer(path)
         args, tied = read_config(source / "config.json")
         tokenizer = find_tokenizer(source, tokenizer, args.vocab_size)
-        name_what_stays_behind(source, read_json(source / "config.json"),
-                               Tokenizer(tokenizer).vocab_size)
         state = check_weights(read_weights(source), args, tied, source)
         print(f"{source}: {args.n_layers} layers, width {args.dim}, feed-forward {args.ffn_dim}, "
               f"{args.n_heads} heads on {args.n_kv_heads}, vocabulary {args.vocab_size}, "

@@ -25,7 +25,6 @@ from support.device import add_device_flags, pick_device, pick_dtype
 from support.evaluation import EVAL_BATCH, evaluate, routing_report
 from support.files import new_folder, write_json
 from support.run_folder import load_tuned
-from support.weights import explained_adapter, explained_weights
 from tools.hf_layout import (
     TARGETS,
     check_settings,
@@ -139,10 +138,8 @@ def export(args):
     args.device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, args.device)
     with new_folder(args.out) as folder:
-        with explained_weights(args.weights):
-            model, _ = load_llama(args.weights)
-        with explained_adapter(args.adapter):
-            config = load_adapter(model, args.adapter)
+        model, _ = load_llama(args.weights)
+        config = load_adapter(model, args.adapter)
         check_settings(config, SETTINGS_HELD, "an ordinary LoRA")
         routed = any(layer.router is not None for layer in hydra_layers(model).values())
         if routed and not args.constant:
