@@ -29,6 +29,7 @@ from model import Tokenizer, load_llama, read_params
 from support.cli import Parser, check_least, progress, run_script
 from support.cluster_scores import ari, contingency, nmi, silhouette
 from support.device import pick_device
+from support.explain import explained, model_length, stated_length
 from support.files import check_tensors, read_torch, write_file, write_text
 
 MAX_PIECES = 4096  # TF-IDF columns: 15,000 records stay below 250 MB
@@ -391,14 +392,17 @@ def check_paths_and_numbers(args):
 def cluster_records(args):
     check_paths_and_numbers(args)
     device = pick_device(args.device)
-    records = read_records(args.data)
-    max_seq_len = read_params(args.weights, args.max_seq_len).max_seq_len
-    if args.features == "hidden":
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        model, tokenizer = load_llama(args.weights, device=device, dtype=dtype,
-                                      max_seq_len=max_seq_len)
-    else:
-        model, tokenizer = None, Tokenizer(Path(args.weights) / "tokenizer.model")
+    with explained(weights=args.weights, data=[args.data]):
+        records = read_records(args.data)
+        max_seq_len = read_params(args.weights, args.max_seq_len).max_seq_len
+        if args.features == "hidden":
+            dtype = torch.float32 if device == "cpu" else torch.bfloat16
+            model, tokenizer = load_llama(args.weights, device=device, dtype=dtype,
+                                          max_seq_len=max_seq_len)
+        else:
+            model, tokenizer = None, Tokenizer(Path(args.weights) / "tokenizer.model")
+    if not args.max_seq_len and not stated_length(args.weights):
+        print(f"prompts are cut to {model_length(args.weights, max_seq_len)}")
     result = choose_heads(records, model, tokenizer, k_max=args.k_max, seed=args.seed,
                           features=args.features, layer=args.layer, batch_size=args.batch_size,
                           max_seq_len=max_seq_len, cache=args.cache)

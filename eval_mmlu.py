@@ -28,6 +28,7 @@ from data.mmlu import LETTERS, encode_prompt, letter_ids, read_questions
 from hydralora import base_fingerprint
 from support.cli import Parser, check_least, progress, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
+from support.explain import model_length, stated_length
 from support.files import digest, write_json, write_text
 from support.run_folder import load_tuned
 from support.scores import compare, print_summary, summarise
@@ -116,14 +117,15 @@ def read_partial(path, settings):
 
 def answer_questions(model, tokenizer, questions, examples, *, batch_size, done, file):
     """Completes `done`, {(subject, index): question}, and appends each new one to the file as a
-    line of JSON. Returns a Counter of how many shots the prompts kept."""
-    letters, kept = letter_ids(tokenizer), Counter()
+    line of JSON. Returns a Counter of how many shots the prompts kept, and one of their tokens."""
+    letters, kept, lengths = letter_ids(tokenizer), Counter(), Counter()
     total = sum(map(len, questions.values()))
     with progress(total=total, initial=len(done), unit=" questions") as bar:
         for subject, rows in questions.items():
             prompts = [encode_prompt(tokenizer, subject, examples[subject], row,
                                      model.args.max_seq_len) for row in rows]
             kept.update(shots for _, shots in prompts)
+            lengths.update(len(ids) for ids, _ in prompts)
             before = {index for name, index in done if name == subject}
             for batch, logprobs in score_prompts(model, prompts, letters, batch_size=batch_size,
                                                  done=before):
@@ -139,7 +141,21 @@ def answer_questions(model, tokenizer, questions, examples, *, batch_size, done,
                 right = sum(q["prediction"] == q["answer"] for q in done.values())
                 bar.set_postfix_str(f"accuracy {right / len(done):.2%}", refresh=False)
                 bar.update(len(done) - bar.n)
-    return kept
+    return kept, lengths
+
+
+def print_lengths(weights, asked, longest, lengths):
+    """Says what limits the prompts, where it is not the model's own length; where it is more than
+    that, how many of the prompts {tokens: count} are longer. Returns that number, or None."""
+    stated = stated_length(weights)
+    if not asked and not stated:
+        print(f"the limit is {model_length(weights, longest)}")
+    if not stated or longest <= stated:
+        return None
+    beyond = sum(count for length, count in lengths.items() if length > stated)
+    print(f"{beyond} of {sum(lengths.values())} prompts are longer than the {stated} tokens that "
+          "the model was made for (max_seq_len in its params.json)")
+    return beyond
 
 
 def score_questions(args):
@@ -164,8 +180,8 @@ def score_questions(args):
     write_text(partial, head)
     before, started = len(done), time.perf_counter()
     with open(partial, "a", encoding="utf-8") as file:
-        kept = answer_questions(model, tokenizer, questions, examples, batch_size=args.batch_size,
-                                done=done, file=file)
+        kept, lengths = answer_questions(model, tokenizer, questions, examples,
+                                         batch_size=args.batch_size, done=done, file=file)
     seconds = time.perf_counter() - started
     # a shortened prompt lost shots, a cut one the beginning of its question too (kept is -1)
     result = {"settings": settings, **summarise([done[key] for key in sorted(done)]),
@@ -175,6 +191,8 @@ def score_questions(args):
     print_summary(result)
     print(f"{result['shots_dropped']} shots dropped from {result['prompts_shortened']} prompts too "
           f"long for {model.args.max_seq_len} tokens, {result['prompts_cut']} of them cut as well")
+    result["prompts_beyond_the_model"] = print_lengths(args.weights, args.max_seq_len,
+                                                       model.args.max_seq_len, lengths)
     print(f"{len(done) - before} questions in {seconds:.1f} s, "
           f"{(len(done) - before) / seconds:.1f} a second")
     write_json(args.out, result)
