@@ -144,12 +144,10 @@ def answer_questions(model, tokenizer, questions, examples, *, batch_size, done,
     return kept, lengths
 
 
-def print_lengths(weights, asked, longest, lengths):
-    """Says what limits the prompts, where it is not the model's own length; where it is more than
-    that, how many of the prompts {tokens: count} are longer. Returns that number, or None."""
+def count_beyond(weights, longest, lengths):
+    """How many of the prompts {tokens: count} are longer than the model was made for, and says so;
+    None where that is not known, or prompts may not be longer."""
     stated = stated_length(weights)
-    if not asked and not stated:
-        print(f"the limit is {model_length(weights, longest)}")
     if not stated or longest <= stated:
         return None
     beyond = sum(count for length, count in lengths.items() if length > stated)
@@ -173,6 +171,8 @@ def score_questions(args):
                 "data": str(args.data), "device": args.device, "batch_size": args.batch_size,
                 **deciding}
     print("\n".join(f"{key:16}{value}" for key, value in settings.items()))
+    if not args.max_seq_len and not stated_length(args.weights):
+        print(f"prompts may have {model_length(args.weights, model.args.max_seq_len)}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{args.out}.partial")
     done = read_partial(partial, deciding)
@@ -191,8 +191,7 @@ def score_questions(args):
     print_summary(result)
     print(f"{result['shots_dropped']} shots dropped from {result['prompts_shortened']} prompts too "
           f"long for {model.args.max_seq_len} tokens, {result['prompts_cut']} of them cut as well")
-    result["prompts_beyond_the_model"] = print_lengths(args.weights, args.max_seq_len,
-                                                       model.args.max_seq_len, lengths)
+    result["prompts_beyond"] = count_beyond(args.weights, model.args.max_seq_len, lengths)
     print(f"{len(done) - before} questions in {seconds:.1f} s, "
           f"{(len(done) - before) / seconds:.1f} a second")
     write_json(args.out, result)

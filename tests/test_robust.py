@@ -1020,6 +1020,29 @@ def test_activations_may_be_recomputed_from_the_checkpoint_on(made, place, monke
     assert result["fingerprints"]["adapter"] == base
 
 
+def test_a_length_that_is_a_default_does_not_become_the_tuned_models_own(made, place, capsys):
+    for folder in ("stated", "unsaid"):
+        if folder == "unsaid":
+            unsaid_length(place)
+        assert train.main([*made[1], "--method", "full", "--max-steps", "1", "--out", folder]) == 0
+    stated, unsaid = (json.loads((place / folder / "params.json").read_text())
+                      for folder in ("stated", "unsaid"))
+    assert stated.pop("max_seq_len") == 128 and stated == unsaid
+    assert load_llama(place / "unsaid")[0].args.max_seq_len == 4096
+    capsys.readouterr()
+    assert cluster.main(["--weights", "unsaid", "--data", "data.jsonl", "--k-max", "1", "--device",
+                         "cpu", "--out", "c.json"]) == 0
+    assert "prompts are cut to 4096, a default" in capsys.readouterr().out
+
+
+def test_a_tokenizer_much_smaller_than_the_embedding_is_asked_about(made, place, capsys):
+    for rows, warned in ((800, False), (2000, True)):
+        save_llama(tiny_model(n_layers=1, vocab_size=rows), TOKENIZER, place / "w")
+        assert train.main([*made[1], "--out", f"{rows}"]) == 0
+        want = f"warning: {rows - 768} of the embedding's {rows} rows have no piece"
+        assert (want in capsys.readouterr().out) == warned
+
+
 # ---------------------------------------------------------------- fingerprints
 
 

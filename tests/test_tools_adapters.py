@@ -377,6 +377,11 @@ def test_what_generate_cannot_do_is_said_in_one_line(weights, adapter, tmp_path,
     one = make_adapter(weights, tmp_path / "one.pt", heads=1)
     assert "exceed the 128 of the model in" in attempt("--weights", weights,
                                                         "--max-new-tokens", 126)
+    params = json.loads((weights / "params.json").read_text())
+    del params["max_seq_len"]
+    (weights / "params.json").write_text(json.dumps(params))
+    assert "exceed 4096, a default, since" in attempt("--weights", weights,
+                                                      "--max-new-tokens", 4096)
     assert "exceed --max-seq-len 8: shorten" in attempt("--weights", weights, "--max-new-tokens", 6,
                                               "--max-seq-len", 8)
     assert "--compare needs --adapter" in attempt("--weights", weights, "--compare")
