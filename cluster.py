@@ -29,7 +29,7 @@ from model import Tokenizer, load_llama, read_params
 from support.cli import Parser, check_least, progress, run_script
 from support.cluster_scores import ari, contingency, nmi, silhouette
 from support.device import pick_device
-from support.explain import explained, model_length, stated_length
+from support.explain import explained, print_default_length
 from support.files import check_tensors, read_torch, write_file, write_text
 
 MAX_PIECES = 4096  # TF-IDF columns: 15,000 records stay below 250 MB
@@ -401,8 +401,7 @@ def cluster_records(args):
                                           max_seq_len=max_seq_len)
         else:
             model, tokenizer = None, Tokenizer(Path(args.weights) / "tokenizer.model")
-    if not args.max_seq_len and not stated_length(args.weights):
-        print(f"prompts are cut to {model_length(args.weights, max_seq_len)}")
+    print_default_length(args.weights, max_seq_len, args.max_seq_len)
     result = choose_heads(records, model, tokenizer, k_max=args.k_max, seed=args.seed,
                           features=args.features, layer=args.layer, batch_size=args.batch_size,
                           max_seq_len=max_seq_len, cache=args.cache)

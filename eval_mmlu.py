@@ -28,7 +28,7 @@ from data.mmlu import LETTERS, encode_prompt, letter_ids, read_questions
 from hydralora import base_fingerprint
 from support.cli import Parser, check_least, progress, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
-from support.explain import model_length, stated_length
+from support.explain import explained, print_default_length, stated_length
 from support.files import digest, write_json, write_text
 from support.run_folder import load_tuned
 from support.scores import compare, print_summary, summarise
@@ -158,8 +158,9 @@ def count_beyond(weights, longest, lengths):
 
 def score_questions(args):
     """Measures what the arguments say, from where a stopped run was, and writes args.out."""
-    questions, examples = read_questions(args.data, subjects=args.subjects, shots=args.shots,
-                                         limit=args.limit)
+    with explained(data=args.data.rglob("*.csv")):
+        questions, examples = read_questions(args.data, subjects=args.subjects, shots=args.shots,
+                                             limit=args.limit)
     model, tokenizer = load_tuned(args)
     # what the answers depend on: a run goes on from a partial file only if all of it is the same
     deciding = {
@@ -171,8 +172,7 @@ def score_questions(args):
                 "data": str(args.data), "device": args.device, "batch_size": args.batch_size,
                 **deciding}
     print("\n".join(f"{key:16}{value}" for key, value in settings.items()))
-    if not args.max_seq_len and not stated_length(args.weights):
-        print(f"prompts may have {model_length(args.weights, model.args.max_seq_len)}")
+    print_default_length(args.weights, model.args.max_seq_len, args.max_seq_len)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{args.out}.partial")
     done = read_partial(partial, deciding)

@@ -66,6 +66,9 @@ def file_for_folder(path):
     """What to do with a file that was given as the weights."""
     if path.name == "params.json" or path.name.startswith("consolidated."):
         return f"{path} is a file: give its folder, {path.parent}"
+    if (path.parent / "config.json").is_file():
+        return (f"{path} is a file of Hugging Face's layout: `python -m tools.import_hf "
+                f"{path.parent} NEW_FOLDER` makes a folder of it that can be given here")
     if path.suffix in (".pt", ".bin"):
         return (f"{path} is a file: give a folder in Meta's layout; of a checkpoint of llama2.c "
                 f"`python -m tools.import_llama2c {path} TOKENIZER.model NEW_FOLDER` makes one")
@@ -277,3 +280,9 @@ def model_length(weights, length):
         return f"the {length} of the model in {weights}"
     return (f"{length}, a default, since {weights}/params.json says no length (where the model was "
             "made for another, write it there as max_seq_len; LLaMA 1: 2048, CodeLlama: 16384)")
+
+
+def print_default_length(weights, length, asked=None):
+    """A line about a length that is neither the model's own nor asked for."""
+    if not asked and not stated_length(weights):
+        print(f"prompts may have {model_length(weights, length)}")

@@ -789,6 +789,9 @@ BAD = {
     "a name of a hub, clustered": (C, nothing, ["--weights", "meta-llama/Llama-2-7b"],
                                    "there is no folder meta-llama/Llama-2-7b", "are not fetched"),
     "dry run of nothing": (T, nothing, ["--dry-run", "--weights", "absent"], "no folder absent"),
+    "weights are a file of hugging face": (T, folder_of(config__json="{}", a__safetensors="x"), [
+        "--weights", "other/a.safetensors"], "python -m tools.import_hf other"),
+    "quiz a pointer": (E, pointer("quiz/test/art_test.csv"), [], "art_test.csv is a Git LFS"),
     "weights are a shard": (T, nothing, ["--weights", SHARD], "is a file: give its folder, w"),
     "weights of hugging face": (T, folder_of(config__json="{}"), ["--weights", "other"],
                                 "python -m tools.import_hf other"),
@@ -1032,7 +1035,9 @@ def test_a_length_that_is_a_default_does_not_become_the_tuned_models_own(made, p
     capsys.readouterr()
     assert cluster.main(["--weights", "unsaid", "--data", "data.jsonl", "--k-max", "1", "--device",
                          "cpu", "--out", "c.json"]) == 0
-    assert "prompts are cut to 4096, a default" in capsys.readouterr().out
+    assert "prompts may have 4096, a default" in capsys.readouterr().out
+    assert train.main([*made[1], "--weights", "unsaid", "--heads", "auto", "--out", "auto"]) == 0
+    assert "prompts may have 4096, a default" in capsys.readouterr().out
 
 
 def test_a_tokenizer_much_smaller_than_the_embedding_is_asked_about(made, place, capsys):
