@@ -38,7 +38,8 @@ def explained(*, weights=None, adapter=None, source=None, data=()):
                  *((not_itself, path) for path in data)]
         reasons = (look(Path(path)) for look, path in looks if path)
         reason = next(filter(None, reasons), None)
-        if not reason and adapter and isinstance(error.__cause__, RuntimeError):
+        if (not reason and str(error).startswith(f"{adapter} ")
+                and isinstance(error.__cause__, RuntimeError)):  # torch's own words
             reason = f"{adapter} is not an adapter of this project: it is damaged, copy it again"
         if not reason:
             raise

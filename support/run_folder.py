@@ -161,9 +161,11 @@ def load_tuned(args):
 def write_tuned(model, weights, out):
     """write_llama of a model that was loaded from `weights` and trained. A length that is a default
     there is not written as the model's own."""
+    args = model.args
     if not stated_length(weights):
-        model.args = replace(model.args, max_seq_len=None)
+        model.args = replace(args, max_seq_len=None)  # what is None is not written
     write_llama(model, Path(weights) / "tokenizer.model", out)
+    model.args = args
 
 
 # ---------------------------------------------------------------- the checkpoint

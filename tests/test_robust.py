@@ -706,6 +706,15 @@ def folder_of(**files):
     return do
 
 
+def spoil(name):
+    """Noise in the middle of an archive whose ends are whole."""
+    def do(place):
+        content = bytearray((place / name).read_bytes())
+        content[20:400] = random.Random(0).randbytes(380)
+        (place / name).write_bytes(content)
+    return do
+
+
 def inner(place):
     shutil.copytree(place / "w", place / "hub" / "snapshots" / "1a2b")
 
@@ -813,6 +822,10 @@ BAD = {
     "length beyond the default": (T, unsaid_length, ["--max-seq-len", "8192"],
                                   "4096, a default", "w/params.json says no length",
                                   "write it there as max_seq_len"),
+    "adapter is whole, the shard is not": (E, text(SHARD, "x"), ["--adapter", ADAPTER],
+                                           "consolidated.00.pth is not a whole PyTorch"),
+    "adapter damaged within": (E, spoil(ADAPTER), ["--adapter", ADAPTER], "mine.pt is not an",
+                               "damaged"),
     "adapter is a folder": (E, nothing, ["--adapter", "run"], "give run/adapter.pt"),
     "adapter is any folder": (E, nothing, ["--adapter", "quiz"], "a folder without an adapter.pt"),
     "adapter of a stopped run": (E, nothing, ["--adapter", "stopped/adapter.pt"], "--resume"),

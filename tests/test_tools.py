@@ -547,7 +547,7 @@ def test_a_destination_that_exists_is_left_alone(hf, weights, tmp_path, capsys):
     assert "there is no folder" in refused(capsys, import_hf, hf, tmp_path / "absent" / "out")
     assert "are not fetched" in refused(capsys, import_hf, "huggyllama/llama-7b", tmp_path / "new")
     for tool in (export_hf, import_hf):
-        assert "is a file: give" in refused(capsys, tool, hf / "config.json", tmp_path / "new")
+        assert "is a file" in refused(capsys, tool, hf / "config.json", tmp_path / "new")
 
 
 def test_an_exported_length_that_is_a_default_is_called_one(weights, tmp_path, capsys):
