@@ -15,7 +15,6 @@ import json
 import math
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,9 @@ from data.corpus import encode_prompts, length_batches, pad, prompt_text, read_r
 from hydralora import base_fingerprint
 from model import Tokenizer, load_llama, read_params
 from support.cli import Parser, add_strict_flag, check_least, progress, run_script
-from support.cluster_scores import ari, contingency, nmi, silhouette
+from support.cluster_scores import ari, contingency, nmi, silhouette, telling_words
 from support.device import DTYPES, pick_device, pick_dtype
+from support.explain import explained, print_default_length
 from support.files import check_tensors, read_torch, write_file, write_text
 
 MAX_PIECES = 4096  # TF-IDF columns: 15,000 records stay below 250 MB
@@ -261,20 +261,6 @@ def gather_evidence(x, k_max, seed):
 # ---------------------------------------------------------------- the answer
 
 
-def telling_words(words, inside, count=8):
-    """The words with the largest p log(p / q), p their share of the records inside a cluster, q of
-    those outside it (one record more there, so that q is not zero)."""
-    here = Counter(word for own, i in zip(words, inside) if i for word in own)
-    total = Counter(word for own in words for word in own)
-    n, m = sum(inside), len(words) - sum(inside) + 1
-
-    def score(word):
-        p = here[word] / n
-        return p * math.log(p * m / (total[word] - here[word] + 1))
-
-    return [word for word in sorted(here, key=lambda w: (-score(w), w))[:count] if score(word) > 0]
-
-
 def describe(records, x, centroids, labels):
     """For each cluster its size, its three most central records and its most telling words."""
     words = [set(re.findall(r"\w+", prompt_text(record).lower())) for record in records]
@@ -401,14 +387,16 @@ def check_paths_and_numbers(args):
 def cluster_records(args):
     check_paths_and_numbers(args)
     device = pick_device(args.device)
-    records = read_records(args.data, args.strict)
+    with explained(weights=args.weights, data=[args.data]):
+        records = read_records(args.data, args.strict)
+        max_seq_len = read_params(args.weights, args.max_seq_len).max_seq_len
+        if args.features == "hidden":
+            model, tokenizer = load_llama(args.weights, device=device, max_seq_len=max_seq_len,
+                                          dtype=DTYPES[pick_dtype(None, device)])
+        else:
+            model, tokenizer = None, Tokenizer(Path(args.weights) / "tokenizer.model")
     records.print_remarks(args.data)
-    max_seq_len = read_params(args.weights, args.max_seq_len).max_seq_len
-    if args.features == "hidden":
-        model, tokenizer = load_llama(args.weights, device=device, max_seq_len=max_seq_len,
-                                      dtype=DTYPES[pick_dtype(None, device)])
-    else:
-        model, tokenizer = None, Tokenizer(Path(args.weights) / "tokenizer.model")
+    print_default_length(args.weights, max_seq_len, args.max_seq_len)
     result = choose_heads(records, model, tokenizer, k_max=args.k_max, seed=args.seed,
                           features=args.features, layer=args.layer, batch_size=args.batch_size,
                           max_seq_len=max_seq_len, cache=args.cache)

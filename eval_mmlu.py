@@ -28,6 +28,7 @@ from data.mmlu import LETTERS, encode_prompt, letter_ids, read_questions
 from hydralora import base_fingerprint
 from support.cli import Parser, check_least, progress, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
+from support.explain import explained, print_default_length, stated_length
 from support.files import digest, write_json, write_text
 from support.run_folder import load_tuned
 from support.scores import compare, print_summary, summarise
@@ -116,14 +117,15 @@ def read_partial(path, settings):
 
 def answer_questions(model, tokenizer, questions, examples, *, batch_size, done, file):
     """Completes `done`, {(subject, index): question}, and appends each new one to the file as a
-    line of JSON. Returns a Counter of how many shots the prompts kept."""
-    letters, kept = letter_ids(tokenizer), Counter()
+    line of JSON. Returns a Counter of how many shots the prompts kept, and one of their tokens."""
+    letters, kept, lengths = letter_ids(tokenizer), Counter(), Counter()
     total = sum(map(len, questions.values()))
     with progress(total=total, initial=len(done), unit=" questions") as bar:
         for subject, rows in questions.items():
             prompts = [encode_prompt(tokenizer, subject, examples[subject], row,
                                      model.args.max_seq_len) for row in rows]
             kept.update(shots for _, shots in prompts)
+            lengths.update(len(ids) for ids, _ in prompts)
             before = {index for name, index in done if name == subject}
             for batch, logprobs in score_prompts(model, prompts, letters, batch_size=batch_size,
                                                  done=before):
@@ -139,13 +141,26 @@ def answer_questions(model, tokenizer, questions, examples, *, batch_size, done,
                 right = sum(q["prediction"] == q["answer"] for q in done.values())
                 bar.set_postfix_str(f"accuracy {right / len(done):.2%}", refresh=False)
                 bar.update(len(done) - bar.n)
-    return kept
+    return kept, lengths
+
+
+def count_beyond(weights, longest, lengths):
+    """How many of the prompts {tokens: count} are longer than the model was made for, and says so;
+    None where that is not known, or prompts may not be longer."""
+    stated = stated_length(weights)
+    if not stated or longest <= stated:
+        return None
+    beyond = sum(count for length, count in lengths.items() if length > stated)
+    print(f"{beyond} of {sum(lengths.values())} prompts are longer than the {stated} tokens that "
+          "the model was made for (max_seq_len in its params.json)")
+    return beyond
 
 
 def score_questions(args):
     """Measures what the arguments say, from where a stopped run was, and writes args.out."""
-    questions, examples = read_questions(args.data, subjects=args.subjects, shots=args.shots,
-                                         limit=args.limit)
+    with explained(data=args.data.rglob("*.csv")):
+        questions, examples = read_questions(args.data, subjects=args.subjects, shots=args.shots,
+                                             limit=args.limit)
     model, tokenizer = load_tuned(args)
     # what the answers depend on: a run goes on from a partial file only if all of it is the same
     deciding = {
@@ -157,6 +172,7 @@ def score_questions(args):
                 "data": str(args.data), "device": args.device, "batch_size": args.batch_size,
                 **deciding}
     print("\n".join(f"{key:16}{value}" for key, value in settings.items()))
+    print_default_length(args.weights, model.args.max_seq_len, args.max_seq_len)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{args.out}.partial")
     done = read_partial(partial, deciding)
@@ -164,8 +180,8 @@ def score_questions(args):
     write_text(partial, head)
     before, started = len(done), time.perf_counter()
     with open(partial, "a", encoding="utf-8") as file:
-        kept = answer_questions(model, tokenizer, questions, examples, batch_size=args.batch_size,
-                                done=done, file=file)
+        kept, lengths = answer_questions(model, tokenizer, questions, examples,
+                                         batch_size=args.batch_size, done=done, file=file)
     seconds = time.perf_counter() - started
     # a shortened prompt lost shots, a cut one the beginning of its question too (kept is -1)
     result = {"settings": settings, **summarise([done[key] for key in sorted(done)]),
@@ -175,6 +191,7 @@ def score_questions(args):
     print_summary(result)
     print(f"{result['shots_dropped']} shots dropped from {result['prompts_shortened']} prompts too "
           f"long for {model.args.max_seq_len} tokens, {result['prompts_cut']} of them cut as well")
+    result["prompts_beyond"] = count_beyond(args.weights, model.args.max_seq_len, lengths)
     print(f"{len(done) - before} questions in {seconds:.1f} s, "
           f"{(len(done) - before) / seconds:.1f} a second")
     write_json(args.out, result)

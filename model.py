@@ -185,7 +185,6 @@ class Transformer(nn.Module):
 # Meta splits a weight over the shards by rows (0) or columns (1); the norms are whole in each
 SPLIT_DIM = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1,
              "w1": 0, "w2": 1, "w3": 0, "output": 0}
-MOST_SPARE_ROWS = 999  # of an embedding beyond the tokenizer's pieces
 
 
 def read_params(directory, max_seq_len=None):
@@ -201,6 +200,7 @@ def read_params(directory, max_seq_len=None):
         raise ValueError(f"{path} is not a JSON object: {error}") from error
     if not isinstance(params, dict):
         raise ValueError(f"{path} is not a JSON object: found {type(params).__name__}")
+    params.pop("max_batch_size", None)  # Meta's program has it, the model does not change with it
     if unknown := set(params) - {field.name for field in fields(ModelArgs)}:
         raise ValueError(f"{path} has keys this model does not know: {sorted(unknown)}")
     args = ModelArgs(**params)
@@ -218,15 +218,14 @@ def read_params(directory, max_seq_len=None):
 
 
 def open_shard(path):
-    """{name: tensor} of one shard, memory-mapped, rope.freqs dropped. ValueError for anything but
-    dense floating-point tensors whose values all stand in the file: strides of zero could claim a
-    terabyte. hydralora.py has such checks of its own, so that either file can be copied alone."""
+    """{name: tensor} of one shard, memory-mapped, without rope.freqs, which LLaMA 1 has in every
+    layer. ValueError for anything but dense floating-point tensors whose values all stand in the
+    file: strides of zero could claim a terabyte. hydralora.py has such checks of its own."""
     try:
         shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged file raises half a dozen types
-        speaks = isinstance(error, (OSError, RuntimeError))
-        reason = str(error).split("\n")[0] if speaks else "it holds something else, or is damaged"
-        raise ValueError(f"{path} is not a whole PyTorch checkpoint: {reason}") from error
+    except Exception as error:  # half a dozen types, whose texts advise to trust the file
+        raise ValueError(f"{path} is not a whole PyTorch checkpoint: it cannot be read, holds "
+                         "something else, or is damaged") from error
     if not isinstance(shard, dict):
         raise ValueError(f"{path} holds no tensors by name: found {type(shard).__name__}")
     for name, t in shard.items():
@@ -234,7 +233,7 @@ def open_shard(path):
                 t.layout == torch.strided and t.nbytes <= t.untyped_storage().nbytes()):
             raise ValueError(f"{path}: {name!r} is {type(t).__name__}, not a plain tensor of "
                              "floating-point numbers")
-    return {name: t for name, t in shard.items() if name != "rope.freqs"}  # computed here instead
+    return {str(name): t for name, t in shard.items() if not str(name).endswith("rope.freqs")}
 
 
 def read_shards(directory):
@@ -257,7 +256,7 @@ def merge_shards(shards, name):
     if len(shards) == 1:
         return next(iter(shards.values()))[name]
     parts = [open_shard(path)[name] for path in shards]
-    split = SPLIT_DIM.get(name.split(".")[-2]) if name.count(".") else None
+    split = SPLIT_DIM.get(name.split(".")[-2])
     try:
         return parts[0].clone() if split is None else torch.cat(parts, dim=split)
     except (RuntimeError, IndexError) as error:
@@ -276,7 +275,7 @@ def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None):
         args.vocab_size = held.get("tok_embeddings.weight", torch.empty(1)).shape[:1].numel()
     if args.n_layers > len(held):  # before so many layers are made
         raise ValueError(f"params.json in {directory} asks for {args.n_layers} layers, its shards "
-                         f"hold {len(held)} tensors: they do not belong together")
+                         f"hold {len(held)} tensors in all")
     with torch.device("meta"):
         model = Transformer(args)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -284,7 +283,7 @@ def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None):
     if missing or extra:
         raise ValueError(f"the tensors in {directory} do not fit its params.json: "
                          f"missing {missing[:4]}, extra {extra[:4]}")
-    if not 0 <= args.vocab_size - tokenizer.vocab_size <= MOST_SPARE_ROWS:
+    if tokenizer.vocab_size > args.vocab_size:  # a row without a piece is never drawn
         raise ValueError(f"the tokenizer in {directory} has {tokenizer.vocab_size} pieces, the "
                          f"embedding {args.vocab_size} rows: they do not belong together, copy "
                          "the model's own tokenizer.model there")
@@ -325,8 +324,8 @@ class Tokenizer:
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:
-            raise ValueError(f"there is no tokenizer at {path}, or it is not a sentencepiece model "
-                             f"({error}): copy the model's own there") from error
+            raise ValueError(f"there is no tokenizer at {path}, or it is not a sentencepiece "
+                             "model: copy the model's own there") from error
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no BOS or no EOS, so it is no LLaMA tokenizer")
@@ -337,8 +336,8 @@ class Tokenizer:
         return [self.bos_id] * bos + self.model.encode(text) + [self.eos_id] * eos
 
     def decode(self, ids):
-        """The text of the ids; BOS and EOS have none."""
-        return self.model.decode(ids)
+        """The text of the ids; BOS, EOS and ids beyond the pieces have none."""
+        return self.model.decode([i for i in ids if i < self.vocab_size])
 
 
 # ---------------------------------------------------------------- generation
@@ -375,7 +374,8 @@ def generate_tokens(model, tokenizer, ids, *, max_new_tokens, temperature=0.0, t
     for step in range(max_new_tokens):
         h = model.hidden_states(tokens, cache, positions)
         h = h[torch.arange(len(ids), device=device), last]  # (B, D)
-        tokens = sample(model.output(h), temperature, top_p, generators)[:, None]
+        logits = model.output(h)[:, :tokenizer.vocab_size]  # not of rows without a piece
+        tokens = sample(logits, temperature, top_p, generators)[:, None]
         done |= tokens[:, 0] == tokenizer.eos_id
         if done.all():
             return

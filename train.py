@@ -15,7 +15,6 @@ import math
 import sys
 import time
 from dataclasses import asdict, fields
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from data import WORLD
 from data.corpus import collate, encode_records, length_batches, read_split
 from hydralora import GATES, TARGETS, HydraSettings, adapters_disabled, add_hydralora, save_adapter
 from model import load_llama
-from support import evaluation, files, run_folder
+from support import evaluation, explain, files, run_folder
 from support.cli import Parser, add_strict_flag, progress, run_script, signal_number
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
 from support.evaluation import HEAD_CHUNK
@@ -136,9 +135,10 @@ def load_base(args):
     # full: the weights that train are fp32, only their products are in --dtype
     dtype = torch.float32 if args.method == "full" else DTYPES[args.dtype]
     model, tokenizer = load_llama(args.weights, device=args.device, dtype=dtype)
+    explain.warn_of_spare_rows(model, tokenizer, args.weights)
     if (args.max_seq_len or 0) > model.args.max_seq_len:
-        raise ValueError(f"--max-seq-len {args.max_seq_len} is more than the "
-                         f"{model.args.max_seq_len} of the model in {args.weights}: give less")
+        raise ValueError(f"--max-seq-len {args.max_seq_len} is more than "
+                         f"{explain.model_length(args.weights, model.args.max_seq_len)}: give less")
     if args.method != "full" and args.rank > model.args.ffn_dim:
         raise ValueError(f"--rank {args.rank} is more than any layer in {args.weights} is wide "
                          f"({model.args.ffn_dim}): give less")
@@ -265,6 +265,7 @@ def prepare(args, out):
     if args.heads == "auto":
         from cluster import choose_heads, print_report
         clusters = clusters or choose_heads(train, model, tokenizer, seed=args.seed)
+        explain.print_default_length(args.weights, model.args.max_seq_len)
         print_report(clusters)
     args = settle(args, model, clusters)
     add_adapters(model, args)
@@ -281,7 +282,7 @@ def finish(args, out, model, val, before, result):
     evaluation.print_losses(before, after)
     result["metrics"] = evaluation.metrics(before, after)
     if args.method == "full":
-        files.write_llama(model, Path(args.weights) / "tokenizer.model", out)
+        run_folder.write_tuned(model, args.weights, out)
         result["fingerprints"]["tuned"] = files.weights_fingerprint(out)
     else:
         if args.heads > 1:
@@ -304,7 +305,8 @@ def run_training(args):
         return 0, None
     torch.manual_seed(args.seed)
     out = run_folder.check_out(args)
-    args, model, train, val, clusters, data = prepare(args, out)
+    with explain.explained(weights=args.weights, data=(args.data, args.val_data)):
+        args, model, train, val, clusters, data = prepare(args, out)
     counts, prints = evaluation.count_parameters(model), run_folder.fingerprints(args)
     evaluation.print_start(args, counts, data)
     optimizer, scaler = make_optimizer(model, args)

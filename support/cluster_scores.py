@@ -1,4 +1,4 @@
-"""How good is a clustering? Its agreement with another labelling, and how far apart clusters are.
+"""How good is a clustering? Agreement with other labels, distances, the words that tell it apart.
 
     table = contingency(labels, categories)[2]
     print(nmi(table), ari(table), silhouette(distances, labels))
@@ -6,6 +6,9 @@
 HydraLoRA section 3.2 judges by the elbow alone; cluster.py prints these beside it.
 Shapes: M records, k clusters.
 """
+
+import math
+from collections import Counter
 
 import numpy as np
 import torch
@@ -53,3 +56,17 @@ def silhouette(distances, labels):
     b = (sums / sizes).scatter(1, label, torch.inf).amin(1, keepdim=True)
     score = (b - a) / torch.maximum(a, b).clamp(min=1e-30)
     return score.masked_fill(sizes[label] == 1, 0).mean().item()
+
+
+def telling_words(words, inside, count=8):
+    """The words with the largest p log(p / q), p their share of the records inside a cluster, q of
+    those outside it (one record more there, so that q is not zero)."""
+    here = Counter(word for own, i in zip(words, inside) if i for word in own)
+    total = Counter(word for own in words for word in own)
+    n, m = sum(inside), len(words) - sum(inside) + 1
+
+    def score(word):
+        p = here[word] / n
+        return p * math.log(p * m / (total[word] - here[word] + 1))
+
+    return [word for word in sorted(here, key=lambda w: (-score(w), w))[:count] if score(word) > 0]

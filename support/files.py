@@ -10,6 +10,7 @@ Every script writes its results and reads foreign files through this module.
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ import torch
 
 from model import save_llama
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # ---------------------------------------------------------------- writing
@@ -119,15 +121,37 @@ def new_folder(path):
 # ---------------------------------------------------------------- reading
 
 
+def not_itself(path):
+    """Why a file is not what its name says, whatever that is: a Git LFS pointer, a web page, or
+    unreadable. None where it is none of these, or no file."""
+    path = Path(path)
+    if not path.is_file():
+        return None
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    if head.startswith(LFS_POINTER):
+        size = re.search(rb"size (\d+)", head)
+        return (f"{path} is a Git LFS pointer, not the file itself"
+                f"{f' of {int(size[1]):,} bytes' if size else ''}: get it with `git lfs pull` in "
+                "the repository that it was cloned with")
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return f"{path} is a web page, not the file itself: download it again by its own link"
+    return None
+
+
 def read_torch(path, kind, mmap=False):
     """What torch.save wrote: tensors and plain values, nothing else, so no code in it can run.
-    Raises ValueError, saying that the file is not `kind`, for whatever cannot be read so."""
+    Raises ValueError, saying that the file is not `kind`, for whatever cannot be read so. torch's
+    own words are not passed on: they advise to trust the file, or to save it again."""
     try:
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # a damaged file raises half a dozen types
-        reason = "it holds more than tensors and plain values, or is damaged"
-        if isinstance(error, (OSError, RuntimeError)):  # the others say to trust it, or nothing
-            reason = str(error).strip().split("\n")[0]
+        reason = not_itself(path) or "it holds more than tensors and plain values, or is damaged"
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
         raise ValueError(f"{path} is not {kind}: {reason}") from error
 
 
@@ -155,6 +179,8 @@ def read_json(path):
     """The JSON object in a file. Raises ValueError where there is none."""
     if not Path(path).is_file():
         raise ValueError(f"there is no {path}")
+    if reason := not_itself(path):
+        raise ValueError(reason)
     return parse_json(Path(path).read_bytes(), path)
 
 

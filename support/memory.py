@@ -18,6 +18,7 @@ import torch
 from hydralora import add_hydralora, hydra_layers
 from model import Tokenizer, Transformer, read_params
 from support.evaluation import HEAD_CHUNK
+from support.explain import explained, model_length
 
 GIB = 2**30
 # Assumed, not computed: CUDA's context and libraries, and the allocator's loss to fragmentation.
@@ -67,10 +68,11 @@ class Need:
 def new_model(directory, settings):
     """The model of a run on the meta device: shapes without weights, with the adapters that
     add_hydralora(**settings) adds; None for --method full."""
-    shape = read_params(directory)
-    if shape.vocab_size == -1:  # Meta's own params.json; the embedding is not asked
-        tokenizer = Path(directory) / "tokenizer.model"
-        shape.vocab_size = Tokenizer(tokenizer).vocab_size if tokenizer.is_file() else 32000
+    with explained(weights=directory):
+        shape = read_params(directory)
+        if shape.vocab_size == -1:  # Meta's own params.json; the embedding is not asked
+            tokenizer = Path(directory) / "tokenizer.model"
+            shape.vocab_size = Tokenizer(tokenizer).vocab_size if tokenizer.is_file() else 32000
     with torch.device("meta"):
         model = Transformer(shape)
     if settings:
@@ -179,5 +181,5 @@ def print_needs(args, settings, max_seq_len):
         fits = [need.longest(args.gpu_memory * GIB, args.batch_size) for need in both]
         print(f"{f'longest sequence in {args.gpu_memory:g} GiB, tokens':36}"
               + "".join(f"{tokens if tokens else 'none':>10}" for tokens in fits)
-              + f"  (the model was made for {model.args.max_seq_len})")
+              + f"  (the limit is {model_length(args.weights, model.args.max_seq_len)})")
     return both

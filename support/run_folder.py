@@ -19,6 +19,7 @@ import signal
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ import torch
 from hydralora import HydraSettings, load_adapter
 from model import load_llama
 from support.device import DTYPES
+from support.explain import explained, stated_length, warn_of_spare_rows
 from support.files import (
     check_finite,
     check_tensors,
@@ -37,6 +39,7 @@ from support.files import (
     read_torch,
     weights_fingerprint,
     write_file,
+    write_llama,
     write_text,
 )
 
@@ -146,12 +149,24 @@ def compare_runs(weights, adapter):
 def load_tuned(args):
     """(model with its adapter, ready for evaluation, tokenizer), each compared with the run.json
     that describes it. args has weights, adapter (or None), device, dtype and max_seq_len."""
-    model, tokenizer = load_llama(args.weights, device=args.device, dtype=DTYPES[args.dtype],
-                                  max_seq_len=args.max_seq_len)
-    if args.adapter:
-        load_adapter(model, args.adapter)
+    with explained(weights=args.weights, adapter=args.adapter):
+        model, tokenizer = load_llama(args.weights, device=args.device, dtype=DTYPES[args.dtype],
+                                      max_seq_len=args.max_seq_len)
+        if args.adapter:
+            load_adapter(model, args.adapter)
+    warn_of_spare_rows(model, tokenizer, args.weights)
     compare_runs(args.weights, args.adapter)
     return model.eval(), tokenizer
+
+
+def write_tuned(model, weights, out):
+    """write_llama of a model that was loaded from `weights` and trained. A length that is a default
+    there is not written as the model's own."""
+    args = model.args
+    if not stated_length(weights):
+        model.args = replace(args, max_seq_len=None)  # what is None is not written
+    write_llama(model, Path(weights) / "tokenizer.model", out)
+    model.args = args
 
 
 # ---------------------------------------------------------------- the checkpoint

@@ -428,7 +428,7 @@ def test_cached_features_are_used_again(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--data", "absent.jsonl"], "no data file at absent.jsonl"),
-    (["--weights", "absent"], "absent has no params.json"),
+    (["--weights", "absent"], "there is no folder absent"),
     (["--layer", "9"], "layer 9 is not one of 0 (embeddings) to 6"),
     (["--k-max", "0"], "--k-max must be at least 1"),
     (["--batch-size", "0"], "--batch-size must be at least 1"),

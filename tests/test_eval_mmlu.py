@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -331,6 +332,27 @@ def test_dropped_shots_are_counted_and_printed(evaluate, tokenizer, capsys):
     assert result["shots_dropped"] == sum(3 - k for k in kept) > 0
     assert f"{result['shots_dropped']} shots dropped from" in capsys.readouterr().out
     assert evaluate("--max-seq-len", 40)[1]["prompts_cut"] == 11
+
+
+def test_prompts_longer_than_the_model_was_made_for_are_counted_where_that_is_known(
+        evaluate, weights, tokenizer, tmp_path, capsys):
+    short = shutil.copytree(weights, tmp_path / "short")
+    params = json.loads((weights / "params.json").read_text())
+    (short / "params.json").write_text(json.dumps({**params, "max_seq_len": 150}))
+    _, result = evaluate("--weights", short, "--max-seq-len", 512, "--subjects", "anatomy")
+    beyond = sum(len(encode_prompt(tokenizer, "anatomy", DEV, row, 512)[0]) > 150 for row in TEST)
+    assert result["prompts_beyond"] == beyond > 0
+    out = capsys.readouterr().out
+    assert f"{beyond} of 5 prompts are longer than the 150 tokens" in out and "default" not in out
+    _, result = evaluate("--weights", short, "--subjects", "anatomy", out=tmp_path / "b.json")
+    assert result["prompts_beyond"] is None and "are longer" not in capsys.readouterr().out
+    del params["max_seq_len"]
+    (short / "params.json").write_text(json.dumps(params))
+    _, result = evaluate("--weights", short, "--subjects", "anatomy", out=tmp_path / "c.json")
+    assert result["settings"]["max_seq_len"] == 4096 and result["prompts_beyond"] is None
+    assert "4096, a default, since" in capsys.readouterr().out
+    evaluate("--weights", short, "--subjects", "anatomy", "--max-seq-len", 600)
+    assert "default" not in capsys.readouterr().out
 
 
 def test_every_flag_has_its_effect(evaluate, quiz, tmp_path, monkeypatch):

@@ -252,6 +252,7 @@ def test_dry_run_answers_from_params_json_alone_and_writes_nothing(seven, capsys
     line = next(line for line in out.splitlines() if line.startswith("longest sequence in 24 GiB"))
     plain, again = line.split("tokens")[1].split()[:2]
     assert 1024 < int(plain) < int(again)
+    assert "(the limit is 4096, a default, since" in line and "max_seq_len" in line
     assert "12.55" in out  # 6,738,415,616 weights of two bytes
     assert [path.name for path in seven.iterdir()] == ["params.json"]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from model import (
     Transformer,
     apply_rotary,
     generate,
+    generate_tokens,
     load_llama,
     rotary_table,
     save_llama,
@@ -240,6 +242,59 @@ def test_a_tokenizer_with_more_pieces_than_the_embedding_has_rows_is_refused(tmp
     folder = write_shards(tiny_model(vocab_size=700), tmp_path / "w", [1])
     with pytest.raises(ValueError, match="768 pieces, the embedding 700 rows"):
         load_llama(folder)
+
+
+@pytest.mark.parametrize("spare", [0, 2, 1000, 5000])
+def test_rows_without_a_piece_are_allowed_in_any_number_and_never_drawn(tmp_path, tokenizer, spare):
+    big = tiny_model(vocab_size=768 + spare)
+    with torch.no_grad():  # the rows without a piece would win every time
+        big.output.weight[768:] = 9 * big.output.weight[300]
+    folder = write_shards(big, tmp_path / "w", [1, 1])
+    loaded, tokenizer = load_llama(folder)
+    for sampling in ({}, {"temperature": 5.0}, {"temperature": 1.0, "top_p": 0.5}):
+        for tokens_of_a_step in generate_tokens(loaded, tokenizer, [[1], [1, 300]],
+                                                max_new_tokens=12, **sampling):
+            assert all(token is None or token < 768 for token in tokens_of_a_step)
+    assert len(generate(loaded, tokenizer, ["the"], max_new_tokens=5)) == 1
+
+
+def test_ids_beyond_the_pieces_have_no_text(tokenizer):
+    ids = tokenizer.encode("a cat")
+    assert tokenizer.decode([*ids[:2], 768, *ids[2:], 99999]) == "a cat"
+    assert max(tokenizer.encode("<|im_end|> [PAD]")) < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("name", ["rope.freqs", "layers.1.attention.inner_attention.rope.freqs",
+                                  "layers.0.attention.rope.freqs"])
+def test_every_spelling_of_rope_freqs_is_dropped_by_name(model, tmp_path, name):
+    folder = write_shards(model, tmp_path / "w", [1])
+    rewrite(folder, lambda s: s.update({name: torch.ones(4, dtype=torch.bfloat16)}))
+    assert torch.equal(load_llama(folder)[0](tokens(1, 5)), model(tokens(1, 5)))
+
+
+@pytest.mark.parametrize("key, value", [
+    ("use_scaled_rope", True), ("hidden_dim", 88), ("head_dim", 16), ("rope_scaling", 8.0)])
+def test_a_key_that_would_change_the_model_is_refused_one_that_does_not_is_read(
+        model, tmp_path, key, value):
+    folder = write_shards(model, tmp_path / "w", [1])
+    params = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").write_text(json.dumps({**params, "max_batch_size": 32}))
+    assert torch.equal(load_llama(folder)[0](tokens(1, 5)), model(tokens(1, 5)))
+    (folder / "params.json").write_text(json.dumps({**params, key: value}))
+    with pytest.raises(ValueError, match=f"does not know.*{key}|keys this model.*{key}"):
+        load_llama(folder)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("consolidated.00.pth", b""), ("consolidated.00.pth", b"PK"), ("tokenizer.model", b"x"),
+    ("consolidated.00.pth", b"version https://git-lfs.github.com/spec/v1\n")])
+def test_no_librarys_text_is_passed_on(model, tmp_path, name, content):
+    folder = write_shards(model, tmp_path / "w", [1])
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError) as refusal:
+        load_llama(folder)
+    assert not re.search("torch.save|torch.load|weights_only|mmap|INTERNAL|ModelProto|Stream",
+                         str(refusal.value))
 
 
 def test_a_single_shard_is_memory_mapped_not_copied(model, tmp_path):

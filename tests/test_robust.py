@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ import train
 from data.corpus import encode_records, hold_out, read_records
 from data.mmlu import encode_prompt, read_questions
 from hydralora import add_hydralora, load_adapter, save_adapter
-from model import load_llama, save_llama
+from model import SPLIT_DIM, load_llama, save_llama
 from support import evaluation, files, run_folder
 from support.files import weights_fingerprint, write_file, write_llama
 from tests.conftest import ROOT, WORLD, file_size_limit, tiny_model
@@ -602,12 +603,17 @@ def snapshot(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
+# how torch and sentencepiece speak
+LIBRARY_TEXT = re.compile("weights_only|torch.save|torch.load|Stream|zip archive|ModelProto|Errno")
+
+
 def assert_refused(script, made, place, flags, words):
     before = snapshot(place)
     status, errors = call(script, made, flags)
     assert status == 2, errors
     assert errors.count("\n") == 1 and errors.startswith(f"{script}: "), errors
     assert all(word in errors for word in words), errors
+    assert not LIBRARY_TEXT.search(errors), errors
     assert snapshot(place) == before
 
 
@@ -673,16 +679,71 @@ def nothing(place):
     pass
 
 
+def pointer(*names):
+    """Git LFS pointers in place of the files."""
+    def do(place):
+        for name in names:
+            (place / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:"
+                                      f"{'0' * 64}\nsize 13476925163\n")
+    return do
+
+
+def split_shard(count, keep):
+    """The weights in so many shards, of which some are there."""
+    def do(place):
+        state = torch.load(place / SHARD, weights_only=True)
+        (place / SHARD).unlink()
+        for i in keep:
+            torch.save({name: t if (dim := SPLIT_DIM.get(name.split(".")[-2])) is None
+                        else t.chunk(count, dim)[i].clone() for name, t in state.items()},
+                       place / "w" / f"consolidated.{i:02d}.pth")
+    return do
+
+
+def folder_of(**files):
+    """A folder `other` with these files, {name with __ for a dot: text}."""
+    def do(place):
+        (place / "other").mkdir()
+        for name, content in files.items():
+            (place / "other" / name.replace("__", ".")).write_text(content)
+    return do
+
+
+def spoil(name):
+    """Noise in the middle of an archive whose ends are whole."""
+    def do(place):
+        content = bytearray((place / name).read_bytes())
+        content[20:400] = random.Random(0).randbytes(380)
+        (place / name).write_bytes(content)
+    return do
+
+
+def inner(place):
+    shutil.copytree(place / "w", place / "hub" / "snapshots" / "1a2b")
+
+
+def tokenizer_above(place):
+    (place / "w" / "tokenizer.model").rename(place / "tokenizer.model")
+
+
+def unsaid_length(place):
+    path = place / "w" / "params.json"
+    values = json.loads(path.read_text())
+    del values["max_seq_len"]
+    path.write_text(json.dumps(values))
+
+
 GOOD = '{"instruction": "a", "response": "b"}\n'
 SHARD, ADAPTER = "w/consolidated.00.pth", "free/mine.pt"
 KEY = "layers.0.feed_forward.w1.lora_A"
 RESUME = ["--out", "stopped", "--resume"]
 T, C, E = "train.py", "cluster.py", "eval_mmlu.py"
 BAD = {
-    "weights absent": (T, nothing, ["--weights", "absent"], "absent has no params.json"),
+    "weights absent": (T, nothing, ["--weights", "absent"], "there is no folder absent",
+                       "names of a hub are not fetched"),
     "weights empty": (T, lambda place: (place / "empty").mkdir(), ["--weights", "empty"],
                       "give the folder of a checkpoint"),
-    "weights are a file": (T, nothing, ["--weights", "data.jsonl"], "no params.json"),
+    "weights are a file": (T, nothing, ["--weights", "data.jsonl"], "data.jsonl is a file"),
     "shard missing": (T, remove(SHARD), [], "needs the shards consolidated.00.pth", "found none"),
     "shard gap": (T, lambda place: (place / SHARD).rename(place / "w" / "consolidated.02.pth"), [],
                   "without a gap", "consolidated.02.pth"),
@@ -712,6 +773,73 @@ BAD = {
     "params unknown": (T, params(rope_scaling=8), [], "keys this model does not know"),
     "tokenizer missing": (T, remove("w/tokenizer.model"), [], "there is no tokenizer at"),
     "tokenizer broken": (T, text("w/tokenizer.model", "x"), [], "not a sentencepiece model"),
+    "weights are a pointer": (T, pointer(SHARD), [], "consolidated.00.pth is a Git LFS pointer",
+                              "13,476,925,163 bytes", "git lfs pull"),
+    "weights are a pointer, clustered": (C, pointer(SHARD), [], "a Git LFS pointer"),
+    "weights are a pointer, scored": (E, pointer(SHARD), [], "a Git LFS pointer"),
+    "all is pointers": (T, pointer(SHARD, "w/tokenizer.model"), [], "tokenizer.model is a Git LFS"),
+    "params a pointer": (T, pointer("w/params.json"), [], "params.json is a Git LFS pointer"),
+    "tokenizer a pointer": (C, pointer("w/tokenizer.model"), ["--features", "tfidf"],
+                            "tokenizer.model is a Git LFS pointer"),
+    "data a pointer": (T, pointer("data.jsonl"), [], "data.jsonl is a Git LFS pointer"),
+    "data of clusters a pointer": (C, pointer("data.jsonl"), [], "data.jsonl is a Git LFS pointer"),
+    "adapter a pointer": (E, pointer(ADAPTER), ["--adapter", ADAPTER], "mine.pt is a Git LFS"),
+    "checkpoint a pointer": (T, pointer("stopped/checkpoint.pt"), RESUME, "is a Git LFS pointer"),
+    "shard is a web page": (T, text(SHARD, "\n<!DOCTYPE html><html>"), [], "is a web page"),
+    "shard of old PyTorch": (T, lambda place: torch.save(
+        torch.load(place / SHARD, weights_only=True), place / SHARD,
+        _use_new_zipfile_serialization=False), [], "PyTorch before 1.6"),
+    "second shard missing": (T, split_shard(2, [0]), [], "consolidated.01.pth is missing from w",
+                             "1/2 of every tensor"),
+    "shards missing": (E, split_shard(8, [0]), [],
+                       "consolidated.01.pth to consolidated.07.pth are missing from w"),
+    "last shards missing": (C, split_shard(4, [0, 1, 2]), [], "consolidated.03.pth is missing"),
+    "first shard missing": (T, split_shard(2, [1]), [], "consolidated.00.pth is missing from w"),
+    "shard between missing": (T, split_shard(4, [0, 2, 3]), [], "consolidated.01.pth is missing"),
+    "a name of a hub": (T, nothing, ["--weights", "meta-llama/Llama-2-7b"],
+                        "there is no folder meta-llama/Llama-2-7b", "are not fetched"),
+    "a name of a hub, clustered": (C, nothing, ["--weights", "meta-llama/Llama-2-7b"],
+                                   "there is no folder meta-llama/Llama-2-7b", "are not fetched"),
+    "dry run of nothing": (T, nothing, ["--dry-run", "--weights", "absent"], "no folder absent"),
+    "weights are a file of hugging face": (T, folder_of(config__json="{}", a__safetensors="x"), [
+        "--weights", "other/a.safetensors"], "python -m tools.import_hf other"),
+    "quiz a pointer": (E, pointer("quiz/test/art_test.csv"), [], "art_test.csv is a Git LFS"),
+    "weights are a shard": (T, nothing, ["--weights", SHARD], "is a file: give its folder, w"),
+    "weights of hugging face": (T, folder_of(config__json="{}"), ["--weights", "other"],
+                                "python -m tools.import_hf other"),
+    "weights of hugging face, scored": (E, folder_of(model__safetensors="x"),
+                                        ["--weights", "other"], "python -m tools.import_hf other"),
+    "weights of hugging face, clustered": (C, folder_of(pytorch_model__bin="x"), [
+        "--weights", "other"], "python -m tools.import_hf other"),
+    "weights of llama2.c": (T, folder_of(tok512__model="x", stories260K__pt="x"),
+                            ["--weights", "other"], "python -m tools.import_llama2c"),
+    "weights are a file of llama2.c": (T, text("a.bin", "x"), ["--weights", "a.bin"],
+                                       "python -m tools.import_llama2c a.bin"),
+    "weights are a run": (T, nothing, ["--weights", "run"], "give run/adapter.pt to --adapter"),
+    "weights of llama.cpp": (T, folder_of(a__gguf="x"), ["--weights", "other"], "GGUF"),
+    "weights in a hub's cache": (T, inner, ["--weights", "hub"],
+                                 "hub/snapshots/1a2b has: give that folder"),
+    "tokenizer in the folder above": (T, tokenizer_above, [], "in the folder above: copy it"),
+    "tokenizer of Llama 3": (T, text("w/tokenizer.model", "IQ== 0\nIg== 1\n"), [],
+                             "a tokenizer of Llama 3"),
+    "length beyond the default": (T, unsaid_length, ["--max-seq-len", "8192"],
+                                  "4096, a default", "w/params.json says no length",
+                                  "write it there as max_seq_len"),
+    "adapter is whole, the shard is not": (E, text(SHARD, "x"), ["--adapter", ADAPTER],
+                                           "consolidated.00.pth is not a whole PyTorch"),
+    "adapter damaged within": (E, spoil(ADAPTER), ["--adapter", ADAPTER], "mine.pt is not an",
+                               "damaged"),
+    "adapter is a folder": (E, nothing, ["--adapter", "run"], "give run/adapter.pt"),
+    "adapter is any folder": (E, nothing, ["--adapter", "quiz"], "a folder without an adapter.pt"),
+    "adapter of a stopped run": (E, nothing, ["--adapter", "stopped/adapter.pt"], "--resume"),
+    "adapter of the authors": (E, folder_of(adapter_config__json='{"lora_nums": 3}'), [
+        "--adapter", "other"], "python -m tools.official_adapter other adapter.pt"),
+    "adapter of PEFT": (E, folder_of(adapter_config__json="{}", adapter_model__safetensors="x"), [
+        "--adapter", "other/adapter_model.safetensors"], "an ordinary LoRA",
+        "tools.official_adapter"),
+    "adapter of PEFT, renamed": (E, lambda place: torch.save(
+        {"base_model.model.lm_head.lora_A.weight": torch.ones(2)}, place / "a.pt"),
+        ["--adapter", "a.pt"], "PEFT's layout", "tools.official_adapter"),
     "tokenizer of another vocabulary": (T, other_tokenizer, [], "do not belong together"),
     "data missing": (T, nothing, ["--data", "absent"], "there is no data file at absent"),
     "data a folder": (T, nothing, ["--data", "quiz"], "there is no data file at quiz"),
@@ -784,12 +912,13 @@ BAD = {
         "optimizer"]["state"][0].update(exp_avg=torch.zeros(3))), RESUME, "other shapes"),
     "checkpoint of NaN": (T, change("stopped/checkpoint.pt", lambda s: s["tensors"][KEY].fill_(
         math.nan)), RESUME, "not finite"),
-    "adapter missing": (E, nothing, ["--adapter", "absent.pt"], "absent.pt is not an adapter"),
+    "adapter missing": (E, nothing, ["--adapter", "absent.pt"],
+                        "there is no adapter at absent.pt", "not fetched"),
     "adapter missing from its run": (E, remove("run/adapter.pt"), ["--adapter", "run/adapter.pt"],
-                                     "run/adapter.pt is not an adapter"),
+                                     "there is no adapter at run/adapter.pt"),
     "adapter is text": (E, nothing, ["--adapter", "data.jsonl"], "not an adapter", "or is damaged"),
     "weights of the quiz absent": (E, nothing, ["--weights", "absent", "--adapter",
-                                                "run/adapter.pt"], "absent has no params.json"),
+                                                "run/adapter.pt"], "there is no folder absent"),
     "adapter truncated": (E, truncate(ADAPTER), ["--adapter", ADAPTER], "is not an adapter"),
     "adapter is a shard": (E, nothing, ["--adapter", SHARD], "is not an adapter"),
     "adapter of another model": (E, change(SHARD, lambda s: s["norm.weight"].mul_(2)),
@@ -908,6 +1037,31 @@ def test_activations_may_be_recomputed_from_the_checkpoint_on(made, place, monke
     result = json.loads((place / "stopped" / "run.json").read_text())
     assert result["settings"]["checkpoint_activations"]
     assert result["fingerprints"]["adapter"] == base
+
+
+def test_a_length_that_is_a_default_does_not_become_the_tuned_models_own(made, place, capsys):
+    for folder in ("stated", "unsaid"):
+        if folder == "unsaid":
+            unsaid_length(place)
+        assert train.main([*made[1], "--method", "full", "--max-steps", "1", "--out", folder]) == 0
+    stated, unsaid = (json.loads((place / folder / "params.json").read_text())
+                      for folder in ("stated", "unsaid"))
+    assert stated.pop("max_seq_len") == 128 and stated == unsaid
+    assert load_llama(place / "unsaid")[0].args.max_seq_len == 4096
+    capsys.readouterr()
+    assert cluster.main(["--weights", "unsaid", "--data", "data.jsonl", "--k-max", "1", "--device",
+                         "cpu", "--out", "c.json"]) == 0
+    assert "prompts may have 4096, a default" in capsys.readouterr().out
+    assert train.main([*made[1], "--weights", "unsaid", "--heads", "auto", "--out", "auto"]) == 0
+    assert "prompts may have 4096, a default" in capsys.readouterr().out
+
+
+def test_a_tokenizer_much_smaller_than_the_embedding_is_asked_about(made, place, capsys):
+    for rows, warned in ((800, False), (2000, True)):
+        save_llama(tiny_model(n_layers=1, vocab_size=rows), TOKENIZER, place / "w")
+        assert train.main([*made[1], "--out", f"{rows}"]) == 0
+        want = f"warning: {rows - 768} of the embedding's {rows} rows have no piece"
+        assert (want in capsys.readouterr().out) == warned
 
 
 # ---------------------------------------------------------------- fingerprints

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hydralora import adapter_parameters, add_hydralora, load_adapter, save_adapter
-from model import load_llama
+from model import generate, load_llama
 from tests.conftest import ROOT, WORLD, file_size_limit
 from tools import export_hf, hf_layout, import_hf, official_adapter, to_lora
 
@@ -227,7 +227,59 @@ def test_rope_theta_is_read_where_old_and_new_configs_keep_it(tmp_path, change, 
 def test_an_old_checkpoints_rotary_buffer_is_left_out(model, tmp_path):
     state = hf_state(model)
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    state["model.layers.0.self_attn.rotary_emb.cos_cached"] = torch.ones(1, 1, 8, 8)
+    state["model.rotary_emb.inv_freq"] = torch.ones(4)
     assert run(import_hf, write_hf(tmp_path / "hf", state), tmp_path / "meta") == 0
+
+
+def test_the_first_conversions_of_llama_are_the_same_architecture(model, tmp_path, capsys):
+    config = {**CONFIG, "architectures": ["LLaMAForCausalLM"], "max_sequence_length": 99,
+              "max_position_embeddings": None, "bos_token_id": 0, "eos_token_id": 1,
+              "pad_token_id": -1}
+    assert run(import_hf, write_hf(tmp_path / "hf", hf_state(model), **config),
+               tmp_path / "meta") == 0
+    loaded, tokenizer = load_llama(tmp_path / "meta")
+    assert torch.equal(loaded(tokens(1, 5)), model(tokens(1, 5))) and tokenizer.eos_id == 2
+    assert loaded.args.max_seq_len == 99
+    assert "eos_token_id 1: here a text ends at the tokenizer's own EOS, 2" in (
+        capsys.readouterr().out)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**CONFIG, "max_sequence_length": 99}))
+    assert import_hf.read_config(tmp_path / "hf" / "config.json")[0].max_seq_len == 128
+
+
+def widened(state, rows):
+    """The tensors of a model with so many rows more than the tokenizer has pieces."""
+    return {name: torch.cat([w, w[:rows]]) if name in ("model.embed_tokens.weight",
+                                                       "lm_head.weight") else w
+            for name, w in state.items()}
+
+
+@pytest.mark.parametrize("rows", [2, 700])
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json"])
+def test_what_import_does_not_carry_over_is_named_with_what_follows(
+        model, tmp_path, capsys, where, rows):
+    folder = write_hf(tmp_path / "hf", widened(hf_state(model), rows), vocab_size=768 + rows,
+                      eos_token_id=769)
+    added = {"<|im_start|>": 768, "<|im_end|>": 769}
+    if where == "tokenizer_config.json":
+        added = {"added_tokens_decoder": {str(id): {"content": t} for t, id in added.items()}}
+    (folder / where).write_text(json.dumps(added))
+    assert run(import_hf, folder, tmp_path / "meta") == 0
+    out = capsys.readouterr().out
+    assert "not carried over: 2 added tokens" in out and "<|im_start|> 768, <|im_end|> 769" in out
+    assert "generation never draws their rows" in out
+    assert "not carried over: eos_token_id 769" in out and "--max-new-tokens" in out
+    loaded, tokenizer = load_llama(tmp_path / "meta")  # load allows what import allows
+    assert loaded.args.vocab_size == 768 + rows and tokenizer.vocab_size == 768
+    assert len(generate(loaded, tokenizer, ["a"], max_new_tokens=3, temperature=9.0)) == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": "b"}', '{"a": true}'])
+def test_a_file_of_added_tokens_that_says_nothing_stops_no_import(hf, tmp_path, capsys, content):
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        (hf / name).write_text(content)
+    assert run(import_hf, hf, tmp_path / "meta") == 0
+    assert "not carried over" not in capsys.readouterr().out
 
 
 def test_a_pickle_from_before_pytorch_1_6_is_read_too(model, tmp_path):
@@ -351,8 +403,27 @@ def without(state, name):
     return {key: weight for key, weight in state.items() if key != name}
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 13476925163\n"
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda f, s: (f / "config.json").unlink(), "has no config.json"),
+    (lambda f, s: (f / "config.json").write_text(LFS), "config.json is a Git LFS pointer"),
+    (lambda f, s: (f / "tokenizer.model").write_text(LFS), "tokenizer.model is a Git LFS pointer"),
+    (lambda f, s: (f / "model.safetensors").write_text(LFS), "git lfs pull"),
+    (lambda f, s: ((f / "model.safetensors").unlink(), (f / "pytorch_model.bin").write_text(LFS)),
+     "pytorch_model.bin is a Git LFS pointer"),
+    (lambda f, s: ((f / "model.safetensors").unlink(), torch.save(
+        s, f / "pytorch_model.bin"), os.truncate(f / "pytorch_model.bin", 9999)),
+     "not a file of tensors alone: it holds something else, or is damaged or cut short"),
+    (lambda f, s: ((f / "model.safetensors").unlink(), (
+        f / "model-00001-of-00003.safetensors").write_bytes(safetensors_bytes(
+            without(s, "model.norm.weight")))),
+     r"lacks \['model-00002-of-00003.safetensors', 'model-00003-of-00003.safetensors'\]: get them"),
+    (lambda f, s: ((f / "config.json").rename(f / "params.json")), "in Meta's layout already"),
+    (lambda f, s: ((f / "config.json").rename(f / "adapter_config.json")), "official_adapter"),
+    (lambda f, s: ((f / "in").mkdir(), (f / "config.json").rename(f / "in" / "config.json")),
+     "hf/in has: give that folder"),
     (lambda f, s: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
     (lambda f, s: (f / "config.json").write_text("[" * 100000), "config.json is not valid JSON"),
     (lambda f, s: (f / "config.json").write_text("[]"), "not a JSON object but list"),
@@ -475,6 +546,22 @@ def test_a_destination_that_exists_is_left_alone(hf, weights, tmp_path, capsys):
         assert "exists already" in refused(capsys, tool, *argv)
     assert os.listdir(out) == ["mine"]
     assert "there is no folder" in refused(capsys, import_hf, hf, tmp_path / "absent" / "out")
+    assert "are not fetched" in refused(capsys, import_hf, "huggyllama/llama-7b", tmp_path / "new")
+    for tool in (export_hf, import_hf):
+        assert "is a file" in refused(capsys, tool, hf / "config.json", tmp_path / "new")
+
+
+def test_an_exported_length_that_is_a_default_is_called_one(weights, tmp_path, capsys):
+    run(export_hf, weights, tmp_path / "a")
+    assert "default" not in capsys.readouterr().out
+    params = json.loads((weights / "params.json").read_text())
+    (weights / "params.json").write_text(json.dumps({**params, "max_seq_len": 4096}))
+    run(export_hf, weights, tmp_path / "b")
+    assert "default" not in capsys.readouterr().out
+    del params["max_seq_len"]
+    (weights / "params.json").write_text(json.dumps(params))
+    run(export_hf, weights, tmp_path / "c")
+    assert "max_position_embeddings is 4096, a default" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(hf, weights, tmp_path, capsys):

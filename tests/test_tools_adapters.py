@@ -114,7 +114,7 @@ def test_what_is_no_adapter_of_theirs_or_ours_is_refused(model, weights, tmp_pat
 
     assert "holds no adapter_model.bin" in attempt(weights)
     assert "is not an adapter of this project" in attempt(weights / "consolidated.00.pth")
-    assert "is not an adapter of this project" in attempt(tmp_path / "absent.pt")
+    assert "there is no adapter at" in attempt(tmp_path / "absent.pt")
     make_adapter(weights, tmp_path / "split.pt", share_a=False)
     assert "an A for every head" in attempt(tmp_path / "split.pt")
     official_folder(tmp_path / "theirs", model)
@@ -377,14 +377,19 @@ def test_what_generate_cannot_do_is_said_in_one_line(weights, adapter, tmp_path,
 
     ours = ("--weights", weights, "--adapter", adapter)
     one = make_adapter(weights, tmp_path / "one.pt", heads=1)
-    assert "exceed the model's 128: shorten" in attempt("--weights", weights,
+    assert "exceed the 128 of the model in" in attempt("--weights", weights,
                                                         "--max-new-tokens", 126)
-    assert "exceed the model's 8:" in attempt("--weights", weights, "--max-new-tokens", 6,
+    params = json.loads((weights / "params.json").read_text())
+    del params["max_seq_len"]
+    (weights / "params.json").write_text(json.dumps(params))
+    assert "exceed 4096, a default, since" in attempt("--weights", weights,
+                                                      "--max-new-tokens", 4096)
+    assert "exceed --max-seq-len 8: shorten" in attempt("--weights", weights, "--max-new-tokens", 6,
                                               "--max-seq-len", 8)
     assert "--compare needs --adapter" in attempt("--weights", weights, "--compare")
     assert "--show-routing needs --adapter" in attempt("--weights", weights, "--show-routing")
     assert "has no router" in attempt("--weights", weights, "--adapter", one, "--show-routing")
-    assert "not an adapter of this project" in attempt("--adapter", tmp_path / "absent.pt")
+    assert "there is no adapter at" in attempt("--adapter", tmp_path / "absent.pt")
     assert "another base model" in attempt("--adapter", adapter)
     assert "has no params.json" in attempt("--weights", tmp_path)
     assert "--device nonsense cannot be used" in attempt(*ours, "--device", "nonsense")

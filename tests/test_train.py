@@ -96,7 +96,7 @@ def test_impossible_settings_are_refused_in_one_line(flags, message, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--targets", "w1,wx"], "'wx'"), (["--weights", "absent"], "no params.json"),
+    (["--targets", "w1,wx"], "'wx'"), (["--weights", "absent"], "no folder absent"),
     (["--data", "absent"], "no data file"), (["--max-seq-len", "4096"], "--max-seq-len 4096"),
     (["--max-seq-len", "5"], "none of the"), (["--val-data", "SAME"], "stands in the validation"),
     (["--out", "WEIGHTS"], "folder of the weights"), (["--resume"], "no checkpoint.pt"),

@@ -17,6 +17,7 @@ import torch
 
 from model import load_llama
 from support.cli import Parser, run_script
+from support.explain import explained, model_length, stated_length
 from support.files import new_folder, write_json
 from tools.hf_layout import hf_rows, rotary_heads, tensor_names, write_safetensors
 
@@ -47,7 +48,8 @@ def export_folder(source, out):
     """Writes the checkpoint in `source` to the new folder `out` in Hugging Face's layout, every
     number in its dtype. Raises ValueError or OSError, leaving nothing behind."""
     with new_folder(out) as folder:
-        model, tokenizer = load_llama(source)
+        with explained(weights=source):
+            model, tokenizer = load_llama(source)
         state = dict(model.named_parameters())
         tied = torch.equal(state["output.weight"], state["tok_embeddings.weight"])
         if tied:
@@ -62,6 +64,8 @@ def export_folder(source, out):
         write_json(folder / "tokenizer_config.json", tokenizer_config_of(tokenizer))
         shutil.copyfile(Path(source) / "tokenizer.model", folder / "tokenizer.model")
     print(f"wrote {out}: {len(state)} tensors{', output tied to the embedding' if tied else ''}")
+    if not stated_length(source):
+        print(f"max_position_embeddings is {model_length(source, model.args.max_seq_len)}")
 
 
 def main(argv=None):

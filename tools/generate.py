@@ -25,6 +25,7 @@ from model import generate_tokens
 from support.cli import Parser, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
 from support.evaluation import most_divided
+from support.explain import model_length
 from support.run_folder import load_tuned
 
 ADAPTER, MADE_BY = Path("runs/hydralora/adapter.pt"), "python train.py --heads 3 --rank 8"
@@ -117,9 +118,10 @@ def talk(model, tokenizer, prompt, args):
     """Answers one prompt: with the adapter if there is one, with --compare without it first."""
     ids = tokenizer.encode(prompt) + [tokenizer.eos_id] * (not args.raw)
     if len(ids) + args.max_new_tokens > model.args.max_seq_len:
+        length = (f"--max-seq-len {args.max_seq_len}" if args.max_seq_len else
+                  model_length(args.weights, model.args.max_seq_len))
         raise ValueError(f"the prompt's {len(ids)} tokens and --max-new-tokens "
-                         f"{args.max_new_tokens} exceed the model's {model.args.max_seq_len}: "
-                         "shorten one of them")
+                         f"{args.max_new_tokens} exceed {length}: shorten one of them")
     if args.compare:
         print("base:     ", end="")
         with adapters_disabled(model):

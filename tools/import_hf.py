@@ -11,13 +11,15 @@ through a scratch file, so a 7B model takes a few hundred MB of memory.
 
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from model import ModelArgs, Tokenizer, Transformer, save_llama
 from support.cli import Parser, run_script
-from support.files import new_folder, read_json, writing
+from support.explain import explained
+from support.files import new_folder, not_itself, read_json, writing
 from tools.hf_layout import (
     DTYPE_NAMES,
     meta_rows,
@@ -28,7 +30,9 @@ from tools.hf_layout import (
     write_safetensors,
 )
 
-DROPPED_SUFFIX = ".rotary_emb.inv_freq"  # a buffer that old checkpoints hold, computed here
+# buffers of old checkpoints, computed here
+DROPPED = tuple(f"rotary_emb.{name}" for name in ("inv_freq", "cos_cached", "sin_cached"))
+LLAMA = (["LlamaForCausalLM"], ["LLaMAForCausalLM"])  # the second was the name until March 2023
 
 
 def read_config(path):
@@ -50,15 +54,21 @@ def read_config(path):
         raise ValueError(f"{path}: head_dim is {config['head_dim']}, this model's is always "
                          f"hidden_size / num_attention_heads, {dim // n_heads}")
     config["rope_theta"] = config.get("rope_theta") or rope(config).get("rope_theta")
-    usual = int(2 * 4 * dim / 3)
-    # multiple_of = width rounds any smaller width up to it
     args = ModelArgs(dim=dim, n_layers=number("num_hidden_layers"), n_heads=n_heads,
-                     n_kv_heads=n_kv_heads, vocab_size=number("vocab_size"), multiple_of=width,
-                     ffn_dim_multiplier=width / usual if usual > width else None,
+                     n_kv_heads=n_kv_heads, vocab_size=number("vocab_size"),
+                     **feed_forward(dim, width),
                      norm_eps=number("rms_norm_eps", 1e-6, whole=False),
                      rope_theta=number("rope_theta", 10000.0, whole=False),
-                     max_seq_len=number("max_position_embeddings", 2048))
+                     max_seq_len=number("max_position_embeddings",
+                                        number("max_sequence_length", 2048)))
     return args, bool(config.get("tie_word_embeddings", False))
+
+
+def feed_forward(dim, width):
+    """The keys of ModelArgs that give the feed-forward layers this width."""
+    usual = int(2 * 4 * dim / 3)
+    # multiple_of = width rounds any smaller width up to it
+    return dict(multiple_of=width, ffn_dim_multiplier=width / usual if usual > width else None)
 
 
 def rope(config):
@@ -75,7 +85,7 @@ def check_architecture(config, path):
     heads = config.get("architectures") or ["LlamaForCausalLM"]
     refused = {
         f"the architecture is {kind!r}, not 'llama'": kind != "llama",
-        f"the model is {heads}, not LlamaForCausalLM": heads != ["LlamaForCausalLM"],
+        f"the model is {heads}, not LlamaForCausalLM": heads not in LLAMA,
         "the weights are quantised (quantization_config)": bool(config.get("quantization_config")),
         f"rope scaling is {scaling!r}": scaling != "default",
         f"partial_rotary_factor is {partial!r}": partial not in (None, 1),
@@ -95,9 +105,9 @@ def read_bin(path):
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is not a file of tensors alone: {reason[:200]}") from None
+    except Exception as error:  # half a dozen types, whose texts advise to trust the file
+        reason = not_itself(path) or "it holds something else, or is damaged or cut short"
+        raise ValueError(f"{path} is not a file of tensors alone: {reason}") from error
     if not isinstance(tensors, dict):
         raise ValueError(f"{path} holds a {type(tensors).__name__}, not a dict of tensors")
     for name, tensor in tensors.items():
@@ -141,7 +151,7 @@ def read_weights(source):
         if twice:
             raise ValueError(f"{path} repeats {twice[:4]} of another file: keep one set of files")
         weights.update(tensors)
-    return {name: t for name, t in weights.items() if not name.endswith(DROPPED_SUFFIX)}
+    return {name: t for name, t in weights.items() if not name.endswith(DROPPED)}
 
 
 def check_weights(weights, args, tied, source):
@@ -186,7 +196,8 @@ def in_meta_order(state, args, tied, scratch):
     return {**state, **read_safetensors(scratch)}
 
 
-def find_tokenizer(source, given, vocab_size):
+def find_tokenizer(source, given):
+    """The path of the tokenizer.model to import; ValueError where there is none."""
     path = Path(given or source / "tokenizer.model")
     if not path.is_file():
         other = "has tokenizer.json but no" if (source / "tokenizer.json").is_file() else "has no"
@@ -195,23 +206,67 @@ def find_tokenizer(source, given, vocab_size):
             "take it from the model's original repository, or name it with --tokenizer; a model "
             "that never had one (SmolLM, Llama 3) cannot be used here" if not given else
             f"--tokenizer: there is no file {path}")
-    pieces = Tokenizer(path).vocab_size
-    if pieces > vocab_size:
-        raise ValueError(f"{path} has {pieces} pieces, the embedding {vocab_size} rows: they do "
-                         "not belong together")
     return path
+
+
+def check_tokenizer(path, rows):
+    """The tokenizer of an embedding with so many rows; load_llama refuses the same. Rows without a
+    piece are allowed, in any number."""
+    if reason := not_itself(path):
+        raise ValueError(reason)
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size > rows:
+        raise ValueError(f"{path} has {tokenizer.vocab_size} pieces, the embedding {rows} rows: "
+                         "they do not belong together")
+    return tokenizer
+
+
+def added_tokens(source):
+    """{id: text} of the tokens that a folder adds to its tokenizer.model. A file that cannot be
+    read adds none: nothing that is imported depends on it."""
+    added = {}
+    for name, key in (("added_tokens.json", None), ("tokenizer_config.json",
+                                                    "added_tokens_decoder")):
+        with suppress(ValueError):
+            content = read_json(source / name)
+            if key is None:
+                added.update({id: text for text, id in content.items() if type(id) is int})
+            elif isinstance(content.get(key), dict):
+                added.update({int(id): token["content"] for id, token in content[key].items()
+                              if id.isdecimal() and isinstance(token, dict)
+                              and isinstance(token.get("content"), str)})
+    return added
+
+
+def print_left_out(source, tokenizer):
+    """Names what the folder says beyond the tokenizer's pieces, and what follows from it."""
+    pieces = tokenizer.vocab_size
+    added = {id: text for id, text in added_tokens(source).items() if id >= pieces}
+    if added:
+        names = ", ".join(f"{text} {id}" for id, text in sorted(added.items())[:4])
+        print(f"not carried over: {len(added)} added tokens without a piece in tokenizer.model "
+              f"({names}{', ...' if len(added) > 4 else ''}): here their text is encoded letter by "
+              "letter, and generation never draws their rows")
+    ends = read_json(source / "config.json").get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    other = [end for end in ends if end not in (None, tokenizer.eos_id)]
+    if other:
+        print(f"not carried over: eos_token_id {', '.join(map(str, other))}: here a text ends at "
+              f"the tokenizer's own EOS, {tokenizer.eos_id}; a model that was trained to end with "
+              "the other goes on until --max-new-tokens")
 
 
 def import_folder(source, out, tokenizer=None):
     """Writes the checkpoint of the folder `source` to the new folder `out` in Meta's layout; every
     number stays as it is, in its dtype. Raises ValueError or OSError, leaving nothing behind."""
     source = Path(source)
-    with new_folder(out) as folder:
+    with explained(source=source), new_folder(out) as folder:
         if not (source / "config.json").is_file():
             raise ValueError(f"{source} has no config.json: give the folder of a Hugging Face "
                              "checkpoint (config.json, model*.safetensors, tokenizer.model)")
         args, tied = read_config(source / "config.json")
-        tokenizer = find_tokenizer(source, tokenizer, args.vocab_size)
+        tokenizer = find_tokenizer(source, tokenizer)
+        print_left_out(source, check_tokenizer(tokenizer, args.vocab_size))
         state = check_weights(read_weights(source), args, tied, source)
         print(f"{source}: {args.n_layers} layers, width {args.dim}, feed-forward {args.ffn_dim}, "
               f"{args.n_heads} heads on {args.n_kv_heads}, vocabulary {args.vocab_size}, "

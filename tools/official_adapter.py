@@ -20,6 +20,7 @@ from data import WORLD
 from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
 from model import load_llama
 from support.cli import Parser, run_script
+from support.explain import explained
 from support.files import misfits, new_folder, read_json, write_file, write_json
 from tools.hf_layout import (
     TARGETS,
@@ -106,7 +107,8 @@ def to_ours(source, out, weights):
     if not (source / "adapter_model.bin").is_file():
         raise ValueError(f"{source} holds no adapter_model.bin: give the folder that HydraLoRA's "
                          "code saved, with adapter_config.json")
-    model, _ = load_llama(weights)
+    with explained(weights=weights):
+        model, _ = load_llama(weights)
     tensors = read_bin(source / "adapter_model.bin")
     add_hydralora(model, **read_settings(source / "adapter_config.json", tensors))
     fill(model, tensors, source / "adapter_model.bin")
@@ -117,8 +119,9 @@ def to_ours(source, out, weights):
 def to_official(source, out, weights):
     """adapter.pt -> their folder, in fp32."""
     with new_folder(out) as folder:
-        model, _ = load_llama(weights)
-        config = load_adapter(model, source)
+        with explained(weights=weights, adapter=source):
+            model, _ = load_llama(weights)
+            config = load_adapter(model, source)
         check_settings(config, SETTINGS_HELD, "the authors' format, without an A for every head,")
         tensors = official_tensors(model)
         write_file(folder / "adapter_model.bin", lambda file: torch.save(tensors, file))

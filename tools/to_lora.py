@@ -23,6 +23,7 @@ from model import load_llama
 from support.cli import Parser, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
 from support.evaluation import EVAL_BATCH, evaluate, routing_report
+from support.explain import explained
 from support.files import new_folder, write_json
 from support.run_folder import load_tuned
 from tools.hf_layout import (
@@ -138,8 +139,9 @@ def export(args):
     args.device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, args.device)
     with new_folder(args.out) as folder:
-        model, _ = load_llama(args.weights)
-        config = load_adapter(model, args.adapter)
+        with explained(weights=args.weights, adapter=args.adapter):
+            model, _ = load_llama(args.weights)
+            config = load_adapter(model, args.adapter)
         check_settings(config, SETTINGS_HELD, "an ordinary LoRA")
         routed = any(layer.router is not None for layer in hydra_layers(model).values())
         if routed and not args.constant:
