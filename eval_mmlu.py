@@ -30,6 +30,7 @@ from support.cli import Parser, check_least, progress, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
 from support.explain import explained, print_default_length, stated_length
 from support.files import digest, write_json, write_text
+from support.hold import holding
 from support.run_folder import load_tuned
 from support.scores import compare, print_summary, summarise
 
@@ -231,7 +232,8 @@ def score_or_compare(argv):
     if args.compare:
         compare(*args.compare)
     else:
-        score_questions(args)
+        with holding(f"{args.out}.lock", args.out):
+            score_questions(args)
 
 
 def main(argv=None):

@@ -27,6 +27,7 @@ from support import evaluation, explain, files, run_folder
 from support.cli import Parser, add_strict_flag, progress, run_script, signal_number
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
 from support.evaluation import HEAD_CHUNK
+from support.hold import holding
 from support.refusals import refuse_impossible
 
 # without --weights: the embedded world
@@ -303,8 +304,14 @@ def run_training(args):
         from support.memory import print_needs
         print_needs(args, adapter_settings(args), MAX_SEQ_LEN)
         return 0, None
-    torch.manual_seed(args.seed)
     out = run_folder.check_out(args)
+    with holding(out / ".lock", out):
+        run_folder.check_out(args)  # another run may have come and gone in between
+        return train_and_write(args, out)
+
+
+def train_and_write(args, out):
+    torch.manual_seed(args.seed)
     with explain.explained(weights=args.weights, data=(args.data, args.val_data)):
         args, model, train, val, clusters, data = prepare(args, out)
     counts, prints = evaluation.count_parameters(model), run_folder.fingerprints(args)
