@@ -144,6 +144,7 @@ def test_claims_pair_methods_of_one_scaling():
                      "a higher rank helps: LoRA r32, alpha 32 ahead of LoRA r8": 0.5}
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_tables_come_out_and_one_line_says_so(place, tmp_path, monkeypatch,
                                                                     capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -217,6 +218,7 @@ def test_records_are_drawn_and_without_validation_data_a_tenth_is_held_out(place
     assert (len(records), len(val), args.weights) == (6400, 1200, str(WORLD / "base"))
 
 
+@pytest.mark.slow
 def test_no_learning_rate_is_chosen_by_the_validation_set(place, tmp_path, monkeypatch):
     """Every run of the sweep trains and is measured on training records alone, the same for all
     methods; the validation set is read by the other runs only."""
@@ -412,6 +414,7 @@ def test_tables_line_up_and_numbers_are_shown_with_their_intervals():
     assert common.plain({1: [math.inf, 2.0]}) == {"1": [None, 2.0]}
 
 
+@pytest.mark.slow
 def test_matched_ranks_have_the_parameters_of_hydralora_router_included():
     args, _, _ = common.prepare(common.parser("test", common.__doc__, seeds=1, epochs=1), [])
     model = tiny_model(dim=128, n_layers=6, multiple_of=32)

@@ -484,6 +484,7 @@ def alive_peak(work):
     return watch.peak
 
 
+@pytest.mark.slow
 def test_tfidf_and_kmeans_hold_little_more_than_their_matrix(tokenizer):
     sequences, _ = encode_prompts(read_records(WORLD / "train.jsonl")[:3000], tokenizer, 128)
     matrix = len(sequences) * tokenizer.vocab_size * 4

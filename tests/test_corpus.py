@@ -283,6 +283,7 @@ def test_valid_json_of_another_layout_is_told_from_broken_json(tmp_path, text, w
         read_records(tmp_path / "a.json")
 
 
+@pytest.mark.slow
 def test_train_and_cluster_go_on_without_a_bad_record_and_strict_refuses_it(tmp_path, capsys):
     path = write_rows(tmp_path / "a.jsonl", [*plain(24), {"instruction": "a", "output": ""}])
     runs = {train.main: ["--data", str(path), "--heads", "2", "--rank",

@@ -49,6 +49,7 @@ def test_compare_layers_has_a_row_for_tfidf_and_every_layer(capsys):
     assert all(0 <= value <= 1 for row in rows for value in numbers(row))
 
 
+@pytest.mark.slow
 def test_another_models_layers_are_compared_as_well(capsys):
     compare_layers.main(["--weights", str(asset("stories260k")), "--data",
                          str(WORLD / "val.jsonl"), "--records", "20"])

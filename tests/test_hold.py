@@ -82,6 +82,7 @@ def test_a_held_folder_is_refused_in_one_line_and_nothing_is_written(command, ho
     assert os.listdir(tmp_path / "runs" / "out") == [".lock"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_what_a_killed_or_stopped_run_left_behind_holds_nothing(command, holder, tmp_path, number):
     holder.send_signal(number)
@@ -133,6 +134,7 @@ def test_a_number_that_another_process_got_since_is_not_the_holder(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_of_many_that_see_a_file_left_behind_only_one_takes_it(tmp_path):
     lock = tmp_path / ".lock"
     code = ("import sys, time\nfrom support.hold import holding\n"

@@ -180,6 +180,7 @@ def test_a_signal_at_any_moment_loses_nothing(command, out, uninterrupted, monke
     assert sorted(path.name for path in out.iterdir()) == ["adapter.pt", "log.csv", "run.json"]
 
 
+@pytest.mark.slow
 def test_a_signal_during_clustering_stops_and_a_resumed_run_keeps_its_heads(
         command, out, tmp_path, monkeypatch, capsys):
     flags = command + ["--heads", "auto"]

@@ -98,6 +98,7 @@ def test_an_imported_checkpoint_is_the_model_bit_for_bit(tmp_path, form, tied):
     assert sorted(os.listdir(tmp_path)) == [path.name, "meta"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", WRITERS)
 def test_stories260k_as_published_tells_its_story(tmp_path, form):
     folder = asset("stories260k")
