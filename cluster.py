@@ -165,8 +165,9 @@ def mean_of(x):
 
 
 def in_parts(x):
-    """The rows of x (M, F) in parts of at most 32 MiB, for sums whose terms need a copy."""
-    return x.split(max(1, 2**23 // max(1, x.shape[1])))
+    """The rows of x (M, F) in parts of at most 40 MiB, for sums whose terms need a copy. (What is
+    over 32 MiB goes back to the system at once; much smaller parts would add up.)"""
+    return x.split(max(1, 10 * 2**20 // max(1, x.shape[1])))
 
 
 def best_start(x, x2, centroids, k, *, generator, max_iter):
