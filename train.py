@@ -24,7 +24,7 @@ from data.corpus import collate, encode_records, length_batches, read_split
 from hydralora import GATES, TARGETS, HydraSettings, adapters_disabled, add_hydralora, save_adapter
 from model import load_llama
 from support import evaluation, explain, files, run_folder
-from support.cli import Parser, add_strict_flag, progress, run_script, signal_number
+from support.cli import Parser, add_strict_flag, flag, progress, run_script, signal_number
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
 from support.evaluation import HEAD_CHUNK
 from support.hold import holding
@@ -92,7 +92,7 @@ def parse_args(argv=None):
     for name, value in METHODS[args.method].items():
         if getattr(args, name, None) not in (None, value):
             p.error(f"--method {args.method} has {name} {value}, not {getattr(args, name)}: drop "
-                    f"--{name} or the method")
+                    f"{flag(name)} or the method")
     defaults = {**asdict(HydraSettings()), **(PAPER_RECIPE if args.weights else WORLD_RECIPE),
                 **METHODS[args.method]}
     for name, value in defaults.items():

@@ -160,8 +160,8 @@ def pad(rows, device="cpu"):
     Being causal, the model never reads the padding."""
     width = max(map(len, rows))
     tokens = to_device([row + [0] * (width - len(row)) for row in rows], device)
-    real = to_device([[i < len(row) for i in range(width)] for row in rows], device)
-    return tokens, real
+    lengths = to_device([[len(row)] for row in rows], device)
+    return tokens, torch.arange(width, device=device) < lengths
 
 
 class Batch(NamedTuple):

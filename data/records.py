@@ -13,7 +13,6 @@ from pathlib import Path
 
 CONTEXT_NAMES = ("context", "input")  # Dolly's name, Alpaca's name
 RESPONSE_NAMES = ("response", "output")
-FIELDS = {"instruction", *CONTEXT_NAMES, *RESPONSE_NAMES, "category"}
 CHAT_NAMES = ("messages", "conversations")  # of OpenAI's layout and of ShareGPT's
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "system": "system"}

@@ -32,7 +32,7 @@ from data.corpus import hold_out, read_records, without_duplicates
 from data.mmlu import read_questions
 from hydralora import add_hydralora, load_adapter
 from model import Transformer, load_llama, read_params
-from support.cli import Parser, one_line, run_script
+from support.cli import Parser, flag, one_line, run_script
 from support.files import (
     digest,
     file_fingerprint,
@@ -93,7 +93,7 @@ def prepare(p, argv):
         p.error("--weights needs --data FILE as well")
     for name in ("seeds", "epochs", "sweep_epochs", "jobs"):
         if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
+            p.error(f"{flag(name)} must be at least 1")
     if min(args.records, args.max_steps) < 0 or min(args.rates) <= 0:
         p.error("--records and --max-steps must not be negative, --rates must be positive")
     if not args.data and not args.val_data:

@@ -33,11 +33,16 @@ def add_strict_flag(parser):
                         "trained on, in place of skipping and counting it (off)")
 
 
+def flag(name):
+    """How the setting of that name is spelled on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 def check_least(args, **least):
     """Raises ValueError where a setting that is given is less than its least value."""
     for name, smallest in least.items():
         if (value := getattr(args, name)) is not None and value < smallest:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
+            raise ValueError(f"{flag(name)} must be at least {smallest}, got {value}")
 
 
 def one_line(error):

@@ -22,7 +22,7 @@ from data import WORLD
 from data.corpus import prompt_text, read_records
 from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_tokens
-from support.cli import Parser, run_script
+from support.cli import Parser, flag, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
 from support.evaluation import most_divided
 from support.explain import model_length
@@ -166,9 +166,9 @@ def settle(args):
     args.weights = args.weights or WORLD / "base"
     if args.weights.resolve() != WORLD / "base" and not args.prompts:
         raise ValueError("give a prompt: the embedded world's records are for its own model")
-    for flag in ("compare", "show_routing"):
-        if getattr(args, flag) and not args.adapter:
-            raise ValueError(f"--{flag.replace('_', '-')} needs --adapter FILE")
+    for name in ("compare", "show_routing"):
+        if getattr(args, name) and not args.adapter:
+            raise ValueError(f"{flag(name)} needs --adapter FILE")
     if args.max_new_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
         raise ValueError("--max-new-tokens must be at least 1, --temperature not negative, and "
                          "--top-p above 0 and at most 1")
