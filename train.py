@@ -304,13 +304,12 @@ def run_training(args):
         from support.memory import print_needs
         print_needs(args, adapter_settings(args), MAX_SEQ_LEN)
         return 0, None
-    out = run_folder.check_out(args)
-    with holding(out / ".lock", out):
-        run_folder.check_out(args)  # another run may have come and gone in between
-        return train_and_write(args, out)
+    with holding(f"{args.out}/.lock", args.out):
+        return train_and_write(args, run_folder.check_out(args))
 
 
 def train_and_write(args, out):
+    """run_training in its folder, which no other process writes to."""
     torch.manual_seed(args.seed)
     with explain.explained(weights=args.weights, data=(args.data, args.val_data)):
         args, model, train, val, clusters, data = prepare(args, out)

@@ -1,122 +1,114 @@
-"""One folder, one run: a small file says which process writes there.
+"""One folder, one run: a process holds what it writes, and a second one is told who that is.
 
     with holding(out / ".lock", out):
         ...                             # a second run into `out` is refused in one line
 
-The system lets one process alone make the file (O_EXCL), so no lock of the file system is needed.
-What a killed process left behind holds nothing: that process is gone, or its number belongs to one
-that started at another time.
+A lock is a folder with one empty file, whose name is its holder: process, when it began, host. One
+rename puts such a folder in place, or a new holder's name over that of a dead one; of several that
+try, one succeeds. So the file system need not know locks, and what a kill left behind, which names
+a process that is gone, holds nothing. Machines are told apart by their host names.
 """
 
-import json
 import os
-import platform
+import shutil
+import socket
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-WAIT = 0.1  # seconds for a process that has just made its file to write its name into it
-GUARD_SECONDS = 10  # taking a file away needs a small part of this
+from support.files import writing
+
+TRIES, PAUSE = 20, 0.01  # others may come and go meanwhile; seconds
 
 
-def process_start(pid):
-    """When the process started, in the system's own unit; None where nothing tells (not Linux)."""
+def began(pid):
+    """When a process began, as Linux tells it: in which run of the machine, and at which tick of
+    its clock. "" for one that has ended, "unknown" on other systems."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        state, *numbers = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return "unknown"
+    return "" if state in b"ZX" else f"{boot}.{numbers[18].decode()}"
 
 
-def myself():
-    return {"host": platform.node(), "pid": os.getpid(), "start": process_start(os.getpid())}
-
-
-def read_holder(lock):
-    """Who holds the file; {} where nobody wrote a name into it."""
-    for attempt in range(3):
-        with suppress(OSError, ValueError):
-            holder = json.loads(lock.read_text(encoding="utf-8"))
-            if isinstance(holder, dict) and type(holder.get("pid")) is int:
-                return holder
-        if attempt < 2:
-            time.sleep(WAIT)
-    return {}
-
-
-def is_running(holder, lock):
-    """Whether the process that holds the file still runs, on this machine."""
-    if not holder:
-        return False
-    if os.name == "nt":  # an open file cannot be renamed there, and the holder keeps it open
-        try:
-            os.replace(lock, lock)
-            return False
-        except OSError:
-            return True
+def lives(holder):
+    """Whether the process that a lock names may still run: of another host, this one cannot know.
+    A process id is given away again, so one that began at another time is somebody else's."""
+    pid, start, host = holder.split("-", 2)
+    if host != socket.gethostname():
+        return True
+    if os.name == "nt":
+        return False  # take() finds out: Windows renames no file that a process has open
     try:
-        os.kill(holder["pid"], 0)  # sends nothing
+        os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass  # it runs, and is another user's
-    except OverflowError:
-        return False
-    return process_start(holder["pid"]) == holder.get("start")
+    except OSError:
+        pass  # another user's
+    return began(pid) in (start, "unknown")
 
 
-def take_away(lock, holder):
-    """Removes the file of a process that is gone. Only one process at a time may do so: another
-    could have taken the file anew since this one read it."""
-    guard = lock.with_name(f"{lock.name}.guard")
-    try:
-        os.close(os.open(guard, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        with suppress(OSError):
-            if time.time() - guard.stat().st_mtime > GUARD_SECONDS:  # killed while it did
-                guard.unlink()
-        time.sleep(WAIT)
-        return
-    try:
-        if read_holder(lock) == holder:
-            lock.unlink(missing_ok=True)
-    finally:
-        guard.unlink(missing_ok=True)
+def in_use(lock, what, holder):
+    """The refusal that names who holds the lock."""
+    pid, _, host = holder.split("-", 2)
+    if host == socket.gethostname():
+        return ValueError(f"{what} is held by process {pid} on {host}, which writes there: wait "
+                          "for it, or name another --out")
+    return ValueError(f"{what} is held by process {pid} on another machine, {host}: wait for it, "
+                      f"name another --out, or delete {lock} if it has ended")
+
+
+def take(lock, what, me):
+    """Makes `me` the holder and returns the file that says so, open, see lives(). Raises ValueError
+    where another process holds the lock."""
+    claim = Path(f"{lock}.{me}")
+    for left in reversed(range(TRIES)):
+        holder = None
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            holder = next(iter(os.listdir(lock)), None) if lock.exists() else None
+            if holder and lives(holder):
+                raise in_use(lock, what, holder)
+            if holder:
+                os.rename(lock / holder, lock / me)  # fails where another was quicker
+            else:
+                claim.mkdir(exist_ok=True)
+                (claim / me).touch()
+                os.rename(claim, lock)  # so does this, unless the folder there is empty
+            return open(lock / me, "rb")
+        except OSError as error:
+            shutil.rmtree(claim, ignore_errors=True)
+            if not left and holder:
+                raise in_use(lock, what, holder) from error
+            if not left:
+                raise
+            with suppress(OSError):
+                lock.rmdir()  # an empty one, which Windows does not rename over
+            time.sleep(PAUSE)
 
 
 @contextmanager
 def holding(lock, what):
-    """Inside, this process holds the file `lock`; raises ValueError, naming the process, where
-    another holds it. Folders made for the file go again if nothing else came into them."""
-    lock = Path(lock)
-    made = [folder for folder in lock.parents if not folder.exists()]
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    """Inside, this process alone holds the lock, and with it `what`, the path that it writes to.
+    The folder that the lock lies in is made where there is none, and goes again if nothing else was
+    put in it. Raises ValueError where another process holds the lock, OSError where none can be.
+    """
+    lock, me = Path(lock), f"{os.getpid()}-{began(os.getpid())}-{socket.gethostname()}"
+    made, file = [], None
     try:
-        while True:
-            try:
-                file = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-                break
-            except FileExistsError:
-                refuse_if_held(lock, what)
-        try:
-            os.write(file, json.dumps(myself()).encode())
-            yield
-        finally:
-            os.close(file)
-            lock.unlink(missing_ok=True)
+        with writing(lock.parent):
+            made = [path for path in lock.parents if not path.exists()]
+            file = take(lock, what, me)
+        for path in lock.parent.iterdir():  # claims of processes that were killed within take()
+            name = path.name.removeprefix(f"{lock.name}.")
+            if name != path.name and name.count("-") > 1 and not lives(name):
+                shutil.rmtree(path, ignore_errors=True)
+        yield
     finally:
-        with suppress(OSError):  # not empty: the run has written
-            for folder in made:
-                folder.rmdir()
-
-
-def refuse_if_held(lock, what):
-    """Raises ValueError where a process holds the file; removes it where that process is gone."""
-    holder = read_holder(lock)
-    if holder and holder.get("host") != platform.node():
-        raise ValueError(f"{what} is held by process {holder['pid']} on another machine, "
-                         f"{holder.get('host')}: wait for it, name another --out, or delete {lock} "
-                         "if it has ended")
-    if is_running(holder, lock):
-        raise ValueError(f"{what} is held by process {holder['pid']}, which writes there: wait for "
-                         "it, or name another --out")
-    take_away(lock, holder)
+        if file:
+            file.close()
+            (lock / me).unlink(missing_ok=True)
+        for path in (lock, *made):
+            with suppress(OSError):
+                path.rmdir()
