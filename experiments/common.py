@@ -41,6 +41,7 @@ from support.files import (
     write_json,
     write_text,
 )
+from support.hold import holding
 from support.run_folder import fingerprints, lasting_settings
 from support.scores import summarise
 
@@ -121,18 +122,22 @@ def keep_records(records, args):
     text = "".join(json.dumps(record) + "\n" for record in records)
     path = args.runs / "data" / f"{digest(text)}.jsonl"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        with holding(f"{path}.lock", path):
+            write_text(path, text)
     return path
 
 
 def remember(path, key, compute):
     """What compute() returns, kept as JSON at path; computed anew for another key."""
     key = digest(key)
-    if path.exists() and (kept := read_json(path))["key"] == key:
-        return kept["value"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"key": key, "value": compute()})
+
+    def known():
+        return path.exists() and read_json(path)["key"] == key
+
+    if not known():
+        with holding(f"{path}.lock", path):
+            if not known():  # another process may have ended just now
+                write_json(path, {"key": key, "value": compute()})
     return read_json(path)["value"]  # as it is read next time: keys are strings
 
 
@@ -210,18 +215,22 @@ def run_folder(flags, runs):
 def train_once(flags, folder):
     """Runs train.py in silence unless the folder holds the whole run. A run whose loss is no
     number leaves diverged.json; a stopped one raises KeyboardInterrupt, and starts anew."""
-    if (folder / "run.json").exists() or (folder / "diverged.json").exists():
+    def ended():
+        return (folder / "run.json").exists() or (folder / "diverged.json").exists()
+
+    if ended():
         return
-    silence = io.StringIO()
-    try:
-        with redirect_stdout(silence), redirect_stderr(silence):
-            args = train.parse_args([*flags, "--out", str(folder), "--overwrite"])
-            status, _ = train.run_training(args)
-    except ValueError as error:
-        if not any(words in str(error) for words in DIVERGED):
-            raise
-        write_json(folder / "diverged.json", {"reason": one_line(error)})
-        status = 0
+    silence, status = io.StringIO(), 0
+    with holding(f"{folder}.lock", folder):
+        try:
+            if not ended():  # another process may have done it just now
+                with redirect_stdout(silence), redirect_stderr(silence):
+                    args = train.parse_args([*flags, "--out", str(folder), "--overwrite"])
+                    status, _ = train.run_training(args)
+        except ValueError as error:
+            if not any(words in str(error) for words in DIVERGED):
+                raise
+            write_json(folder / "diverged.json", {"reason": one_line(error)})
     if status:
         raise KeyboardInterrupt(status - 128)
 
