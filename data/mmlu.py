@@ -41,7 +41,7 @@ def read_rows(path):
     try:
         for row in csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True):
             read += 1
-            if not any(row):
+            if not any(map(str.strip, row)):
                 continue  # a blank line, or the empty cells that a spreadsheet leaves
             if len(row) != 6:
                 raise ValueError(f"{len(row)} columns, not question, 4 options and answer: "

@@ -558,7 +558,8 @@ def test_the_benchmark_finds_the_same_answers_both_ways(capsys):
 
 @pytest.mark.parametrize("change", [
     lambda text: text + b"\r\n", lambda text: b"\xef\xbb\xbf" + text,
-    lambda text: text + b",,,,,\n", lambda text: b"\n" + text], ids=range(4))
+    lambda text: text + b",,,,,\n", lambda text: b"\n" + text,
+    lambda text: text.replace(b"B\r\n", b"B\r\n \t\r\n , ,\r\n")], ids=range(5))
 def test_marks_of_editors_change_no_question(quiz, change):
     plain = read_questions(quiz, shots=1)
     for path in quiz.glob("*/anatomy*.csv"):
