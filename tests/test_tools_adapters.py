@@ -423,3 +423,17 @@ def test_pefts_config_names_the_base_and_a_tied_output_is_warned_about(weights, 
     capsys.readouterr()
     config_of("three")
     assert "warning: the base's output layer equals its embedding" in capsys.readouterr().out
+
+
+def test_the_authors_config_names_the_base_too_and_an_adapter_has_no_place_for_it(
+        weights, tmp_path, capsys):
+    make_adapter(weights, tmp_path / "a.pt")
+    for name, flags, want in (("one", [], "weights"), ("two", ["--base", "me/llama"], "me/llama")):
+        assert run(official_adapter, tmp_path / "a.pt", tmp_path / name, "--weights", weights,
+                   *flags) == 0
+        assert f"tensors, for the base {want} (--base names" in capsys.readouterr().out
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == want
+    assert "--base is written into their format" in refused(
+        capsys, official_adapter, tmp_path / "one", tmp_path / "b.pt", "--weights", weights,
+        "--base", "x")

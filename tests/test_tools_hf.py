@@ -213,3 +213,35 @@ def test_peft_has_the_loss_that_was_printed_for_several_heads(
     assert after == pytest.approx(loss_of(lambda ids: theirs(ids).logits, tokenizer, RECORDS),
                                   abs=1e-3)
     assert abs(after - before) > 0.01
+
+
+@pytest.mark.slow
+def test_pefts_automatic_classes_find_the_base(hf_weights, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs requirements-optional.txt")
+    path = make_adapter(hf_weights, tmp_path / "a.pt", ALL, heads=1)
+    assert run(to_lora, path, tmp_path / "lora", "--weights", hf_weights, "--base",
+               tmp_path / "hf") == 0
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        want = tuned(hf_weights, path)(ids)
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").eval()
+    assert (logits(theirs, ids) - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_lora_on_a_tied_output_is_right_unmerged_and_wrong_merged(tmp_path, capsys):
+    """Why to_lora warns, and does not refuse: what it writes is right as long as it stays apart."""
+    pytest.importorskip("peft", reason="needs requirements-optional.txt")
+    save(make_model("SmolLM"), tmp_path / "hf")
+    run(import_hf, tmp_path / "hf", tmp_path / "meta")
+    path = make_adapter(tmp_path / "meta", tmp_path / "a.pt", ("output",), heads=1)
+    assert run(to_lora, path, tmp_path / "lora", "--weights", tmp_path / "meta") == 0
+    assert "use it unmerged" in capsys.readouterr().out
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        want = tuned(tmp_path / "meta", path)(ids)
+    theirs = peft_model(tmp_path)
+    assert (logits(theirs, ids) - want).abs().max() < 1e-4 * want.abs().max()
+    merged = theirs.merge_and_unload()
+    assert (logits(merged, ids) - want).abs().max() > 0.1 * want.abs().max()

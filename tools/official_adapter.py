@@ -33,8 +33,15 @@ from tools.hf_layout import (
 )
 from tools.import_hf import read_bin
 
+BASE_HELP = ("where PEFT finds the base, in Hugging Face's layout: base_model_name_or_path (the "
+             "name of the --weights folder)")
 PREFIX = "base_model.model."  # what PEFT puts before the names of the model that it wraps
 SETTINGS_HELD = ("targets", "rank", "heads", "alpha", "dropout", "gate")  # by the authors' format
+
+
+def base_name(args):
+    """What an adapter_config.json says of the base: --base, or the name of the weights' folder."""
+    return args.base or args.weights.resolve().name
 
 
 def official_tensors(model):
@@ -99,16 +106,19 @@ def fill(model, tensors, source):
             b.copy_(meta_rows(tensors[f"{prefix}.lora_B{i}.weight"], n_heads))
 
 
-def to_ours(source, out, weights):
+def to_ours(args):
     """Their folder -> adapter.pt, in fp32. The base model in Meta's layout is read for its shapes
     and the fingerprint that load_adapter checks."""
+    source, out = args.source, args.out
+    if args.base:
+        raise ValueError(f"--base is written into their format; {out} has no place for it")
     if out.exists():
         raise ValueError(f"{out} exists already: name another file, or move it away")
     if not (source / "adapter_model.bin").is_file():
         raise ValueError(f"{source} holds no adapter_model.bin: give the folder that HydraLoRA's "
                          "code saved, with adapter_config.json")
-    with explained(weights=weights):
-        model, _ = load_llama(weights)
+    with explained(weights=args.weights):
+        model, _ = load_llama(args.weights)
     tensors = read_bin(source / "adapter_model.bin")
     add_hydralora(model, **read_settings(source / "adapter_config.json", tensors))
     fill(model, tensors, source / "adapter_model.bin")
@@ -116,23 +126,24 @@ def to_ours(source, out, weights):
     print(f"wrote {out}: {model.hydralora_config}")
 
 
-def to_official(source, out, weights):
+def to_official(args):
     """adapter.pt -> their folder, in fp32."""
-    with new_folder(out) as folder:
-        with explained(weights=weights, adapter=source):
-            model, _ = load_llama(weights)
-            config = load_adapter(model, source)
+    with new_folder(args.out) as folder:
+        with explained(weights=args.weights, adapter=args.source):
+            model, _ = load_llama(args.weights)
+            config = load_adapter(model, args.source)
         check_settings(config, SETTINGS_HELD, "the authors' format, without an A for every head,")
         tensors = official_tensors(model)
         write_file(folder / "adapter_model.bin", lambda file: torch.save(tensors, file))
         write_json(folder / "adapter_config.json", {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None,
-            "inference_mode": True, "r": config["rank"], "lora_alpha": config["alpha"],
+            "peft_type": "LORA", "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_name(args), "inference_mode": True, "r": config["rank"], "lora_alpha": config["alpha"],
             "lora_nums": config["heads"], "lora_dropout": config["dropout"], "blc_alpha": 0.0,
             "blc_weight": 0.0, "target_modules": [TARGETS[name] for name in config["targets"]],
             "bias": "none", "fan_in_fan_out": False, "merge_weights": False, "enable_lora": None,
             "modules_to_save": None})
-    print(f"wrote {out}: {len(tensors)} tensors")
+    print(f"wrote {args.out}: {len(tensors)} tensors, for the base {base_name(args)} (--base names "
+          "another)")
 
 
 def main(argv=None):
@@ -142,10 +153,10 @@ def main(argv=None):
     p.add_argument("out", metavar="DST", type=Path, help="what to make: the other of the two")
     p.add_argument("--weights", type=Path, default=WORLD / "base",
                    help="the base model, a folder in Meta's layout (the embedded world's)")
+    p.add_argument("--base", help=BASE_HELP)
     args = p.parse_args(argv)
     convert = to_ours if args.source.is_dir() else to_official
-    return run_script("official_adapter.py",
-                      lambda: convert(args.source, args.out, args.weights), argv,
+    return run_script("official_adapter.py", lambda: convert(args), argv,
                       stopped="interrupted; nothing was written",
                       memory="a machine with more memory can")
 

@@ -34,7 +34,7 @@ from tools.hf_layout import (
     rotary_heads,
     write_safetensors,
 )
-from tools.official_adapter import PREFIX
+from tools.official_adapter import BASE_HELP, PREFIX, base_name
 from train import MAX_SEQ_LEN, VAL_SHARE
 
 # what flatten turns into one LoRA
@@ -153,15 +153,15 @@ def export(args):
         else:
             flatten(model, constant_gates(model, None, args))
             report = f"exact: {'one head' if config['heads'] == 1 else 'its gate is uniform'}"
-        base = args.base or args.weights.resolve().name
-        write_lora(model, folder, base)
+        write_lora(model, folder, base_name(args))
     config = model.hydralora_config
     print(report)
     if "output" in config["targets"] and ties_output(model):
         print("warning: the base's output layer equals its embedding. Hugging Face ties the two, "
               "and merging this LoRA would change both: use it unmerged")
     print(f"wrote {args.out}: rank {config['rank']}, alpha {config['alpha']:g}, "
-          f"{len(hydra_layers(model))} layers, for the base {base} (--base names another)")
+          f"{len(hydra_layers(model))} layers, for the base {base_name(args)} (--base names "
+          "another)")
 
 
 def main(argv=None):
@@ -172,8 +172,7 @@ def main(argv=None):
                    help="the base model, a folder in Meta's layout (the embedded world's)")
     p.add_argument("--constant", choices=["uniform", "calibrated"],
                    help="the constant gate: 1/N, or the mean on --data (none: refuse if needed)")
-    p.add_argument("--base", help="where PEFT finds the base, in Hugging Face's layout: "
-                   "base_model_name_or_path (the name of the --weights folder)")
+    p.add_argument("--base", help=BASE_HELP)
     p.add_argument("--data", type=Path, help="records to calibrate the gate on (none)")
     p.add_argument("--val-data", type=Path,
                    help="records for the loss (5 %% of --data, else the embedded world's)")
