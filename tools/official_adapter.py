@@ -137,7 +137,8 @@ def to_official(args):
         write_file(folder / "adapter_model.bin", lambda file: torch.save(tensors, file))
         write_json(folder / "adapter_config.json", {
             "peft_type": "LORA", "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_name(args), "inference_mode": True, "r": config["rank"], "lora_alpha": config["alpha"],
+            "base_model_name_or_path": base_name(args), "inference_mode": True,
+            "r": config["rank"], "lora_alpha": config["alpha"],
             "lora_nums": config["heads"], "lora_dropout": config["dropout"], "blc_alpha": 0.0,
             "blc_weight": 0.0, "target_modules": [TARGETS[name] for name in config["targets"]],
             "bias": "none", "fan_in_fan_out": False, "merge_weights": False, "enable_lora": None,
