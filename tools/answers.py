@@ -2,11 +2,9 @@
 
     python -m tools.generate --data data/world/val.jsonl --out answers.jsonl --compare
 
-A line of the output is a record, the answer, and whether that is the expected one word for word:
-
-    {"instruction": ..., "context": ..., "response": ..., "category": ..., "answer": ..., "exact": true}
-
-and after --compare "base_answer" and "base_exact" as well. Answers do not depend on the batch.
+A line of the output is a JSON object: the record (instruction, context, response, category), its
+"answer", and "exact", whether that is the response word for word; after --compare "base_answer"
+and "base_exact" as well. An answer does not depend on the other records of its batch.
 """
 
 import json
