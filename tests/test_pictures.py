@@ -401,6 +401,7 @@ def test_a_hostile_prompt_stays_data(routed, tokenizer):
     assert not re.search(r"(src|href)=|https?:|url\(|@import|fetch\(", page)  # no network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
 def test_in_a_browser_the_numbers_shown_are_the_gates_and_the_switches_work(
         routed, tmp_path, width):
@@ -433,6 +434,7 @@ def test_in_a_browser_the_numbers_shown_are_the_gates_and_the_switches_work(
     assert hovered == pytest.approx(together[0][2].tolist(), abs=6e-4)
 
 
+@pytest.mark.slow
 def test_in_a_browser_keys_and_legend_work_and_text_is_text(routed, tokenizer, tmp_path):
     path, rows, gates = routed
     seen, _ = browse(path, tmp_path, 1280)
@@ -443,11 +445,13 @@ def test_in_a_browser_keys_and_legend_work_and_text_is_text(routed, tokenizer, t
     assert seen["ended"] == sum(map(len, rows[0])) - 1
     assert seen["pressed"] == ["false", "true", "true"]
     w = torch.cat([gate[list(gates[0])[0]] for gate in gates])
-    assert seen["off"]["heads"] == [str(head + 2) for head in strongest(w[:, 1:])]
+    kept = [(head + 1, row[head + 1] >= 0.333) for head, row in zip(strongest(w[:, 1:]), w)]
+    assert seen["off"]["heads"] == [str(head + 1) if much else "\u00a0" for head, much in kept]
     assert set(seen["none"]["heads"]) == {"\u00a0"} and len(set(seen["none"]["tints"])) == 1
     assert [float(x) for x in seen["none"]["cells"]] == [float(x) for x in seen["off"]["cells"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--blink-settings=preferredColorScheme=0"]],
                          ids=["light", "dark"])
 def test_in_a_browser_text_has_a_contrast_of_at_least_4_5(weights, tmp_path, flags):
@@ -470,6 +474,7 @@ def test_the_page_of_200_tokens_96_layers_and_8_heads_is_below_2_mb():
     assert len(routing_page.page(routing_page.page_data([text], [gates])).encode()) < 2e6
 
 
+@pytest.mark.slow
 def test_without_prompts_there_is_a_record_of_each_family_and_the_runs_own_table(
         tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -479,7 +484,9 @@ def test_without_prompts_there_is_a_record_of_each_family_and_the_runs_own_table
     names = [f"layers.{i}.feed_forward.{w}" for i in range(6) for w in ("w1", "w3", "w2")]
     gate = {name: {"sea": [i / 20, 1 - i / 20, 0.0], "land": [0.0, 0.0, 1.0]}
             for i, name in enumerate(names)}
-    for routing, count in (({"gate": gate}, 2), ({"gate": {"other": gate[names[0]]}}, 1)):
+    # run.json has the layers in the order of the model's modules, the page in that of the pass
+    shuffled = {name: gate[name] for name in sorted(gate)}
+    for routing, count in (({"gate": shuffled}, 2), ({"gate": {"other": gate[names[0]]}}, 1)):
         (folder / "run.json").write_text(json.dumps({"fingerprints": {}, "routing": routing}))
         assert run(routing_page, "--out", "r.html", "--max-new-tokens", 2) == 0
         data = json.loads(embedded(tmp_path / "r.html"))

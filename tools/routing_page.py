@@ -66,11 +66,12 @@ def run_table(adapter, layers):
     if Path(adapter).name != "adapter.pt" or not path.is_file():
         return None
     gate = (read_json(path).get("routing") or {}).get("gate", {})
-    if list(gate) != layers:
+    if gate.keys() != set(layers):
         return None
-    by_layer = [[*by.values()] for by in gate.values()]
-    return {"title": "validation records of the run", "rows": [*gate[layers[0]]],
-            "gates": packed(torch.tensor(by_layer).transpose(0, 1))}
+    families = list(gate[layers[0]])
+    means = torch.tensor([[gate[layer][family] for layer in layers] for family in families])
+    return {"title": "validation records of the run",
+            "rows": [family or "all" for family in families], "gates": packed(means)}
 
 
 def page_data(texts, all_gates, more=None):
