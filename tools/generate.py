@@ -128,7 +128,7 @@ def world_prompts():
 
 
 def answer_all(args):
-    settle(args)
+    settle(args, args.prompts or args.data)
     settle_data(args)
     model, tokenizer = load_tuned(args)
     if args.data:
@@ -144,8 +144,9 @@ def answer_all(args):
         print()
 
 
-def settle(args):
-    """Fills in the adapter, the device and the dtype, and refuses what cannot be meant."""
+def settle(args, asked):
+    """Fills in the adapter, the device and the dtype, and refuses what cannot be meant; `asked`
+    says whether there is anything to answer but the world's own records."""
     args.device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, args.device)
     if not args.weights and not args.adapter:
@@ -154,7 +155,7 @@ def settle(args):
                              "adapter with --adapter, or a model with --weights")
         args.adapter = ADAPTER
     args.weights = args.weights or WORLD / "base"
-    if args.weights.resolve() != WORLD / "base" and not (args.prompts or vars(args).get("data")):
+    if args.weights.resolve() != WORLD / "base" and not asked:
         raise ValueError("give a prompt: the embedded world's records are for its own model")
     if args.max_new_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
         raise ValueError("--max-new-tokens must be at least 1, --temperature not negative, and "

@@ -99,7 +99,7 @@ def page(data):
 
 
 def write_page(args):
-    settle(args)
+    settle(args, args.prompts)
     model, tokenizer = load_tuned(args)
     if not has_router(model):
         raise ValueError(f"{args.adapter or args.weights} {NO_ROUTER}")
