@@ -11,7 +11,6 @@ Shapes: B questions of a batch, P shared tokens, T further tokens, K key/value h
 D width, V vocabulary.
 """
 
-import json
 import math
 import os
 import sys
@@ -29,12 +28,13 @@ from hydralora import base_fingerprint
 from support.cli import Parser, check_least, progress, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
 from support.explain import explained, print_default_length, stated_length
-from support.files import digest, write_json, write_text
+from support.files import digest, write_json
 from support.hold import holding
+from support.partial import add_line, open_partial, read_partial
 from support.run_folder import load_tuned
 from support.scores import compare, print_summary, summarise
 
-QUESTION_KEYS = {"subject", "index", "prediction", "answer", "logprobs"}
+QUESTION = {"subject": str, "index": int, "prediction": str, "answer": str, "logprobs": list}
 
 
 @torch.inference_mode()
@@ -92,30 +92,6 @@ def score_prompts(model, prompts, letters, *, batch_size, done=(), share_prefix=
 # ---------------------------------------------------------------- the run
 
 
-def read_partial(path, settings):
-    """{(subject, index): question} as a stopped run left them, a torn last line dropped. Raises
-    ValueError when its settings were others: its answers would not be this run's."""
-    lines = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.split("\n"):
-        try:
-            lines.append(json.loads(line))
-        except (ValueError, RecursionError):
-            break
-    if lines and lines[0] != settings:
-        first = lines[0] if isinstance(lines[0], dict) else {}
-        differ = [key for key in settings if first.get(key) != settings[key]]
-        raise ValueError(f"{path} is of a stopped run with another {', '.join(differ)}: finish it, "
-                         "delete that file, or choose another --out")
-    try:
-        done = {(q["subject"], q["index"]): q for q in lines[1:] if q.keys() == QUESTION_KEYS}
-    except (AttributeError, TypeError):
-        done = {}
-    if len(done) < len(lines[1:]):
-        raise ValueError(f"{path} is not of a stopped run: delete it, or choose another --out")
-    return done
-
-
 def answer_questions(model, tokenizer, questions, examples, *, batch_size, done, file):
     """Completes `done`, {(subject, index): question}, and appends each new one to the file as a
     line of JSON. Returns a Counter of how many shots the prompts kept, and one of their tokens."""
@@ -137,7 +113,7 @@ def answer_questions(model, tokenizer, questions, examples, *, batch_size, done,
                     prediction = LETTERS[four.index(max(four))]
                     done[subject, i] = {"subject": subject, "index": i, "prediction": prediction,
                                         "answer": rows[i][5], "logprobs": four}
-                    file.write(json.dumps(done[subject, i]) + "\n")
+                    add_line(file, done[subject, i])
                 file.flush()
                 right = sum(q["prediction"] == q["answer"] for q in done.values())
                 bar.set_postfix_str(f"accuracy {right / len(done):.2%}", refresh=False)
@@ -174,13 +150,10 @@ def score_questions(args):
                 **deciding}
     print("\n".join(f"{key:16}{value}" for key, value in settings.items()))
     print_default_length(args.weights, model.args.max_seq_len, args.max_seq_len)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{args.out}.partial")
-    done = read_partial(partial, deciding)
-    head = "".join(json.dumps(line) + "\n" for line in [deciding, *done.values()])
-    write_text(partial, head)
+    done = read_partial(partial, deciding, columns=QUESTION, name=("subject", "index"))
     before, started = len(done), time.perf_counter()
-    with open(partial, "a", encoding="utf-8") as file:
+    with open_partial(partial, deciding, done) as file:
         kept, lengths = answer_questions(model, tokenizer, questions, examples,
                                          batch_size=args.batch_size, done=done, file=file)
     seconds = time.perf_counter() - started

@@ -294,7 +294,8 @@ def finish(args, out, model, val, before, result):
     files.write_json(out / "run.json", result)
     (out / "checkpoint.pt").unlink(missing_ok=True)
     wrote = "the checkpoint" if args.method == "full" else "adapter.pt"
-    print(f"\nwrote {wrote}, run.json and log.csv to {out}")
+    print(f"\nwrote {wrote}, run.json and log.csv to {out}\n"
+          f"to see it: python -m tools.plot {out} --out {out / 'plot.png'}")
     return result
 
 

@@ -156,6 +156,7 @@ def test_every_method_trains_and_writes_its_files(command, flags, tmp_path, caps
     else:
         assert files == {"run.json", "log.csv", "adapter.pt"}
         load_adapter(model, tmp_path / "out" / "adapter.pt")
+    assert f"python -m tools.plot {tmp_path / 'out'} --out " in out.splitlines()[-1]
     # what was saved is what was measured
     args = train.parse_args(command + flags)
     val = read_split(args.data, args.val_data, share=train.VAL_SHARE, seed=args.seed)[1]

@@ -3,6 +3,7 @@
     python -m tools.generate                                # the adapter of the first command
     python -m tools.generate "What is 3 plus 4?" --compare --show-routing
     python -m tools.generate "Give me three ideas." --weights llama-2-7b --adapter adapter.pt
+    python -m tools.generate --data FILE --out answers.jsonl           # a whole file of records
 
 A prompt is taken as an instruction, as in training: BOS, prompt, EOS, and the answer follows
 (HydraLoRA, section 4); --raw continues it instead. --show-routing is section 3.2.2 made visible:
@@ -13,7 +14,6 @@ Shapes: T tokens, N heads.
 
 import os
 import sys
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,28 +22,17 @@ from data import WORLD
 from data.corpus import prompt_text, read_records
 from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_tokens
-from support.cli import Parser, flag, run_script
+from support.cli import Parser, check_least, flag, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
 from support.evaluation import most_divided
-from support.explain import model_length
+from support.hold import holding
 from support.run_folder import load_tuned
+from tools.answers import answer_file, encode_prompt, sampling, text_pieces
 
 ADAPTER, MADE_BY = Path("runs/hydralora/adapter.pt"), "python train.py --heads 3 --rank 8"
 FAMILIES_SHOWN = 4  # of the embedded world: a record of each is answered without a prompt
+NO_ROUTER = "has no router (one head, or the uniform gate)"
 COLOURS = [31, 32, 34, 33, 35, 36, 91, 92, 94, 93, 95, 96]  # ANSI: red, green, blue, ...
-
-
-def text_pieces(tokenizer, tokens, before=()):
-    """Yields what each token adds to the text of those before it: "" while a character lacks some
-    of its bytes."""
-    ids = list(before)
-    shown = tokenizer.decode(ids)
-    for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        whole = not text.endswith("\ufffd")
-        yield text[len(shown):] if whole else ""
-        shown = text if whole else shown
 
 
 def answer(model, tokenizer, ids, args):
@@ -51,9 +40,7 @@ def answer(model, tokenizer, ids, args):
     new = []
 
     def tokens():
-        for token, in generate_tokens(model, tokenizer, [ids], max_new_tokens=args.max_new_tokens,
-                                      temperature=args.temperature, top_p=args.top_p,
-                                      seed=args.seed):
+        for token, in generate_tokens(model, tokenizer, [ids], **sampling(args)):
             new.append(token)
             yield token
 
@@ -116,12 +103,7 @@ def show_routing(model, tokenizer, prompt, new, coloured):
 
 def talk(model, tokenizer, prompt, args):
     """Answers one prompt: with the adapter if there is one, with --compare without it first."""
-    ids = tokenizer.encode(prompt) + [tokenizer.eos_id] * (not args.raw)
-    if len(ids) + args.max_new_tokens > model.args.max_seq_len:
-        length = (f"--max-seq-len {args.max_seq_len}" if args.max_seq_len else
-                  model_length(args.weights, model.args.max_seq_len))
-        raise ValueError(f"the prompt's {len(ids)} tokens and --max-new-tokens "
-                         f"{args.max_new_tokens} exceed {length}: shorten one of them")
+    ids = encode_prompt(model, tokenizer, prompt, args)
     if args.compare:
         print("base:     ", end="")
         with adapters_disabled(model):
@@ -134,19 +116,29 @@ def talk(model, tokenizer, prompt, args):
         show_routing(model, tokenizer, ids, new, coloured)
 
 
-def answer_prompts(args):
-    settle(args)
+def has_router(model):
+    return any(layer.router is not None for layer in hydra_layers(model).values())
+
+
+def world_prompts():
+    """(prompt, expected answer, family) of one validation record of each family of the world."""
+    first = {}
+    for record in read_records(WORLD / "val.jsonl"):
+        first.setdefault(record["category"], record)
+    return [(prompt_text(r), r["response"], r["category"]) for r in first.values()]
+
+
+def answer_all(args):
+    settle(args, args.prompts or args.data)
+    settle_data(args)
+    if args.data:
+        with holding(f"{args.out}.lock", args.out):
+            return answer_file(*load_tuned(args), args)
     model, tokenizer = load_tuned(args)
-    if args.show_routing and all(layer.router is None for layer in hydra_layers(model).values()):
-        raise ValueError(f"--show-routing: {args.adapter} has no router (one head, or the "
-                         "uniform gate)")
-    prompts = [(prompt, None) for prompt in args.prompts]
-    if not prompts:
-        first = {}  # of each family
-        for record in read_records(WORLD / "val.jsonl"):
-            first.setdefault(record["category"], record)
-        prompts = [(prompt_text(r), r["response"]) for r in islice(first.values(), FAMILIES_SHOWN)]
-    for prompt, expected in prompts:
+    if args.show_routing and not has_router(model):
+        raise ValueError(f"--show-routing: {args.adapter} {NO_ROUTER}")
+    prompts = [(prompt, None, None) for prompt in args.prompts]
+    for prompt, expected, _ in prompts or world_prompts()[:FAMILIES_SHOWN]:
         print(f"> {prompt}")
         if expected is not None:
             print(f"expected: {expected}")
@@ -154,8 +146,9 @@ def answer_prompts(args):
         print()
 
 
-def settle(args):
-    """Fills in the adapter, the device and the dtype, and refuses what cannot be meant."""
+def settle(args, asked):
+    """Fills in the adapter, the device and the dtype, and refuses what cannot be meant; `asked`
+    says whether there is anything to answer but the world's own records."""
     args.device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, args.device)
     if not args.weights and not args.adapter:
@@ -164,27 +157,38 @@ def settle(args):
                              "adapter with --adapter, or a model with --weights")
         args.adapter = ADAPTER
     args.weights = args.weights or WORLD / "base"
-    if args.weights.resolve() != WORLD / "base" and not args.prompts:
+    if args.weights.resolve() != WORLD / "base" and not asked:
         raise ValueError("give a prompt: the embedded world's records are for its own model")
-    for name in ("compare", "show_routing"):
-        if getattr(args, name) and not args.adapter:
-            raise ValueError(f"{flag(name)} needs --adapter FILE")
     if args.max_new_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
         raise ValueError("--max-new-tokens must be at least 1, --temperature not negative, and "
                          "--top-p above 0 and at most 1")
 
 
-def main(argv=None):
-    p = Parser("generate.py", __doc__)
+def settle_data(args):
+    """Refuses flags of this script that do not go together."""
+    check_least(args, batch_size=1)
+    for name in ("compare", "show_routing"):
+        if getattr(args, name) and not args.adapter:
+            raise ValueError(f"{flag(name)} needs --adapter FILE")
+    if bool(args.data) != bool(args.out):
+        raise ValueError("--data needs --out FILE" if args.data else "--out needs --data FILE")
+    if args.data:
+        if args.prompts or args.show_routing:
+            raise ValueError("give prompts or --data, not both; --show-routing is for prompts")
+        if args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a folder: name a file in it")
+        if args.out.resolve() == args.data.resolve():
+            raise ValueError(f"--out {args.out} is the data itself: name another file")
+
+
+def add_talk_flags(p):
+    """The flags that say who answers what, and how."""
     p.add_argument("prompts", metavar="PROMPT", nargs="*",
-                   help="what to answer (a few records of the embedded world)")
+                   help="what to answer (records of the embedded world)")
     p.add_argument("--weights", type=Path,
                    help="checkpoint folder in Meta's layout (the embedded world's)")
     p.add_argument("--adapter", type=Path,
                    help=f"adapter.pt to put on it (none with --weights, else {ADAPTER})")
-    p.add_argument("--compare", action="store_true", help="the base's answer as well (off)")
-    p.add_argument("--show-routing", action="store_true",
-                   help="mark each token by its strongest head, in colours on a terminal (off)")
     p.add_argument("--raw", action="store_true",
                    help="continue the prompt as text: no EOS after it (off)")
     p.add_argument("--max-new-tokens", type=int, default=128, help="tokens of an answer (128)")
@@ -193,10 +197,24 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     p.add_argument("--max-seq-len", type=int, help="tokens of context (the checkpoint's)")
     add_device_flags(p)
+
+
+def main(argv=None):
+    p = Parser("generate.py", __doc__)
+    add_talk_flags(p)
+    p.add_argument("--compare", action="store_true", help="the base's answer as well (off)")
+    p.add_argument("--show-routing", action="store_true",
+                   help="mark each token by its strongest head, in colours on a terminal (off)")
+    p.add_argument("--data", type=Path, help="answer every record of this file (off)")
+    p.add_argument("--out", type=Path, help="with --data: the answers, a line of JSON a record")
+    p.add_argument("--batch-size", type=int, default=8,
+                   help="with --data: records answered at a time (8)")
     args = p.parse_args(argv)
-    return run_script("generate.py", lambda: answer_prompts(args), argv,
-                      stopped="interrupted",
-                      memory="a smaller --max-seq-len or --dtype bf16 needs less")
+    goes_on = "the same command{} goes on from here" if args.data else None
+    return run_script("generate.py", lambda: answer_all(args), argv,
+                      stopped=f"stopped; {goes_on.format('')}" if goes_on else "interrupted",
+                      memory=goes_on.format(" with a smaller --batch-size") if goes_on else
+                      "a smaller --max-seq-len or --dtype bf16 needs less")
 
 
 if __name__ == "__main__":

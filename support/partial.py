@@ -1,0 +1,46 @@
+"""The rows of a long run, kept line by line, so that a stopped run goes on from where it was.
+
+    done = read_partial(path, settings, columns={"index": int, "answer": str}, name=("index",))
+    with open_partial(path, settings, done) as file:
+        add_line(file, {"index": 3, "answer": "four"})
+
+The first line holds the settings that the rows depend on; each further line is one row.
+"""
+
+import json
+
+from support.files import write_text
+
+
+def read_partial(path, settings, *, columns, name):
+    """{tuple of the columns in `name`: row} as a stopped run left them, a torn last line dropped.
+    Raises ValueError when its settings were others, since its rows would not be this run's, and
+    for a row that has not exactly these columns {name: type}."""
+    lines = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
+        try:
+            lines.append(json.loads(line))
+        except (ValueError, RecursionError):
+            break
+    if lines and lines[0] != settings:
+        first = lines[0] if isinstance(lines[0], dict) else {}
+        differ = [key for key in settings if first.get(key) != settings[key]]
+        raise ValueError(f"{path} is of a stopped run with another {', '.join(differ)}: finish it, "
+                         "delete that file, or choose another --out")
+    done = {tuple(row[key] for key in name): row for row in lines[1:]
+            if isinstance(row, dict) and {key: type(row[key]) for key in row} == columns}
+    if len(done) < len(lines[1:]):
+        raise ValueError(f"{path} is not of a stopped run: delete it, or choose another --out")
+    return done
+
+
+def open_partial(path, settings, done):
+    """The file, open for further rows, after the settings and the rows that are done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in [settings, *done.values()]))
+    return open(path, "a", encoding="utf-8")
+
+
+def add_line(file, row):
+    file.write(json.dumps(row) + "\n")
