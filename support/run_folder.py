@@ -225,6 +225,24 @@ def check_losses(losses, categories):
         raise ValueError("its losses of the base are damaged")
 
 
+def check_state(state, path, wanted, categories):
+    """Raises ValueError, or anything where the content is damaged, unless the checkpoint's losses
+    and tensors are of this run: `wanted` is {name: parameter} of what trains here."""
+    check_losses(state["before"], categories)
+    check_tensors(state["tensors"])
+    check_finite(state["tensors"], path)
+    if misfits({name: p.shape for name, p in wanted.items()}, state["tensors"]):
+        raise ValueError("its tensors are not those that train here")
+    trained = list(wanted.values())
+    if [len(group["params"]) for group in state["optimizer"]["param_groups"]] != [len(trained)]:
+        raise ValueError("the optimiser's state is of other tensors")
+    for i, entry in state["optimizer"]["state"].items():
+        check_tensors(entry)
+        check_finite(entry, path)
+        if any(value.shape not in ((), trained[i].shape) for value in entry.values()):
+            raise ValueError("the optimiser's state has other shapes")
+
+
 def restore(path, args, prints, model, optimizer, scaler, categories):
     """(steps done, losses of the base by category) of an interrupted run, whose state is put in
     place when its settings, data and weights were these; raises ValueError that names each
@@ -242,24 +260,16 @@ def restore(path, args, prints, model, optimizer, scaler, categories):
                          "the old files back, or start anew in another --out")
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
-        check_losses(state["before"], categories)
-        check_tensors(state["tensors"])
-        check_finite(state["tensors"], path)
-        if misfits({name: p.shape for name, p in wanted.items()}, state["tensors"]):
-            raise ValueError("its tensors are not those that train here")
-        moments, trained = state["optimizer"]["state"], list(wanted.values())
-        for i, entry in moments.items():
-            check_tensors(entry)
-            check_finite(entry, path)
-            if any(value.shape not in ((), trained[i].shape) for value in entry.values()):
-                raise ValueError("the optimiser's state has other shapes")
+        check_state(state, path, wanted, categories)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], args.device)
     except Exception as error:  # damaged content raises almost anything
-        raise ValueError(f"{path} does not fit this run: {error}") from error
+        reason = error if isinstance(error, ValueError) else "it is damaged"
+        raise ValueError(f"{path} does not fit this run: {reason}; start anew with --overwrite, or "
+                         "in another --out") from error
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(state["tensors"][name])

@@ -911,6 +911,10 @@ BAD = {
         KEY)), RESUME, "does not fit this run"),
     "checkpoint with another optimiser": (T, change("stopped/checkpoint.pt", lambda s: s[
         "optimizer"]["state"][0].update(exp_avg=torch.zeros(3))), RESUME, "other shapes"),
+    "checkpoint with fewer in its optimiser": (T, change("stopped/checkpoint.pt", lambda s: s[
+        "optimizer"]["param_groups"][0]["params"].pop()), RESUME, "of other tensors; start anew"),
+    "checkpoint with damaged random numbers": (T, change("stopped/checkpoint.pt", lambda s: s
+        .update(rng=torch.zeros(3))), RESUME, "it is damaged; start anew with --overwrite"),
     "checkpoint of NaN": (T, change("stopped/checkpoint.pt", lambda s: s["tensors"][KEY].fill_(
         math.nan)), RESUME, "not finite"),
     "adapter missing": (E, nothing, ["--adapter", "absent.pt"],
