@@ -88,6 +88,7 @@ def random_base(args, device):
     with torch.device("meta"):
         model = Transformer(ModelArgs(**args)).to(torch.bfloat16)
     model.to_empty(device=device).requires_grad_(False)
+    torch.manual_seed(0)
     for weight in model.parameters():
         weight.normal_(std=0.02) if weight.ndim == 2 else weight.fill_(1)
     return model
