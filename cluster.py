@@ -369,7 +369,7 @@ def parse_args(argv):
     p.add_argument("--batch-size", type=int, default=16, help="prompts a forward pass (16)")
     p.add_argument("--max-seq-len", type=int,
                    help="tokens of a prompt, the rest is cut (the model's own)")
-    p.add_argument("--device", help="cpu (in fp32), cuda, ... (in bf16) (a GPU where there is one)")
+    p.add_argument("--device", help="cpu, mps (in fp32), cuda (in bf16) (cuda where there is one)")
     p.add_argument("--cache", help="file that keeps the features for the next run (off)")
     p.add_argument("--out", default="clusters.json", help="file to write (clusters.json)")
     return p.parse_args(argv)

@@ -59,18 +59,21 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(positions, head_dim, theta):
-    """e^(i angle), complex (B, T, 1, E/2) in fp32, angle = position * theta^(-2i/E) for pair i."""
+    """(cos, sin), each (B, T, 1, E) in fp32, of the angle position * theta^(-2i/E) at the second
+    number of pair i, and of its negative at the first."""
     pair = torch.arange(0, head_dim, 2, device=positions.device).float()
-    angle = positions[..., None].float() * theta ** (-pair / head_dim)
-    return torch.polar(torch.ones_like(angle), angle)[..., None, :]
+    angle = positions[..., None, None].float() * theta ** (-pair / head_dim)  # (B, T, 1, E/2)
+    angle = torch.stack([-angle, angle], -1).flatten(-2)
+    return angle.cos(), angle.sin()
 
 
 def apply_rotary(x, table):
-    """Rotates x (B, T, H, E) in fp32: a pair of numbers is a complex one, turned by its angle.
-    Meta's layout pairs neighbours (0, 1), (2, 3), ...; Hugging Face's pairs i with i + E/2. A model
-    with rows in the other order loads without an error, and its text makes no sense."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, E/2)
-    return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
+    """Rotates x (B, T, H, E) in fp32: a pair (a, b) becomes (a cos - b sin, b cos + a sin). Meta's
+    layout pairs neighbours (0, 1), (2, 3), ...; Hugging Face's pairs i with i + E/2. A model with
+    rows in the other order loads without an error, and its text makes no sense."""
+    (cos, sin), x32 = table, x.float()
+    a, b = x32.unflatten(-1, (-1, 2)).split(1, -1)  # (B, T, H, E/2, 1)
+    return torch.addcmul(x32 * cos, torch.cat([b, a], -1).flatten(-2), sin).type_as(x)
 
 
 class Attention(nn.Module):
@@ -165,8 +168,7 @@ class Transformer(nn.Module):
         h = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                # the reentrant kind sees no trainable input here (the embedding is frozen) and
-                # would return no gradient at all
+                # reentrant, it would see nothing that trains (the embedding) and give no gradient
                 h = checkpoint(layer, h, rotary, use_reentrant=False)
             else:
                 h = layer(h, rotary, mask, cache[i] if cache else None, positions)
@@ -181,7 +183,6 @@ class Transformer(nn.Module):
 
 
 # ---------------------------------------------------------------- Meta's checkpoint layout
-
 # Meta splits a weight over the shards by rows (0) or columns (1); the norms are whole in each
 SPLIT_DIM = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1,
              "w1": 0, "w2": 1, "w3": 0, "output": 0}
@@ -379,8 +380,7 @@ def generate_tokens(model, tokenizer, ids, *, max_new_tokens, temperature=0.0, t
         done |= tokens[:, 0] == tokenizer.eos_id
         if done.all():
             return
-        yield [None if ended else token
-               for token, ended in zip(tokens[:, 0].tolist(), done.tolist())]
+        yield [None if end else token for token, end in zip(tokens[:, 0].tolist(), done.tolist())]
         positions, last = (lengths + step)[:, None], torch.zeros_like(last)
 
 

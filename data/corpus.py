@@ -147,12 +147,12 @@ def length_batches(sequences, batch_size, generator=None, pool=50):
 
 
 def to_device(values, device):
-    """A tensor of the values. Pinned on its way to a GPU: a copy from ordinary memory would first
-    wait for all that the GPU has still to do."""
+    """A tensor of the values. Pinned on its way to a CUDA GPU: a copy from ordinary memory would
+    first wait for all that the GPU has still to do."""
     tensor = torch.tensor(values)
     if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def pad(rows, device="cpu"):

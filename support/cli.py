@@ -79,8 +79,9 @@ def signal_number(error):
 
 
 def out_of_memory(error):
-    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or "DefaultCPUAllocator" in str(error))  # on a CPU torch has no type for it
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))  # on CUDA
+            # on a CPU, on mps and for what CUDA itself needs torch has no type for it
+            or "DefaultCPUAllocator" in str(error) or "out of memory" in str(error))
 
 
 def run_script(name, work, argv, *, stopped, memory):

@@ -10,11 +10,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def add_device_flags(parser, dtype_help="of the model"):
     """--dtype and --device, which pick_device and pick_dtype settle."""
     parser.add_argument("--dtype", choices=DTYPES, help=f"{dtype_help} (fp32 on CPU, bf16 on GPU)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (cuda where there is one)")
 
 
 def pick_device(name):
-    """The device by that name, or without one a GPU where there is one. Raises ValueError when
+    """The device by that name, or without one a CUDA GPU where there is one. Raises ValueError when
     nothing can be computed on it."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -29,21 +29,37 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """The dtype by that name, or without one bf16 on a GPU and fp32 elsewhere."""
+    """The dtype by that name, or without one bf16 on a CUDA GPU and fp32 elsewhere."""
     return name or ("bf16" if device.startswith("cuda") else "fp32")
 
 
 def autocast(args):
     """Inside, products run in args.dtype; the rest as torch's autocast has it."""
-    kind = args.device.split(":")[0]
+    kind = torch.device(args.device).type
     return torch.autocast(kind, DTYPES[args.dtype], enabled=args.dtype != "fp32")
 
 
 def peak_memory(device):
-    """Peak GiB: allocated on a GPU, or resident in this process on a CPU."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 2**30
+    """Peak GiB: allocated on a GPU, or resident in this process on a CPU. Of mps torch tells what
+    its driver holds now, which a freed tensor leaves as it was."""
+    module = torch.get_device_module(device)
+    if hasattr(module, "max_memory_allocated"):
+        return module.max_memory_allocated(device) / 2**30
+    if hasattr(module, "driver_allocated_memory"):
+        return module.driver_allocated_memory() / 2**30
     return peak_resident() / 2**30
+
+
+def get_rng_state(device):
+    """The state of the device's own random generator; None on a CPU, whose generator is torch's."""
+    module = torch.get_device_module(device)
+    return module.get_rng_state(device) if hasattr(module, "get_rng_state") else None
+
+
+def set_rng_state(state, device):
+    """Puts back what get_rng_state returned."""
+    if state is not None:
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
 def peak_resident():

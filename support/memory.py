@@ -140,7 +140,7 @@ def needs(model, args, *, checkpoint, head_chunk=HEAD_CHUNK):
     block = block_bytes(model, size)
     blocks = (shape.n_layers - 1) * block + block_bytes(model, size, first=True)
     # every run keeps the rotary table, the last norm, and the states at at most as many targets
-    rest = 4 * shape.dim // shape.n_heads + 4 * shape.dim + 4 + shape.dim * residual
+    rest = 8 * shape.dim // shape.n_heads + 4 * shape.dim + 4 + shape.dim * residual
     rest += 4 * shape.dim if full else 0
     return Need(weights=4 * trained if full else size * frozen,
                 adapter=0 if full else 4 * trained, gradients=4 * trained, optimizer=8 * trained,

@@ -28,7 +28,7 @@ import torch
 
 from hydralora import HydraSettings, load_adapter
 from model import load_llama
-from support.device import DTYPES
+from support.device import DTYPES, get_rng_state, set_rng_state
 from support.explain import explained, stated_length, warn_of_spare_rows
 from support.files import (
     check_finite,
@@ -187,13 +187,12 @@ def save_checkpoint(path, args, prints, model, optimizer, scaler, step, before, 
     """All that the next step depends on: the learning rate and the place in the shuffled data
     follow from the step and the seed, and no generator but torch's is used. A run keeps its last
     weights, not its best, so the only metrics to keep are the base's, `before`."""
-    cuda = args.device.startswith("cuda")
     tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = {"settings": lasting_settings(args), "fingerprints": prints, "step": step,
              "before": before, "clusters": clusters, "tensors": tensors,
              "optimizer": optimizer.state_dict(),
              "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
-             "cuda_rng": torch.cuda.get_rng_state(args.device) if cuda else None}
+             "cuda_rng": get_rng_state(args.device)}  # of any device; the file keeps the name
     moments = {f"{key} of parameter {i}": value for i, entry in state["optimizer"]["state"].items()
                for key, value in entry.items()}
     check_finite({**tensors, **moments}, path)
@@ -264,8 +263,7 @@ def restore(path, args, prints, model, optimizer, scaler, categories):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], args.device)
+        set_rng_state(state["cuda_rng"], args.device)
     except Exception as error:  # damaged content raises almost anything
         reason = error if isinstance(error, ValueError) else "it is damaged"
         raise ValueError(f"{path} does not fit this run: {reason}; start anew with --overwrite, or "

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model import (
     SPLIT_DIM,
@@ -63,6 +65,38 @@ def test_rotary_turns_neighbouring_pairs_by_position_times_frequency():
                                                  math.sin(t * 10000 ** (-2 * pair / 6)))
                 assert got[0, t, head, 2 * pair].item() == pytest.approx(turned.real, abs=1e-5)
                 assert got[0, t, head, 2 * pair + 1].item() == pytest.approx(turned.imag, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_in_real_arithmetic_is_a_complex_product_to_1e_6(dtype):
+    """Complex numbers, which torch.compile does slowly and Apple's mps does not know."""
+    x = torch.rand(2, 300, 3, 16).to(dtype).requires_grad_()
+    positions, pair = torch.stack([torch.arange(300), torch.arange(300, 600)]), torch.arange(8)
+    angle = positions[..., None].float() * 10000.0 ** (-2 * pair / 16)
+    turn = torch.polar(torch.ones_like(angle), angle)[:, :, None]
+    turned = torch.view_as_complex(x.detach().float().unflatten(-1, (-1, 2))) * turn
+    want = torch.view_as_real(turned).flatten(-2)
+    got = apply_rotary(x, rotary_table(positions, 16, 10000.0))
+    assert got.dtype == dtype
+    near = dict(rtol=0, atol=1e-6) if dtype == torch.float32 else dict(rtol=2**-8, atol=1e-6)
+    assert torch.allclose(got.float(), want, **near)
+    got.backward(gradient=x.detach())  # the gradient is turned back
+    back = torch.view_as_complex(x.detach().float().unflatten(-1, (-1, 2))) * turn.conj()
+    assert torch.allclose(x.grad.float(), torch.view_as_real(back).flatten(-2), **near)
+
+
+def test_nothing_in_the_model_is_complex():
+    model, kinds = tiny_model(), set()
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            kinds.update(t.dtype for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    with Look():
+        model(torch.arange(6)[None]).sum().backward()
+    assert torch.float32 in kinds and not [kind for kind in kinds if kind.is_complex]
 
 
 def test_grouped_query_attention_equals_its_loop_twin():

@@ -992,7 +992,9 @@ def test_memory_that_runs_out_is_one_line_and_a_bug_keeps_its_traceback(made, pl
         return load
 
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory."),
-                  RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory")):
+                  RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory"),
+                  RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)."),
+                  RuntimeError("CUDA error: out of memory\nSearch for cudaErrorMemoryAllocation")):
         monkeypatch.setattr(module, "load_llama", fail(error))
         status, errors = call(script, made, [])
         assert status == 1 and errors.count("\n") == 1
