@@ -27,7 +27,7 @@ from data import WORLD
 from data.corpus import hold_out, read_records, without_duplicates
 from data.mmlu import read_questions
 from experiments.report import markdown
-from hydralora import TARGETS, add_hydralora, load_adapter
+from hydralora import TARGETS, add_hydralora, hydra_layers, load_adapter
 from model import Transformer, load_llama, read_params
 from support.cli import Parser, flag, one_line, run_script
 from support.files import (
@@ -331,6 +331,24 @@ def read_run(flags, folder, quiz):
     return result
 
 
+def starting_layers(flags):
+    """{name: HydraLinear} as train.py drew it, by the same calls in the same order."""
+    args = train.parse_args(flags)
+    torch.manual_seed(args.seed)
+    model, _ = train.load_base(args)
+    train.add_adapters(model, args)
+    return hydra_layers(model)
+
+
+def trained_model(run):
+    """(model with a run's adapter, tokenizer, arguments of train.py, longest record)."""
+    args = train.parse_args(run["flags"])
+    model, tokenizer = load_llama(args.weights, dtype=torch.float32)
+    load_adapter(model, run["folder"] / "adapter.pt")
+    limit = args.max_seq_len or min(train.MAX_SEQ_LEN, model.args.max_seq_len)
+    return model.eval(), tokenizer, args, limit
+
+
 # ---------------------------------------------------------------- the sweep
 
 
@@ -430,21 +448,27 @@ def values(runs, metric="val_loss"):
 
 
 def rerun(name, runs, args):
-    """{arm, scatter, seeds}: runs of one arm again, on THREADS threads, whose sums are rounded in
-    another order as on another processor. Scatter is the root mean square of how far the
-    validation loss moves, seeds the standard deviation of the first runs' losses."""
+    """{arm, runs, threads, moved}: runs of one arm again, on THREADS threads, whose sums are
+    rounded in another order, as on another processor. moved is {metric: {scatter, seeds}}: the root
+    mean square of how far a run moves, and the standard deviation of the first runs over seeds."""
     again = run_all([run["flags"] for run in runs], args, threads=THREADS)
-    moved = [a - b for a, b in zip(values(runs), values(again))]
-    return {"arm": name, "runs": len(runs), "threads": THREADS,
-            "scatter": math.sqrt(statistics.fmean(m * m for m in moved)),
-            "seeds": statistics.stdev(values(runs)) if runs[1:] else None}
+    moved = {}
+    for metric in ("val_loss", "kept"):
+        if metric in runs[0]["metrics"]:
+            first = values(runs, metric)
+            squares = [(a - b) ** 2 for a, b in zip(first, values(again, metric))]
+            moved[metric] = {"scatter": math.sqrt(statistics.fmean(squares)),
+                             "seeds": statistics.stdev(first) if first[1:] else None}
+    return {"arm": name, "runs": len(runs), "threads": THREADS, "moved": moved}
 
 
 def rerun_text(found):
-    seeds = "-" if found["seeds"] is None else f"{found['seeds']:.4f}"
-    return (f"{found['arm']} again with {found['threads']} threads in place of one: the validation "
-            f"loss of {found['runs']} runs moves by {found['scatter']:.4f} (root mean square); "
-            f"from seed to seed its standard deviation is {seeds}.")
+    names = {"val_loss": "validation loss", "kept": "kept loss"}
+    parts = [f"{names[metric]} {row['scatter']:.4f} (from seed to seed: "
+             + ("one seed)" if row["seeds"] is None else f"{row['seeds']:.4f})")
+             for metric, row in found["moved"].items()]
+    return (f"A rerun with {found['threads']} threads in place of one moves {found['arm']} by (root"
+            f" mean square over {found['runs']} runs): {', '.join(parts)}.")
 
 
 # ---------------------------------------------------------------- what scripts print and write

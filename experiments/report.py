@@ -66,8 +66,9 @@ def difference(a, b):
 
 
 def p_value(stat):
-    """Of a mean of zero behind the values of an interval; 1 where there is no interval."""
-    numbers = stat["values"]
+    """Of a mean of zero behind the values of an interval; 1 where there is no interval, or None in
+    its place."""
+    numbers = stat["values"] if stat else []
     if len(numbers) < 2 or not stat["mean"]:
         return 1.0
     error = statistics.stdev(numbers) / math.sqrt(len(numbers))
@@ -88,7 +89,8 @@ def holm(found):
 
 
 def claim(text, stat, primary=False):
-    """A claim and the paired difference that is positive where it is true."""
+    """A claim and the paired difference that is positive where it is true, None where it could not
+    be measured."""
     return {"claim": text, "primary": primary, "difference": stat}
 
 
@@ -100,15 +102,15 @@ def judged(claims, script):
         raise ValueError(f"{script} has {len(main)} primary claims, one at most is allowed")
     found = {id(c): p_value(c["difference"]) for c in main}
     found |= zip(map(id, others), holm([p_value(c["difference"]) for c in others]))
-    return [{**c, "p": found[id(c)], "verdict": verdict(c["difference"]["mean"], found[id(c)]),
+    return [{**c, "p": found[id(c)], "verdict": verdict(c["difference"], found[id(c)]),
              **({"fixed_by": fixed_by(script, c["claim"])} if c["primary"] else {})}
             for c in claims]
 
 
-def verdict(mean, p):
+def verdict(stat, p):
     if p >= LEVEL:
         return "not shown"
-    return "holds" if mean > 0 else "does not hold"
+    return "holds" if stat["mean"] > 0 else "does not hold"
 
 
 def fixed_by(script, text):
@@ -135,11 +137,12 @@ def claims_text(claims):
     table = markdown(["claim", "difference", "p", "verdict"],
                      [[("primary: " if c["primary"] else "") + c["claim"],
                        signed(c["difference"]), p(c), c["verdict"]] for c in claims])
-    commits = [c["fixed_by"] or "no commit yet" for c in claims if c["primary"]]
-    return table + "".join(f"\n\nThe primary claim was fixed by commit {commit}, before the run."
-                           if commit != "no commit yet" else
-                           "\n\nThe primary claim was not committed before the run."
-                           for commit in commits)
+    for c in claims:
+        if c["primary"]:
+            table += (f"\n\nThe primary claim was fixed by commit {c['fixed_by']}, before the run."
+                      if c["fixed_by"] else
+                      "\n\nThe primary claim was not committed before the run.")
+    return table
 
 
 # ---------------------------------------------------------------- tables, files, pictures
