@@ -56,7 +56,7 @@ def make_runs(args, configs, records, val):
     """{name: {rate: [run of each seed]}}; a rate at which a seed diverged is left out."""
     keys = [(name, rate) for name in configs for rate in sorted(args.rates)]
     flags = [common.train_flags(args, configs[name], rate=rate, seed=seed, epochs=args.epochs,
-                                data=records, val=val)
+                                data=records, val=val, keep=True)
              for name, rate in keys for seed in range(args.seeds)]
     found, runs = iter(common.run_all(flags, args)), {name: {} for name in configs}
     for name, rate in keys:
