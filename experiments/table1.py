@@ -112,7 +112,7 @@ def make_rows(args, runs, tried, quiz):
 
 
 def statements(matched):
-    """(claim, metric, method that loses, method that wins), at a constant scale."""
+    """(claim, method that loses, method that wins) by validation loss, at a constant scale."""
     found = [("a higher rank helps", "LoRA r8", "LoRA r32")]
     found += [("Observation I", "LoRA r32", f"LoRA (Split) {arm}")
               for arm in ("2x16", "4x8", "8x4")]

@@ -767,6 +767,25 @@ def test_the_level_is_one_that_every_method_reaches():
     assert kept["fast"] == pytest.approx([0.3 + 0.4 / 3])
 
 
+def test_a_rate_at_which_a_seed_diverges_is_left_out_and_no_rate_is_refused(place, tmp_path,
+                                                                            monkeypatch):
+    args, records, val = prepared(place, tmp_path, "--rates", "4e-3", "8e-3")
+    diverged = {8e-3}
+
+    def run_all(flags, args):
+        asked = [train.parse_args(one) for one in flags]
+        return [{"reason": "loss nan", "folder": one.lr} if one.seed and one.lr in diverged
+                else {"metrics": {"val_loss": one.lr}} for one in asked]
+
+    monkeypatch.setattr(common, "run_all", run_all)
+    configs = {"LoRA r8": common.lora(8)}
+    runs = retention.make_runs(args, configs, records, val)
+    assert list(runs["LoRA r8"]) == [4e-3] and len(runs["LoRA r8"][4e-3]) == 2
+    diverged.add(4e-3)
+    with pytest.raises(ValueError, match="diverged at every rate"):
+        retention.make_runs(args, configs, records, val)
+
+
 def test_a_method_that_keeps_more_has_a_positive_difference_and_one_without_value_none():
     kept = {name: [2.0, 2.1] for name in retention.STYLES}
     kept |= {retention.HYDRA: [1.5, 1.7], "full": None}
