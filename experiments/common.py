@@ -1,14 +1,11 @@
-"""What the experiments on HydraLoRA's claims share: runs, one sweep for all, intervals, verdicts.
+"""What the experiments on HydraLoRA's claims share: flags, data, runs, one sweep for all methods.
 
 A run is one call of train.py. Its folder under --runs is named after every setting and after the
 sha256 of weights and data, so a script that was stopped goes on where it was, scripts share runs,
-and other weights or data are never mistaken for these. The rules, which experiments/README.md
-states at length:
-
-    rate       lowest loss on a held-out tenth of the training data, the same rates for every arm
-    interval   Student's t, 95 %, over seeds; differences are taken seed by seed
-    verdict    "holds" where the whole interval is on the claim's side of zero, "does not hold"
-               where it is all on the other side, else "undecided here"
+and other weights or data are never mistaken for these. The learning rate of every method is the one
+with the lowest loss on a held-out tenth of the training data: rates a factor of sqrt 2 apart, two
+seeds, the lower rate where two are within the seeds' scatter. What becomes of the numbers is in
+report.py.
 """
 
 import argparse
@@ -26,11 +23,11 @@ import torch
 
 import eval_mmlu
 import train
-from cluster import choose_heads
 from data import WORLD
 from data.corpus import hold_out, read_records, without_duplicates
 from data.mmlu import read_questions
-from hydralora import add_hydralora, load_adapter
+from experiments.report import markdown
+from hydralora import TARGETS, add_hydralora, hydra_layers, load_adapter
 from model import Transformer, load_llama, read_params
 from support.cli import Parser, flag, one_line, run_script
 from support.files import (
@@ -46,7 +43,10 @@ from support.run_folder import fingerprints, lasting_settings
 from support.scores import summarise
 
 RESULTS = Path(__file__).resolve().parent / "results"
-RATES, WIDEN = (2e-3, 4e-3, 8e-3), 3  # peak learning rates; how many more when the best is an edge
+# peak learning rates, a factor of sqrt 2 apart; how many more when the best is an edge
+RATES, WIDEN = (2.83e-3, 4e-3, 5.66e-3), 6
+SWEEP_SEEDS = 2  # behind the choice of a rate
+THREADS = 2  # of a rerun; all other runs have one
 MIXED = 4000  # records of the mix in table1, heads and routing, which share their runs
 SHARE = 0.1  # held out for the sweep; and for validation where the data comes without any
 SCALE = 4.0  # alpha / rank, the paper's 32 / 8
@@ -66,6 +66,8 @@ def parser(name, doc, *, seeds, epochs, records=0, sweep_epochs=1, sweeps=True):
     p.add_argument("--weights", help="checkpoint folder in Meta's layout (the embedded world's)")
     p.add_argument("--data", help="training records (the embedded world's)")
     p.add_argument("--val-data", help="validation records (the world's; else a tenth of --data)")
+    p.add_argument("--keep-data", help="texts that the base knows and --data does not teach (none; "
+                                       "the world's)")
     p.add_argument("--records", type=int, default=records,
                    help=f"draw so many from --data, 0: all ({records})")
     p.add_argument("--seeds", type=int, default=seeds, help=f"runs of every arm ({seeds})")
@@ -81,7 +83,7 @@ def parser(name, doc, *, seeds, epochs, records=0, sweep_epochs=1, sweeps=True):
                        help=f"of the runs that choose the rate ({sweep_epochs})")
         p.add_argument("--rates", type=float, nargs="+", default=list(RATES),
                        help="learning rates to try; wider where the best is the lowest or highest "
-                            "of several (2e-3 4e-3 8e-3)")
+                            f"of several ({' '.join(f'{rate:g}' for rate in RATES)})")
         p.add_argument("--jobs", type=int, default=2, help="processes of one thread each (2)")
     return p
 
@@ -99,6 +101,8 @@ def prepare(p, argv):
         p.error("--records and --max-steps must not be negative, --rates must be positive")
     if not args.data and not args.val_data:
         args.val_data = str(WORLD / "val.jsonl")
+    if not args.data and not args.keep_data:
+        args.keep_data = train.WORLD_RECIPE.get("keep_data")
     args.weights = args.weights or str(WORLD / "base")
     args.data = args.data or str(WORLD / "train.jsonl")
     records = read_records(args.data)
@@ -162,42 +166,31 @@ def hydra(heads, rank=8, **changes):
 FULL = dict(method="full")
 
 
-def count_trainable(args, heads, rank):
+def count_trainable(args, heads, rank, targets=TARGETS):
     """Trainable parameters of HydraLoRA, router included; of LoRA where heads is 1."""
     shape = read_params(args.weights)
     shape.vocab_size = max(shape.vocab_size, 1)  # not in every params.json, and nothing adapts it
     with torch.device("meta"):
         model = Transformer(shape)
-    return add_hydralora(model, rank=rank, heads=heads)
+    return add_hydralora(model, targets=targets, rank=rank, heads=heads)
 
 
-def matched_rank(args, heads, wanted):
-    """The rank with which so many heads come nearest to the wanted number of parameters, router
+def matched_rank(args, heads=1, *, targets=TARGETS):
+    """The rank with which so many heads come nearest to the parameters of HydraLoRA 3x8, router
     included; the parameters grow evenly with the rank."""
-    first, second = count_trainable(args, heads, 1), count_trainable(args, heads, 2)
+    wanted = count_trainable(args, 3, 8, targets)
+    first, second = (count_trainable(args, heads, rank, targets) for rank in (1, 2))
     return max(1, round(1 + (wanted - first) / (second - first)))
-
-
-def kmeans_heads(args, records):
-    """The number of heads that cluster.py finds in the training records."""
-    path = keep_records(records, args)
-    key = [weights_fingerprint(args.weights), file_fingerprint(path), args.max_seq_len]
-
-    def compute():
-        model, tokenizer = load_llama(args.weights, dtype=torch.float32)
-        with redirect_stderr(io.StringIO()):
-            return choose_heads(records, model, tokenizer, max_seq_len=args.max_seq_len)["k"]
-
-    return remember(args.runs / f"heads-{digest(key)}.json", key, compute)
 
 
 # ---------------------------------------------------------------- runs
 
 
-def train_flags(args, config, *, rate, seed, epochs, data, val):
-    """The arguments of train.py; data and val are lists of records."""
+def train_flags(args, config, *, rate, seed, epochs, data, val, keep=False):
+    """The arguments of train.py; data and val are lists of records. With keep the run measures what
+    it keeps of --keep-data."""
     flags = {"weights": args.weights, "data": keep_records(data, args),
-             "val-data": keep_records(val, args),
+             "val-data": keep_records(val, args), "keep-data": args.keep_data if keep else None,
              "lr": rate, "seed": seed, "epochs": epochs, "max-steps": args.max_steps,
              "max-seq-len": args.max_seq_len, **RECIPE, **config}
     return [part for name, value in flags.items() if value is not None
@@ -208,7 +201,7 @@ def run_folder(flags, runs):
     """Where this run is kept: every setting and the content of every file that it reads decide."""
     args = train.parse_args(flags)
     chosen = {key: value for key, value in sorted(lasting_settings(args).items())
-              if key not in ("weights", "data", "val_data")}  # where they lie does not count
+              if key not in ("weights", "data", "val_data", "keep_data")}  # by content alone
     return runs / f"{args.method}-{digest(chosen, sorted(fingerprints(args).items()))}"
 
 
@@ -264,10 +257,10 @@ def run_accuracy(folder, flags, quiz):
     return quiz_accuracy(folder, None, quiz, folder / "quiz.json")
 
 
-def work(jobs, quiz, name):
-    """Runs [(flags, folder)] one after another on one thread, with a line for each."""
-    threads, clock = torch.get_num_threads(), time.perf_counter()
-    torch.set_num_threads(1)  # the sums of more threads are rounded in another order
+def work(jobs, quiz, name, threads=1):
+    """Runs [(flags, folder)] one after another on so many threads, with a line for each."""
+    before, clock = torch.get_num_threads(), time.perf_counter()
+    torch.set_num_threads(threads)  # the sums of more threads are rounded in another order
     try:
         for number, (flags, folder) in enumerate(jobs, start=1):
             parent = multiprocessing.parent_process()
@@ -279,13 +272,13 @@ def work(jobs, quiz, name):
             print(f"{name}run {number} of {len(jobs)}, {folder.name}, "
                   f"{(time.perf_counter() - clock) / 60:.1f} minutes", flush=True)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
-def work_apart(jobs, quiz, name):
+def work_apart(jobs, quiz, name, threads):
     """work() in a process of its own, which says in one line why it fails."""
     try:
-        work(jobs, quiz, name)
+        work(jobs, quiz, name, threads)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
@@ -293,10 +286,12 @@ def work_apart(jobs, quiz, name):
         sys.exit(2)
 
 
-def run_all(runs, args, quiz=None):
+def run_all(runs, args, quiz=None, threads=1):
     """[content of run.json, with its folder, and its quiz accuracy] for a list of flags, in order;
-    only what is not in args.runs yet is computed, in args.jobs processes."""
+    only what is not in args.runs yet is computed, in args.jobs processes of so many threads."""
     folders = [run_folder(flags, args.runs) for flags in runs]
+    if threads > 1:
+        folders = [folder.with_name(f"{folder.name}-{threads}threads") for folder in folders]
     wanted = {folder: flags for flags, folder in zip(runs, folders)}  # each once
 
     def missing(folder):
@@ -306,10 +301,11 @@ def run_all(runs, args, quiz=None):
     jobs = [(flags, folder) for folder, flags in wanted.items() if missing(folder)]
     print(f"{len(wanted)} runs, {len(jobs)} of them to be computed", flush=True)
     if args.jobs == 1 or len(jobs) < 2:
-        work(jobs, quiz, "")
+        work(jobs, quiz, "", threads)
     else:
         spawn = multiprocessing.get_context("spawn")
-        processes = [spawn.Process(target=work_apart, args=(jobs[i::args.jobs], quiz, f"{i + 1}: "))
+        processes = [spawn.Process(target=work_apart, args=(jobs[i::args.jobs], quiz, f"{i + 1}: ",
+                                                      threads))
                      for i in range(args.jobs)]
         try:
             for process in processes:
@@ -334,6 +330,24 @@ def read_run(flags, folder, quiz):
     if quiz:
         result["metrics"]["quiz"] = run_accuracy(folder, flags, quiz)
     return result
+
+
+def starting_layers(flags):
+    """{name: HydraLinear} as train.py drew it, by the same calls in the same order."""
+    args = train.parse_args(flags)
+    torch.manual_seed(args.seed)
+    model, _ = train.load_base(args)
+    train.add_adapters(model, args)
+    return hydra_layers(model)
+
+
+def trained_model(run):
+    """(model with a run's adapter, tokenizer, arguments of train.py, longest record)."""
+    args = train.parse_args(run["flags"])
+    model, tokenizer = load_llama(args.weights, dtype=torch.float32)
+    load_adapter(model, run["folder"] / "adapter.pt")
+    limit = args.max_seq_len or min(train.MAX_SEQ_LEN, model.args.max_seq_len)
+    return model.eval(), tokenizer, args, limit
 
 
 # ---------------------------------------------------------------- the sweep
@@ -363,38 +377,58 @@ def beyond(tried):
     rates, best = sorted(tried), best_rate(tried)
     if len(rates) == 1 or best not in (rates[0], rates[-1]):
         return None
-    ratio = rates[1] / rates[0]
-    return float(f"{best * ratio if best == rates[-1] else best / ratio:.6g}")
+    # rates are 1e-3 times powers of sqrt 2, rounded for the eye
+    power = round(2 * math.log2(best / 1e-3)) + (1 if best == rates[-1] else -1)
+    return float(f"{1e-3 * 2 ** (power / 2):.3g}")
+
+
+def steady_rate(tried):
+    """The rate to use, of {rate: [loss of each seed]}: the one with the lowest mean, or the lowest
+    rate whose mean is above it by no more than the seeds scatter at the two (the root of the mean
+    of their variances)."""
+    means = {rate: statistics.fmean(losses) for rate, losses in tried.items()}
+    best = best_rate(means)
+
+    def scatter(rate):
+        return math.sqrt(statistics.fmean(statistics.variance(tried[r]) for r in (rate, best)))
+
+    return min(rate for rate in means if rate == best or rate < best and len(tried[best]) > 1
+               and math.isfinite(means[rate]) and means[rate] - means[best] <= scatter(rate))
 
 
 def tune(arms, args):
-    """{name: {rate: mean held-out loss}} of arms {name: (config, [records, ...])}. Each list of
-    training records is split alike for all arms; the validation set is not among the arguments."""
+    """{name: {rate: [mean held-out loss of each seed]}} of arms {name: (config, [records, ...])}.
+    Each list of training records is split alike for all arms; the validation set is not among the
+    arguments."""
     parts = {name: [hold_out(records, SHARE, seed=0) for records in lists]
              for name, (_, lists) in arms.items()}
+    tried = {name: {} for name in arms}
 
     def losses_at(asked):
-        runs = [train_flags(args, arms[name][0], rate=rate, seed=0, epochs=args.sweep_epochs,
+        runs = [train_flags(args, arms[name][0], rate=rate, seed=seed, epochs=args.sweep_epochs,
                             data=kept, val=held)
-                for name, rate in asked for kept, held in parts[name]]
+                for name, rate in asked for seed in range(SWEEP_SEEDS)
+                for kept, held in parts[name]]
         losses = iter([run["metrics"]["val_loss"] for run in run_all(runs, args)])
-        return [statistics.mean(next(losses) for _ in parts[name]) for name, _ in asked]
+        for name, rate in asked:
+            tried[name][rate] = [statistics.fmean(next(losses) for _ in parts[name])
+                                 for _ in range(SWEEP_SEEDS)]
+        return [statistics.fmean(tried[name][rate]) for name, rate in asked]
 
     print("sweep of the learning rate, on training data only")
-    tried = sweep(arms, args.rates, losses_at)
-    for name, losses in tried.items():
+    for name, losses in sweep(arms, args.rates, losses_at).items():
         if math.isinf(min(losses.values())):
             raise ValueError(f"{name} diverged at every rate of {sorted(losses)}: give lower "
                              "--rates")
         shown = ", ".join(f"{rate:g}: {losses[rate]:.4f}" for rate in sorted(losses))
-        print(f"{name}: held-out loss by learning rate {shown}")
+        print(f"{name}: held-out loss by learning rate {shown}; {steady_rate(tried[name]):g} it is")
     return tried
 
 
 def run_seeds(configs, tried, args, records, val, quiz=None):
     """{name: [run of each seed]} at the rate that the sweep chose."""
-    runs = [train_flags(args, config, rate=best_rate(tried[name]), seed=seed, epochs=args.epochs,
-                        data=records, val=val)
+    runs = [train_flags(args, config, rate=steady_rate(tried[name]), seed=seed, epochs=args.epochs,
+                        data=records, val=val, keep=True)
             for name, config in configs.items() for seed in range(args.seeds)]
     found = run_all(runs, args, quiz)
     check_converged(found)
@@ -409,88 +443,47 @@ def check_converged(runs):
 
 
 def values(runs, metric="val_loss"):
-    return [run["metrics"][metric] for run in runs]
+    """A metric of every run; "kept" is the loss on --keep-data."""
+    found = [run["metrics"][metric] for run in runs]
+    return [one["loss"] for one in found] if metric == "kept" else found
 
 
-# ---------------------------------------------------------------- statistics
-
-# the 97.5 % quantile of Student's t by degrees of freedom, from 1; after 30 that of 30, a hair wide
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-         2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-         2.052, 2.048, 2.045, 2.042)
-
-
-def interval(numbers):
-    """{mean, low, high, values}: the mean and its 95 % interval by Student's t; a single value has
-    no interval, so low and high are None."""
-    numbers = list(numbers)
-    mean = statistics.fmean(numbers)
-    if len(numbers) < 2:
-        return {"mean": mean, "low": None, "high": None, "values": numbers}
-    t = T_975[min(len(numbers) - 1, len(T_975)) - 1]
-    half = t * statistics.stdev(numbers) / math.sqrt(len(numbers))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "values": numbers}
+def rerun(name, runs, args):
+    """{arm, runs, threads, moved}: runs of one arm again, on THREADS threads, whose sums are
+    rounded in another order, as on another processor. moved is {metric: {scatter, seeds}}: the root
+    mean square of how far a run moves, and the standard deviation of the first runs over seeds."""
+    again = run_all([run["flags"] for run in runs], args, threads=THREADS)
+    moved = {}
+    for metric in ("val_loss", "kept"):
+        if metric in runs[0]["metrics"]:
+            first = values(runs, metric)
+            squares = [(a - b) ** 2 for a, b in zip(first, values(again, metric))]
+            moved[metric] = {"scatter": math.sqrt(statistics.fmean(squares)),
+                             "seeds": statistics.stdev(first) if first[1:] else None}
+    return {"arm": name, "runs": len(runs), "threads": THREADS, "moved": moved}
 
 
-def difference(a, b):
-    """The interval of a - b, seed by seed: what the two share, data and order, cancels."""
-    if len(a) != len(b):
-        raise ValueError(f"{len(a)} and {len(b)} values cannot be paired")
-    return interval([x - y for x, y in zip(a, b)])
+def rerun_text(found):
+    names = {"val_loss": "validation loss", "kept": "kept loss"}
+    parts = [f"{names[metric]} {row['scatter']:.4f} (from seed to seed: "
+             + ("one seed)" if row["seeds"] is None else f"{row['seeds']:.4f})")
+             for metric, row in found["moved"].items()]
+    return (f"A rerun with {found['threads']} threads in place of one moves {found['arm']} by (root"
+            f" mean square over {found['runs']} runs): {', '.join(parts)}.")
 
 
-def verdict(stat):
-    """The rule, from an interval that is positive where the claim is true."""
-    if stat["low"] is None or stat["low"] <= 0 <= stat["high"]:
-        return "undecided here"
-    return "holds" if stat["low"] > 0 else "does not hold"
-
-
-def claim(text, stat):
-    """A claim and the paired difference that is positive where it is true."""
-    return {"claim": text, "difference": stat, "verdict": verdict(stat)}
-
-
-# ---------------------------------------------------------------- tables, files, pictures
-
-
-def show(stat, digits=4, percent=False):
-    """"mean ± half the interval", in percent or as it is; "-" for None."""
-    if stat is None:
-        return "-"
-    factor, unit, digits = (100, " %", 1) if percent else (1, "", digits)
-    text = f"{factor * stat['mean']:.{digits}f}"
-    if stat["low"] is not None:
-        text += f" ± {factor * (stat['high'] - stat['mean']):.{digits}f}"
-    return text + unit
-
-
-def signed(stat, digits=4):
-    return "-" if stat is None else ("+" if stat["mean"] > 0 else "") + show(stat, digits)
-
-
-def markdown(header, rows):
-    """A Markdown table whose columns also line up in a terminal."""
-    table = [list(map(str, row)) for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |"
-             for row in table]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
-
-
-def claims_table(claims):
-    return markdown(["claim", "difference", "verdict"],
-                    [[c["claim"], signed(c["difference"]), c["verdict"]] for c in claims])
+# ---------------------------------------------------------------- what scripts print and write
 
 
 def rates_table(tried):
-    """Held-out losses of the sweep; the chosen rate is marked."""
+    """Mean held-out losses of the sweep; the chosen rate is marked."""
     rates = sorted({rate for losses in tried.values() for rate in losses})
     rows = []
     for name, losses in tried.items():
-        best = best_rate(losses)
-        cells = [(f"{losses[rate]:.4f}" if math.isfinite(losses[rate]) else "diverged")
-                 + (" *" if rate == best else "") if rate in losses else "" for rate in rates]
+        means = {rate: statistics.fmean(losses[rate]) for rate in losses}
+        chosen = steady_rate(losses)
+        cells = [(f"{means[rate]:.4f}" if math.isfinite(means[rate]) else "diverged")
+                 + (" *" if rate == chosen else "") if rate in losses else "" for rate in rates]
         rows.append([name, *cells])
     return markdown(["held-out loss by rate, * chosen", *(f"{rate:g}" for rate in rates)], rows)
 
@@ -499,46 +492,11 @@ def conditions(args, records, val):
     """What a result depends on, for its file; no clock and no place, so a rerun gives the same."""
     return {"records": len(records), "validation_records": len(val), "seeds": args.seeds,
             "epochs": args.epochs, "sweep_epochs": args.sweep_epochs, "max_steps": args.max_steps,
-            "max_seq_len": args.max_seq_len, "rates": args.rates, "recipe": RECIPE,
+            "max_seq_len": args.max_seq_len, "rates": args.rates, "sweep_seeds": SWEEP_SEEDS,
+            "recipe": RECIPE,
             "weights": weights_fingerprint(args.weights), "data": file_fingerprint(args.data),
+            "keep_data": args.keep_data and file_fingerprint(args.keep_data),
             "torch": torch.__version__}
-
-
-def write_results(args, name, content, sections, picture):
-    """Prints the sections and writes NAME.json, NAME.md and, where matplotlib is there, NAME.png;
-    picture(pyplot) returns a figure, or None where it cannot be drawn."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join(sections) + "\n"
-    print("\n" + text)
-    write_json(args.out / f"{name}.json", plain(content))
-    write_text(args.out / f"{name}.md", text)
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: matplotlib is not here (pip install -r requirements-optional.txt)")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure = picture(pyplot)
-    if figure is not None:
-        # without the version in it, the same numbers give the same file
-        figure.savefig(args.out / f"{name}.png", dpi=100, metadata={"Software": None})
-        pyplot.close(figure)
-
-
-def plain(content):
-    """The same with None where a number is not finite, which JSON does not have."""
-    if isinstance(content, dict):
-        return {str(key): plain(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [plain(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def error_bars(axes, x, stats, **style):
-    """Means with their intervals; a marker tells series apart, not the colour alone."""
-    half = [0 if s["low"] is None else s["high"] - s["mean"] for s in stats]
-    axes.errorbar(x, [s["mean"] for s in stats], yerr=half, capsize=3, **style)
 
 
 def run_experiment(name, main, argv):

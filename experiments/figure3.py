@@ -3,14 +3,15 @@
 LoRA of rank 8 is tuned on three families apart, twice: all three from the same random A, which is
 what one seed in three runs gives (the paper's picture), and each from an A of its own (the
 objection to it: then nothing but training can bring the A's together). Compared layer by layer are
-A, B, the displacement of A from its start, and the update B A, which no choice of basis changes. B
-starts at zero, so it is its own displacement.
+A, B, the displacement of A from its start, and the update B A. B starts at zero, so it is its own
+displacement. Two A's with no cosine in common may still read the same subspace: so beside the
+cosines stands the overlap of the spaces that their rows span (and B's columns), which a change of
+basis does not touch.
 
-    python -m experiments.figure3    # 37 short runs, 10 minutes on two slow cores
+    python -m experiments.figure3    # about 60 short runs
 
-Claims (Observation II): the A's converge: from different starts their cosine ends above 0.5; the
-B's are distinguishable: from the same start their cosine stays below 0.5; and A moves in more alike
-directions than B does.
+Claims (Observation II): the A's converge, so that from different starts most of their row spaces is
+shared; the B's are distinguishable; and A moves in more alike directions than B does.
 """
 
 import statistics
@@ -20,49 +21,61 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 
-import train
 from experiments import common
-from experiments.common import claim, difference, interval, lora, show
-from hydralora import hydra_layers
+from experiments.common import lora
+from experiments.report import (
+    claim,
+    claims_text,
+    difference,
+    interval,
+    judged,
+    markdown,
+    show,
+    write_results,
+)
 from support.files import read_torch
 
+PRIMARY = "the A's converge from different starts: over half of their row spaces is shared"
 FAMILIES = ["extraction", "norvan", "arithmetic"]  # of the embedded world
 STARTS = {"same": "the same random A", "different": "different random A's"}
 PARTS = {"A at the start": "start", "A": "a", "B": "b", "displacement of A": "moved",
          "update B A": "update"}
+SPACES = {"rows of A at the start": "start", "rows of A": "a", "columns of B": "b"}
 APART = 1000  # between the seeds of families that start from different A's
-ALIKE = 0.5  # the cosine that "converge" and "distinguishable" are measured against
+ALIKE = 0.5  # cosine or share that "converge" and "distinguishable" are measured against
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-
-
-def starting_a(flags):
-    """{layer: lora_A} as train.py drew it, by the same calls in the same order."""
-    args = train.parse_args(flags)
-    torch.manual_seed(args.seed)
-    model, _ = train.load_base(args)
-    train.add_adapters(model, args)
-    return {name: layer.lora_A.detach() for name, layer in hydra_layers(model).items()}
 
 
 def matrices(flags, folder):
     """{part: {layer: matrix}} of a finished run."""
     tensors = read_torch(folder / "adapter.pt", "an adapter of this project")["tensors"]
-    start = starting_a(flags)
+    start = {name: layer.lora_A.detach() for name, layer in common.starting_layers(flags).items()}
     a = {name: tensors[f"{name}.lora_A"] for name in start}
     b = {name: tensors[f"{name}.lora_B"][0] for name in start}  # (1, O, R) -> (O, R)
     return {"start": start, "a": a, "b": b, "moved": {name: a[name] - start[name] for name in a},
             "update": {name: b[name] @ a[name] for name in a}}
 
 
-def mean_cosine(found, part):
-    """Over all pairs of families and all layers."""
-    return statistics.fmean(
-        F.cosine_similarity(one[part][name].flatten(), other[part][name].flatten(), dim=0).item()
-        for one, other in combinations(found, 2) for name in one[part])
+def mean_over(found, part, likeness):
+    """likeness(matrix, matrix) over all pairs of families and all layers."""
+    return statistics.fmean(likeness(one[part][name], other[part][name]).item()
+                            for one, other in combinations(found, 2) for name in one[part])
+
+
+def cosine(a, b):
+    return F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+
+
+def overlap(a, b):
+    """How much of the space that the rows of one matrix (R, I) span lies in the other's: the mean
+    squared cosine of the angles between the spaces; 1: the same, R / I by chance. Matrices (O, R)
+    that are taller than wide have their columns compared."""
+    one, other = (torch.linalg.qr(m if len(m) > m.shape[1] else m.T)[0] for m in (a, b))
+    return (one.T @ other).square().sum() / one.shape[1]
 
 
 def make_runs(args, rate, records, val):
-    """{(start, seed): [(flags, folder) of each family]}; the first family's run serves both."""
+    """{(start, seed): [run of each family]}; the first family's run serves both."""
     keys = [(start, seed) for start in STARTS for seed in range(args.seeds)]
     flags = []
     for start, seed in keys:
@@ -73,24 +86,27 @@ def make_runs(args, rate, records, val):
                 seed=seed + (APART * i if start == "different" else 0)))
     runs = common.run_all(flags, args)
     common.check_converged(runs)
-    pairs = [(run["flags"], run["folder"]) for run in runs]
     count = len(args.families)
-    return {key: pairs[i * count:(i + 1) * count] for i, key in enumerate(keys)}
+    return {key: runs[i * count:(i + 1) * count] for i, key in enumerate(keys)}
 
 
-def make_claims(stats):
+def make_claims(stats, shares):
+    """stats and shares {start: {part: interval}}: cosines, and overlaps of spaces."""
     def above(stat, sign=1):
         return interval(sign * (value - ALIKE) for value in stat["values"])
 
     moved, b = (stats["same"][part]["values"] for part in ("moved", "b"))
-    return [claim("the A's converge from different starts (cosine above 0.5)",
-                  above(stats["different"]["a"])),
-            claim("the A's are alike from the same start (cosine above 0.5)",
-                  above(stats["same"]["a"])),
-            claim("the B's are distinguishable from the same start (cosine below 0.5)",
-                  above(stats["same"]["b"], -1)),
-            claim("from the same start A's displacements are more alike than B's",
-                  difference(moved, b))]
+    rows = shares["different"]
+    return judged([
+        claim(PRIMARY, above(rows["a"]), primary=True),
+        claim("from different starts the A's row spaces share more than at the start",
+              difference(rows["a"]["values"], rows["start"]["values"])),
+        claim("the A's are alike from the same start (cosine above 0.5)",
+              above(stats["same"]["a"])),
+        claim("the B's are distinguishable from the same start (cosine below 0.5)",
+              above(stats["same"]["b"], -1)),
+        claim("from the same start A's displacements are more alike than B's",
+              difference(moved, b))], __file__)
 
 
 def draw_figure3(pyplot, found, families):
@@ -135,25 +151,32 @@ def main(argv=None):
         raise ValueError(f"--families needs two or more of {', '.join(sorted(known))}")
     tried = common.tune({"LoRA": (lora(args.rank), [
         [r for r in records if r["category"] == family] for family in args.families])}, args)
-    runs = make_runs(args, common.best_rate(tried["LoRA"]), records, val)
-    cosines, first = {start: {part: [] for part in PARTS.values()} for start in STARTS}, {}
-    for (start, _), pairs in runs.items():
-        found = [matrices(flags, folder) for flags, folder in pairs]
+    runs = make_runs(args, common.steady_rate(tried["LoRA"]), records, val)
+    values, first = {}, {}
+    for (start, _), own in runs.items():
+        found = [matrices(run["flags"], run["folder"]) for run in own]
         first.setdefault(start, found)
-        for part in PARTS.values():
-            cosines[start][part].append(mean_cosine(found, part))
-    stats = {start: {part: interval(of) for part, of in parts.items()}
-             for start, parts in cosines.items()}
-    claims = make_claims(stats)
-    table = common.markdown(
-        ["mean cosine between families", *(f"from {title}" for title in STARTS.values())],
-        [[label, *(show(stats[start][part], 3) for start in STARTS)]
-         for label, part in PARTS.items()])
-    common.write_results(
+        for likeness, parts in ((cosine, PARTS), (overlap, SPACES)):
+            for part in parts.values():
+                values.setdefault((likeness, start, part), []).append(
+                    mean_over(found, part, likeness))
+    stats, shares = ({start: {part: interval(values[likeness, start, part])
+                              for part in parts.values()} for start in STARTS}
+                     for likeness, parts in ((cosine, PARTS), (overlap, SPACES)))
+    claims = make_claims(stats, shares)
+    again = common.rerun(f"LoRA on {args.families[0]}",
+                         [own[0] for (start, _), own in runs.items() if start == "same"], args)
+    tables = [markdown([title, *(f"from {text}" for text in STARTS.values())],
+                       [[label, *(show(found[start][part], 3) for start in STARTS)]
+                        for label, part in parts.items()])
+              for title, parts, found in (("mean cosine between families", PARTS, stats),
+                                          ("overlap of spaces", SPACES, shares))]
+    write_results(
         args, "figure3",
         {"conditions": common.conditions(args, records, val), "families": args.families,
-         "rank": args.rank, "sweep": tried, "cosines": stats, "claims": claims},
-        [table, common.claims_table(claims), common.rates_table(tried)],
+         "rank": args.rank, "sweep": tried, "cosines": stats, "overlaps": shares, "rerun": again,
+         "claims": claims},
+        [*tables, common.rerun_text(again), claims_text(claims), common.rates_table(tried)],
         lambda pyplot: draw_figure3(pyplot, first, args.families))
     return 0
 

@@ -1,15 +1,16 @@
 """Table 1 of HydraLoRA with error bars: every method, tuned alike, several seeds, one world.
 
-Claims: several small heads beat one LoRA of the same size (Observation I), HydraLoRA beats both
-with fewer parameters (section 3), and its gate matters. Every rank stands at a constant alpha /
-rank of 4 and, where that differs, at the authors' alpha of 32 for all ranks.
-
-    python -m experiments.table1                 # 138 runs, 50 minutes on two slow cores
+    python -m experiments.table1                 # about 260 runs
     python -m experiments.table1 --weights stories260K --data dolly.jsonl --seeds 3 \\
         --max-seq-len 256 --max-steps 300 --scaling constant --name table1-dolly
 
-The verdicts go by validation loss (nats per token of the response); exact match is the share of
-responses that greedy decoding gets right; the quiz is scored by eval_mmlu.py.
+Every rank stands at a constant alpha / rank of 4 and, where that differs, at the authors' alpha of
+32 for all ranks; on the feed-forward layers, and the methods that matter most on wq and wv too.
+
+    validation loss   nats per token of the response
+    exact match       share of the responses that greedy decoding gets right
+    quiz              share of the questions that eval_mmlu.py finds right
+    kept              loss on --keep-data: what the base knew, and the training data do not teach
 """
 
 import statistics
@@ -18,28 +19,59 @@ from pathlib import Path
 
 from data import WORLD
 from experiments import common
-from experiments.common import FULL, claim, difference, hydra, interval, lora, show, signed, split
+from experiments.common import FULL, hydra, lora, split
+from experiments.report import (
+    claim,
+    claims_text,
+    difference,
+    interval,
+    judged,
+    markdown,
+    show,
+    signed,
+    write_results,
+)
 
+PRIMARY = "the quiz, feed-forward layers: HydraLoRA 3x8 ahead of one LoRA of its size"
 AUTHORS_ALPHA, FIXED = 32.0, ", alpha 32"
-HYDRA = "HydraLoRA 3x8"
+ATTENTION, ATTENTION_TARGETS = ", wq,wv", ("wq", "wv")
+HYDRA, UNIFORM = "HydraLoRA 3x8", "uniform gate 3x8"
+METRICS = {"val_loss": ("validation loss", 1), "exact_match": ("exact match (%)", 100),
+           "quiz": ("quiz (%)", 100), "kept": ("kept: loss", 1)}
 MARKERS = {"LoRA r": "o", "LoRA (": "s", "HydraL": "D", "full": "^", "unifor": "v"}
 
 
-def methods(args, heads):
-    """{name: flags of train.py}; heads is k-means' number, a method of its own unless it is 3."""
-    matched = common.matched_rank(args, 1, common.count_trainable(args, 3, 8))
-    constant = {"LoRA r8": lora(8), "LoRA r16": lora(16), "LoRA r32": lora(32),
-                f"LoRA r{matched}, matched": lora(matched),
+def matched_name(args, targets):
+    """(name of the LoRA of HydraLoRA 3x8's size, its rank)."""
+    rank = common.matched_rank(args, targets=targets)
+    return f"LoRA r{rank}, matched", rank
+
+
+def methods(args):
+    """{name: flags of train.py}."""
+    name, rank = matched_name(args, common.TARGETS)
+    constant = {"LoRA r8": lora(8), "LoRA r16": lora(16), "LoRA r32": lora(32), name: lora(rank),
                 "LoRA (Split) 2x16": split(2, 16), "LoRA (Split) 4x8": split(4, 8),
                 "LoRA (Split) 8x4": split(8, 4), HYDRA: hydra(3),
-                **({f"HydraLoRA {heads}x8, k-means": hydra(heads)} if heads != 3 else {}),
-                "uniform gate 3x8": hydra(3, gate="uniform"), "full": FULL}
+                UNIFORM: hydra(3, gate="uniform"), "full": FULL}
     # the authors keep alpha at 32: another scale than the above at every rank but 8
     same = {name: config for name, config in constant.items() if config.get("rank", 8) == 8}
     fixed = {name + FIXED: {**config, "alpha": AUTHORS_ALPHA}
-             for name, config in constant.items() if name not in same}
-    return {"constant": constant, "fixed": {**same, **fixed},
-            "both": {**constant, **fixed}}[args.scaling]
+             for name, config in constant.items() if name not in (*same, "LoRA r16")}
+    name, rank = matched_name(args, ATTENTION_TARGETS)
+    attention = {name + ATTENTION: {**config, "targets": ",".join(ATTENTION_TARGETS)}
+                 for name, config in (("LoRA r8", lora(8)), (name, lora(rank)), (HYDRA, hydra(3)),
+                                      (UNIFORM, hydra(3, gate="uniform")))}
+    return {"constant": {**constant, **attention}, "fixed": {**same, **fixed},
+            "both": {**constant, **fixed, **attention}}[args.scaling]
+
+
+# ---------------------------------------------------------------- rows
+
+
+def known_metrics(run):
+    """Those of METRICS that this run was measured by."""
+    return [metric for metric in METRICS if metric in run["metrics"]]
 
 
 def base_row(args, run, quiz):
@@ -51,71 +83,106 @@ def base_row(args, run, quiz):
     if quiz:
         path = args.runs / f"base-{common.digest(args.weights)}.json"
         row["quiz"] = interval([common.quiz_accuracy(args.weights, None, quiz, path)])
+    if "kept" in metrics:
+        row["kept"] = interval([metrics["kept"]["loss_base"]])
     return row
 
 
-def method_row(name, runs, hydra_runs, rate, quiz):
+def method_row(name, runs, hydra_runs, rate):
+    """Means with intervals; the difference is to HydraLoRA 3x8 on the same layers."""
     row = {"name": name, "rate": rate, "trainable": runs[0]["parameters"]["trainable"],
            "without_router": runs[0]["parameters"]["trainable_without_router"],
            "difference": None}
-    for metric in ("val_loss", "exact_match", *(["quiz"] if quiz else [])):
+    for metric in known_metrics(runs[0]):
         row[metric] = interval(common.values(runs, metric))
-    if name != HYDRA:
+    if runs is not hydra_runs:
         row["difference"] = difference(common.values(runs), common.values(hydra_runs))
     return row
 
 
-def statements(runs):
-    """(claim, method that loses, method that wins) of sections 2 and 3."""
+def make_rows(args, runs, tried, quiz):
+    rows = [base_row(args, runs[HYDRA][0], quiz)]
+    for name, own in runs.items():
+        beside = HYDRA + ATTENTION if name.endswith(ATTENTION) else HYDRA
+        rows.append(method_row(name, own, runs[beside], common.steady_rate(tried[name])))
+    return rows
+
+
+# ---------------------------------------------------------------- claims
+
+
+def statements(matched):
+    """(claim, method that loses, method that wins) by validation loss, at a constant scale."""
     found = [("a higher rank helps", "LoRA r8", "LoRA r32")]
     found += [("Observation I", "LoRA r32", f"LoRA (Split) {arm}")
               for arm in ("2x16", "4x8", "8x4")]
-    matched = [name for name in runs if name.endswith("matched")]
-    found += [("section 3", worse, HYDRA)
-              for worse in ("LoRA r8", "LoRA r16", "LoRA r32", *matched, "LoRA (Split) 4x8")]
-    found += [("k-means' number", HYDRA, name) for name in runs if name.endswith("k-means")]
-    return [*found, ("the gate matters", "uniform gate 3x8", HYDRA),
+    found += [("section 3", worse, HYDRA) for worse in ("LoRA r8", matched, "LoRA (Split) 4x8")]
+    return [*found, ("the gate matters", UNIFORM, HYDRA),
             ("low rank costs something", HYDRA, "full")]
 
 
-def make_claims(runs):
-    """Each statement at both scalings, as a difference of loss that is positive if it is true; at
-    the fixed alpha only where that changes one of the two methods."""
+def make_claims(args, runs):
+    """The primary one, on the quiz; then those by validation loss at a constant scale, at alpha 32
+    as the paper has them, on wq and wv; then those on the quiz and on what is kept."""
+    matched, attention = (matched_name(args, targets)[0]
+                          for targets in (common.TARGETS, ATTENTION_TARGETS))
     found = []
-    for fixed in ("", FIXED):
-        for text, worse, better in statements(runs):
-            pair = [name + fixed if name + fixed in runs else name for name in (worse, better)]
-            if all(name in runs for name in pair) and (not fixed or pair != [worse, better]):
-                found.append(claim(f"{text}: {pair[1]} ahead of {pair[0]}",
-                                   difference(*(common.values(runs[name]) for name in pair))))
-    return found
+
+    def add(text, metric, worse, better, primary=False):
+        if not {worse, better} <= runs.keys() or metric not in known_metrics(runs[HYDRA][0]):
+            return
+        a, b = (common.values(runs[name], metric) for name in (worse, better))
+        # losses fall where a method is ahead, shares rise
+        stat = difference(a, b) if metric in ("val_loss", "kept") else difference(b, a)
+        found.append(claim(text if primary else f"{text}: {better} ahead of {worse}", stat,
+                           primary))
+
+    add(PRIMARY, "quiz", matched, HYDRA, primary=True)
+    for text, worse, better in statements(matched):
+        add(text, "val_loss", worse, better)
+    for text, worse, better in statements(matched):
+        if text == "Observation I" or worse == matched:  # r8 and 4x8 have alpha 32 as it is
+            pair = [name + FIXED if name + FIXED in runs else name for name in (worse, better)]
+            if pair != [worse, better]:
+                add(text, "val_loss", *pair)
+    for text, worse in (("section 3", "LoRA r8"), ("section 3", attention),
+                        ("the gate matters", UNIFORM)):
+        add(text, "val_loss", worse + ATTENTION, HYDRA + ATTENTION)
+    for text, metric, worse in (("quiz", "quiz", "LoRA r8"), ("quiz", "quiz", UNIFORM),
+                                ("kept", "kept", matched)):
+        add(text, metric, worse, HYDRA)
+    return judged(found, __file__)
 
 
-def make_table(rows, quiz):
+# ---------------------------------------------------------------- what is written
+
+
+def make_table(rows):
     header = ["method", "rate", "trainable", "without router", "validation loss",
-              "minus HydraLoRA", "exact match"] + (["quiz"] if quiz else [])
+              "minus HydraLoRA", "exact match"]
+    more = [metric for metric in ("quiz", "kept") if metric in rows[-1]]
     cells = [[row["name"], f"{row['rate']:g}" if row["rate"] else "-", f"{row['trainable']:,}",
               f"{row['without_router']:,}", show(row["val_loss"]), signed(row["difference"]),
-              show(row["exact_match"], percent=True)]
-             + ([show(row["quiz"], percent=True)] if quiz else []) for row in rows]
-    return common.markdown(header, cells)
+              show(row["exact_match"], percent=True),
+              *(show(row[metric], percent=metric == "quiz") for metric in more)] for row in rows]
+    return markdown([*header, *({"quiz": "quiz", "kept": "kept: loss"}[m] for m in more)], cells)
 
 
-def draw_table1(pyplot, rows, quiz):
-    """Loss and accuracies that differ, a line a method; the base's loss would dwarf the rest."""
-    panels = [("val_loss", "validation loss (nats per token)", 1), ("exact_match",
-              "exact match (%)", 100)] + ([("quiz", "quiz accuracy (%)", 100)] if quiz else [])
+def draw_table1(pyplot, rows):
+    """The metrics that differ, a line a method; the base's loss would dwarf the rest."""
     rows = [row for row in rows if row["name"] != "base"][::-1]
-    panels = [panel for panel in panels if len({row[panel[0]]["mean"] for row in rows}) > 1]
+    panels = [metric for metric in METRICS
+              if metric in rows[0] and len({row[metric]["mean"] for row in rows}) > 1]
     figure, axes = pyplot.subplots(1, len(panels), sharey=True, squeeze=False,
-                                   layout="constrained", figsize=(10, 1.5 + 0.3 * len(rows)))
-    for axis, (metric, label, factor) in zip(axes[0], panels):
+                                   layout="constrained", figsize=(12, 1.5 + 0.3 * len(rows)))
+    for axis, metric in zip(axes[0], panels):
+        label, factor = METRICS[metric]
         for y, row in enumerate(rows):
             stat = row[metric]
             half = 0 if stat["low"] is None else stat["high"] - stat["mean"]
             marker = next((m for start, m in MARKERS.items() if row["name"].startswith(start)), "o")
             axis.errorbar(factor * stat["mean"], y, xerr=factor * half, marker=marker, capsize=3,
-                          color="black" if row["name"] == HYDRA else "tab:blue")
+                          color="black" if row["name"].startswith(HYDRA) else "tab:blue")
         axis.set_xlabel(label)
         axis.grid(axis="x", alpha=0.4)
     axes[0, 0].set_yticks(range(len(rows)), [row["name"] for row in rows])
@@ -132,28 +199,22 @@ def main(argv=None):
     quiz = args.quiz
     if not quiz and Path(args.weights).resolve() == WORLD / "base":
         quiz = str(WORLD / "quiz")
-    heads = common.kmeans_heads(args, records)
-    configs = methods(args, heads)
+    configs = methods(args)
     tried = common.tune({name: (config, [records]) for name, config in configs.items()}, args)
     runs = common.run_seeds(configs, tried, args, records, val, quiz)
-    rows = [base_row(args, runs[HYDRA][0], quiz)]
-    rows += [method_row(name, runs[name], runs[HYDRA], common.best_rate(tried[name]), quiz)
-             for name in configs]
-    claims = make_claims(runs)
-    seconds = sum(run["seconds"] for run in {r["folder"]: r for of in runs.values() for r in of}
-                  .values())
+    again = common.rerun(HYDRA, runs[HYDRA], args)
+    rows, claims = make_rows(args, runs, tried, quiz), make_claims(args, runs)
     fitted = ", ".join(f"{part} {kept['records']} records ({kept['skipped']} too long and skipped)"
                        for part, kept in runs[HYDRA][0]["data"].items())
-    print(f"{fitted}\n{seconds / 60:.0f} minutes of training after the sweep, on one thread each; "
-          f"median run {statistics.median(r['seconds'] for r in runs[HYDRA]):.0f} s for {HYDRA}")
-    common.write_results(
+    print(f"{fitted}\nmedian run {statistics.median(r['seconds'] for r in runs[HYDRA]):.0f} s for "
+          f"{HYDRA}, on one thread")
+    write_results(
         args, args.name,
-        {"conditions": common.conditions(args, records, val), "kmeans_heads": heads,
-         "data": runs[HYDRA][0]["data"], "configs": configs, "sweep": tried, "rows": rows,
-         "claims": claims},
-        [f"k-means finds {heads} heads.", make_table(rows, quiz), common.claims_table(claims),
+        {"conditions": common.conditions(args, records, val), "data": runs[HYDRA][0]["data"],
+         "configs": configs, "sweep": tried, "rows": rows, "rerun": again, "claims": claims},
+        [make_table(rows), common.rerun_text(again), claims_text(claims),
          common.rates_table(tried)],
-        lambda pyplot: draw_table1(pyplot, rows, quiz))
+        lambda pyplot: draw_table1(pyplot, rows))
     return 0
 
 
