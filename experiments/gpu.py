@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from experiments.common import RESULTS, markdown
+from experiments.common import RESULTS
+from experiments.report import markdown
 from support.cli import Parser, one_line, run_script
 from support.device import pick_device
 from support.files import read_json, write_json, write_text
