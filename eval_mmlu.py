@@ -28,6 +28,7 @@ from data.mmlu import LETTERS, encode_prompt, letter_ids, read_questions
 from hydralora import base_fingerprint
 from support.cli import Parser, check_least, progress, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
+from support.distributed import joined, rank, told
 from support.explain import explained, print_default_length, stated_length
 from support.files import digest, write_json, write_text
 from support.hold import holding
@@ -176,11 +177,11 @@ def score_questions(args):
     print_default_length(args.weights, model.args.max_seq_len, args.max_seq_len)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{args.out}.partial")
-    done = read_partial(partial, deciding)
+    done = told(lambda: read_partial(partial, deciding))
     head = "".join(json.dumps(line) + "\n" for line in [deciding, *done.values()])
     write_text(partial, head)
     before, started = len(done), time.perf_counter()
-    with open(partial, "a", encoding="utf-8") as file:
+    with open(os.devnull if rank() else partial, "a", encoding="utf-8") as file:
         kept, lengths = answer_questions(model, tokenizer, questions, examples,
                                          batch_size=args.batch_size, done=done, file=file)
     seconds = time.perf_counter() - started
@@ -196,7 +197,8 @@ def score_questions(args):
     print(f"{len(done) - before} questions in {seconds:.1f} s, "
           f"{(len(done) - before) / seconds:.1f} a second")
     write_json(args.out, result)
-    partial.unlink()
+    if not rank():
+        partial.unlink()
     print(f"wrote {args.out}")
 
 
@@ -232,7 +234,7 @@ def score_or_compare(argv):
     if args.compare:
         compare(*args.compare)
     else:
-        with holding(f"{args.out}.lock", args.out):
+        with joined(args), holding(f"{args.out}.lock", args.out):
             score_questions(args)
 
 

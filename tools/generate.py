@@ -24,6 +24,7 @@ from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_tokens
 from support.cli import Parser, flag, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
+from support.distributed import joined
 from support.evaluation import most_divided
 from support.explain import model_length
 from support.run_folder import load_tuned
@@ -135,7 +136,6 @@ def talk(model, tokenizer, prompt, args):
 
 
 def answer_prompts(args):
-    settle(args)
     model, tokenizer = load_tuned(args)
     if args.show_routing and all(layer.router is None for layer in hydra_layers(model).values()):
         raise ValueError(f"--show-routing: {args.adapter} has no router (one head, or the "
@@ -152,6 +152,12 @@ def answer_prompts(args):
             print(f"expected: {expected}")
         talk(model, tokenizer, prompt, args)
         print()
+
+
+def settle_and_answer(args):
+    settle(args)
+    with joined(args):
+        answer_prompts(args)
 
 
 def settle(args):
@@ -194,7 +200,7 @@ def main(argv=None):
     p.add_argument("--max-seq-len", type=int, help="tokens of context (the checkpoint's)")
     add_device_flags(p)
     args = p.parse_args(argv)
-    return run_script("generate.py", lambda: answer_prompts(args), argv,
+    return run_script("generate.py", lambda: settle_and_answer(args), argv,
                       stopped="interrupted",
                       memory="a smaller --max-seq-len or --dtype bf16 needs less")
 
