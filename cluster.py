@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from data import WORLD
 from data.corpus import encode_prompts, length_batches, pad, prompt_text, read_records
 from hydralora import base_fingerprint
-from model import Tokenizer, load_llama, read_params
+from model import Tokenizer, read_params
 from support.cli import Parser, add_strict_flag, check_least, progress, run_script
 from support.cluster_scores import ari, contingency, nmi, silhouette, telling_words
-from support.device import DTYPES, pick_device, pick_dtype
+from support.device import DTYPES, add_shard_flag, pick_device, pick_dtype
+from support.distributed import joined, load, told
 from support.explain import explained, print_default_length
 from support.files import check_tensors, read_torch, write_file, write_text
 
@@ -93,10 +94,11 @@ def cached(path, key, compute):
     if path is None:
         return compute()
     key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    if not Path(path).exists():
+    if told(lambda: Path(path).exists()):
+        content = read_torch(path, "a feature file")
+    else:
         content = {"key": key, "features": compute()}
         write_file(path, lambda file: torch.save(content, file))
-    content = read_torch(path, "a feature file")
     if not isinstance(content, dict) or content.keys() != {"key", "features"}:
         raise ValueError(f"{path} is not a feature file: delete it, or give another --cache")
     check_tensors({"features": content["features"]})
@@ -361,15 +363,13 @@ def parse_args(argv):
     add_strict_flag(p)
     p.add_argument("--features", default="hidden", choices=["hidden", "tfidf"],
                    help="hidden states of the base, or the paper's TF-IDF of its pieces (hidden)")
-    p.add_argument("--layer", type=int,
-                   help="blocks the states have passed, 0: none (two thirds of all)")
-    p.add_argument("--k-max", type=int, default=10,
-                   help="largest number of clusters, at most the number of records (10)")
+    p.add_argument("--layer", type=int, help="blocks the states passed, 0: none (two thirds)")
+    p.add_argument("--k-max", type=int, default=10, help="largest number of clusters (10)")
     p.add_argument("--seed", type=int, default=0, help="of k-means and the sample (0)")
     p.add_argument("--batch-size", type=int, default=16, help="prompts a forward pass (16)")
-    p.add_argument("--max-seq-len", type=int,
-                   help="tokens of a prompt, the rest is cut (the model's own)")
+    p.add_argument("--max-seq-len", type=int, help="a prompt's tokens, the rest is cut (model's)")
     p.add_argument("--device", help="cpu, mps (in fp32), cuda (in bf16) (cuda where there is one)")
+    add_shard_flag(p)
     p.add_argument("--cache", help="file that keeps the features for the next run (off)")
     p.add_argument("--out", default="clusters.json", help="file to write (clusters.json)")
     return p.parse_args(argv)
@@ -387,26 +387,26 @@ def check_paths_and_numbers(args):
 
 def cluster_records(args):
     check_paths_and_numbers(args)
-    device = pick_device(args.device)
-    with explained(weights=args.weights, data=[args.data]):
+    args.device = pick_device(args.device)
+    with joined(args), explained(weights=args.weights, data=[args.data]):
         records = read_records(args.data, args.strict)
         max_seq_len = read_params(args.weights, args.max_seq_len).max_seq_len
         if args.features == "hidden":
-            model, tokenizer = load_llama(args.weights, device=device, max_seq_len=max_seq_len,
-                                          dtype=DTYPES[pick_dtype(None, device)])
+            model, tokenizer = load(args.weights, args, max_seq_len=max_seq_len,
+                                    dtype=DTYPES[pick_dtype(None, args.device)])
         else:
             model, tokenizer = None, Tokenizer(Path(args.weights) / "tokenizer.model")
-    records.print_remarks(args.data)
-    print_default_length(args.weights, max_seq_len, args.max_seq_len)
-    result = choose_heads(records, model, tokenizer, k_max=args.k_max, seed=args.seed,
-                          features=args.features, layer=args.layer, batch_size=args.batch_size,
-                          max_seq_len=max_seq_len, cache=args.cache)
-    result["settings"].update(weights=args.weights, data=args.data, device=device,
-                              batch_size=args.batch_size, cache=args.cache)
-    result.update(records.report)
-    print_report(result)
-    write_text(args.out, json.dumps(result))
-    print(f"\nwrote {args.out}")
+        records.print_remarks(args.data)
+        print_default_length(args.weights, max_seq_len, args.max_seq_len)
+        result = choose_heads(records, model, tokenizer, k_max=args.k_max, seed=args.seed,
+                              features=args.features, layer=args.layer, batch_size=args.batch_size,
+                              max_seq_len=max_seq_len, cache=args.cache)
+        result["settings"].update(weights=args.weights, data=args.data, device=args.device,
+                                  batch_size=args.batch_size, cache=args.cache)
+        result.update(records.report)
+        print_report(result)
+        write_text(args.out, json.dumps(result))
+        print(f"\nwrote {args.out}")
 
 
 def main(argv=None):

@@ -27,6 +27,7 @@ from data.mmlu import LETTERS, encode_prompt, letter_ids, read_questions
 from hydralora import base_fingerprint
 from support.cli import Parser, check_least, progress, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
+from support.distributed import joined, rank, told
 from support.explain import explained, print_default_length, stated_length
 from support.files import digest, write_json
 from support.hold import holding
@@ -151,7 +152,8 @@ def score_questions(args):
     print("\n".join(f"{key:16}{value}" for key, value in settings.items()))
     print_default_length(args.weights, model.args.max_seq_len, args.max_seq_len)
     partial = Path(f"{args.out}.partial")
-    done = read_partial(partial, deciding, columns=QUESTION, name=("subject", "index"))
+    done = told(lambda: read_partial(partial, deciding, columns=QUESTION,
+                                     name=("subject", "index")))
     before, started = len(done), time.perf_counter()
     with open_partial(partial, deciding, done) as file:
         kept, lengths = answer_questions(model, tokenizer, questions, examples,
@@ -169,7 +171,8 @@ def score_questions(args):
     print(f"{len(done) - before} questions in {seconds:.1f} s, "
           f"{(len(done) - before) / seconds:.1f} a second")
     write_json(args.out, result)
-    partial.unlink()
+    if not rank():
+        partial.unlink()
     print(f"wrote {args.out}")
 
 
@@ -205,7 +208,7 @@ def score_or_compare(argv):
     if args.compare:
         compare(*args.compare)
     else:
-        with holding(f"{args.out}.lock", args.out):
+        with joined(args), holding(f"{args.out}.lock", args.out):
             score_questions(args)
 
 

@@ -162,6 +162,7 @@ def base_fingerprint(model):
     adapter, found = adapter_parameters(model), {}
     for name, weight in model.named_parameters():
         if name not in adapter:
+            weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # a DTensor
             values = weight.detach().flatten()[::max(1, weight.numel() // 16)][:16]
             found[name.replace(".base.", ".")] = [list(weight.shape), values.float().tolist()]
     return found
@@ -180,8 +181,7 @@ def save_adapter(model, file):
 
 
 def check_adapter(model, config, base, tensors):
-    """ValueError unless these are the tensors that this config adds to this model. model.py has
-    checks like these of its own, so that either file can be copied alone."""
+    """ValueError unless these are the tensors that this config adds to this model."""
     now, settings, shapes = base_fingerprint(model), dict(config), {}
     if base.keys() != now.keys() or not all(  # equal within the rounding of bf16 and fp16
             shape == base[name][0] and torch.allclose(

@@ -265,10 +265,10 @@ def merge_shards(shards, name):
         raise ValueError(f"the shards' parts of {name} do not fit together: {shapes}") from error
 
 
-def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None):
-    """(Transformer, Tokenizer) from a folder in Meta's layout. Any number of shards is merged one
-    tensor at a time, so the peak is one copy of the model and one tensor. dtype None keeps the
-    file's own. ValueError where files, keys, shapes or vocabulary do not fit together."""
+def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None, shard=None):
+    """(Transformer, Tokenizer) of a folder in Meta's layout, its shards merged tensor by tensor, so
+    the peak is one copy and one tensor. dtype None keeps the file's. shard(model, copy) may return
+    cut(name, tensor), which keeps a part. ValueError where what is there does not fit together."""
     args, tokenizer = read_params(directory, max_seq_len), Tokenizer(f"{directory}/tokenizer.model")
     shards = read_shards(directory)
     held = next(iter(shards.values()))
@@ -288,15 +288,15 @@ def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None):
         raise ValueError(f"the tokenizer in {directory} has {tokenizer.vocab_size} pieces, the "
                          f"embedding {args.vocab_size} rows: they do not belong together, copy "
                          "the model's own tokenizer.model there")
-    state = {}
+    state, cut = {}, shard(model, len(shards) > 1) if shard else lambda name, whole: whole
     for name, shape in shapes.items():
         tensor = merge_shards(shards, name)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} in {directory} is {tuple(tensor.shape)}, "
                              f"its params.json asks for {shape}")
-        state[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        state[name] = cut(name, tensor).to(device=device, dtype=dtype or tensor.dtype)
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True), tokenizer
+    return model.requires_grad_(shard is None), tokenizer
 
 
 def save_llama(model, tokenizer_path, directory, dtype=None):

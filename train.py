@@ -21,9 +21,8 @@ import torch.nn.functional as F
 
 from data import WORLD
 from data.corpus import collate, encode_records, length_batches, read_split
-from hydralora import GATES, TARGETS, HydraSettings, adapters_disabled, add_hydralora, save_adapter
-from model import load_llama
-from support import evaluation, explain, files, run_folder
+from hydralora import GATES, TARGETS, HydraSettings, adapters_disabled, add_hydralora
+from support import distributed, evaluation, explain, run_folder
 from support.cli import Parser, add_strict_flag, flag, progress, run_script, signal_number
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
 from support.evaluation import HEAD_CHUNK
@@ -74,6 +73,7 @@ def parse_args(argv=None):
                    help="say what memory the run will need, from params.json alone, and stop (off)")
     p.add_argument("--gpu-memory", type=float, metavar="GB",
                    help="with --dry-run: also the longest sequence that fits so many GiB (none)")
+    p.add_argument("--gpus", type=int, help="with --dry-run: shared by so many GPUs (none)")
     p.add_argument("--seed", type=int, default=0, help="of initial weights, order and split (0)")
     p.add_argument("--out", help="folder to write (runs/METHOD)")
     p.add_argument("--overwrite", action="store_true", help="replace the run in --out (off)")
@@ -106,6 +106,7 @@ def parse_args(argv=None):
         p.error(str(error))
     # --gpu-memory asks about a GPU, whatever this machine has
     args.dtype = pick_dtype(args.dtype, "cuda" if args.gpu_memory else args.device)
+    args.processes = distributed.processes()
     refuse_impossible(args, p)
     return args
 
@@ -135,7 +136,7 @@ def load_base(args):
     """(base model on the device, tokenizer)."""
     # full: the weights that train are fp32, only their products are in --dtype
     dtype = torch.float32 if args.method == "full" else DTYPES[args.dtype]
-    model, tokenizer = load_llama(args.weights, device=args.device, dtype=dtype)
+    model, tokenizer = distributed.load(args.weights, args, dtype=dtype)
     explain.warn_of_spare_rows(model, tokenizer, args.weights)
     if (args.max_seq_len or 0) > model.args.max_seq_len:
         raise ValueError(f"--max-seq-len {args.max_seq_len} is more than "
@@ -208,7 +209,9 @@ def train_step(model, batches, optimizer, scaler, args):
     """One optimiser step; returns (loss, gradient norm) as tensors. The loss is the mean over every
     label of the accumulated batches, not the mean of the batches' means."""
     count = sum(len(s.ids) - s.start for batch in batches for s in batch)
-    loss = sum(backward(model, batch, count, scaler, args) for batch in batches)
+    loss = sum(backward(model, batch, over, scaler, args)
+               for batch, over in distributed.share(batches, count))
+    loss = distributed.sum_gradients(trainable(model), loss)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(trainable(model), CLIP)
     scaler.step(optimizer)  # skipped by fp16's scaler when a gradient overflowed
@@ -229,8 +232,8 @@ def train_steps(model, plan, optimizer, scaler, args, start=0):
 
 
 def fit(model, plan, optimizer, scaler, args, out, start, save):
-    """Trains, logs, and calls save(step) every --save-every steps and at the end. Returns 0 at the
-    end; after Ctrl-C or SIGTERM it finishes the step, saves and returns the signal's number."""
+    """Trains, logs, and calls save(step) every --save-every steps and at the end. After Ctrl-C or
+    SIGTERM it finishes the step, saves and raises KeyboardInterrupt with the signal's number."""
     with (run_folder.Log(out / "log.csv", start, fp16=args.dtype == "fp16") as log,
           run_folder.catch_signals() as signals,
           progress(total=len(plan), initial=start, desc="train") as bar):
@@ -238,7 +241,8 @@ def fit(model, plan, optimizer, scaler, args, out, start, save):
             step = row["step"]
             log.add(row, plan[step - 1])
             bar.update()
-            saves = signals or step == len(plan) or args.save_every and step % args.save_every == 0
+            stop = distributed.share_signals(signals)
+            saves = stop or step == len(plan) or args.save_every and step % args.save_every == 0
             if step % LOG_EVERY == 0 or saves:
                 row = log.flush()
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, lr {row['lr']:.1e}, "
@@ -246,9 +250,10 @@ def fit(model, plan, optimizer, scaler, args, out, start, save):
                                     f"peak {peak_memory(args.device):.1f} GiB", refresh=False)
             if saves:
                 save(step)
-            if signals:
-                return signals[0]
-    return 0
+            if stop:
+                break
+        if stop := distributed.share_signals(signals):
+            raise KeyboardInterrupt(stop[0])
 
 
 # ---------------------------------------------------------------- the run
@@ -266,6 +271,7 @@ def prepare(args, out):
     if args.heads == "auto":
         from cluster import choose_heads, print_report
         clusters = clusters or choose_heads(train, model, tokenizer, seed=args.seed)
+        clusters = distributed.told(lambda: clusters)  # one answer for all processes
         explain.print_default_length(args.weights, model.args.max_seq_len)
         print_report(clusters)
     args = settle(args, model, clusters)
@@ -277,25 +283,14 @@ def prepare(args, out):
 
 
 def finish(args, out, model, val, before, result):
-    """After training: measures, prints and writes the model, then run.json, then removes the
-    checkpoint; returns the content of run.json."""
+    """After training: measures, prints and writes all; returns the content of run.json."""
     after = evaluation.evaluate(model, val, args, "tuned")
     evaluation.print_losses(before, after)
     result["metrics"] = evaluation.metrics(before, after)
-    if args.method == "full":
-        run_folder.write_tuned(model, args.weights, out)
-        result["fingerprints"]["tuned"] = files.weights_fingerprint(out)
-    else:
-        if args.heads > 1:
-            result["routing"] = evaluation.routing_report(model, val, args)
-            evaluation.print_routing(result["routing"])
-        files.write_file(out / "adapter.pt", lambda file: save_adapter(model, file))
-        result["fingerprints"]["adapter"] = files.file_fingerprint(out / "adapter.pt")
-    files.write_json(out / "run.json", result)
-    (out / "checkpoint.pt").unlink(missing_ok=True)
-    wrote = "the checkpoint" if args.method == "full" else "adapter.pt"
-    print(f"\nwrote {wrote}, run.json and log.csv to {out}\n"
-          f"to see it: python -m tools.plot {out} --out {out / 'plot.png'}")
+    if args.method != "full" and args.heads > 1:
+        result["routing"] = evaluation.routing_report(model, val, args)
+        evaluation.print_routing(result["routing"])
+    run_folder.write_result(model, args, out, result)
     return result
 
 
@@ -305,8 +300,8 @@ def run_training(args):
         from support.memory import print_needs
         print_needs(args, adapter_settings(args), MAX_SEQ_LEN)
         return 0, None
-    with holding(f"{args.out}/.lock", args.out):
-        return train_and_write(args, run_folder.check_out(args))
+    with distributed.joined(args), holding(f"{args.out}/.lock", args.out):
+        return train_and_write(args, distributed.told(lambda: run_folder.check_out(args)))
 
 
 def train_and_write(args, out):
@@ -333,18 +328,17 @@ def train_and_write(args, out):
     clock = time.perf_counter()
     try:
         run_folder.prepare_out(out, args)
-        stopped = fit(model, plan_steps(train, args), optimizer, scaler, args, out, start, save)
-        if not stopped:
+        with distributed.answered():
+            fit(model, plan_steps(train, args), optimizer, scaler, args, out, start, save)
             return 0, finish(args, out, model, val, before, {
                 "settings": vars(args), "versions": run_folder.versions(), "fingerprints": prints,
                 "parameters": counts, "data": data, "clusters": clusters,
                 "seconds": time.perf_counter() - clock, "peak_gib": peak_memory(args.device)})
-    except KeyboardInterrupt as error:  # outside the loop; its last step's checkpoint stands
-        stopped = signal_number(error)
+    except KeyboardInterrupt as error:  # the checkpoint of the last step stands
+        print(f"stopped; {run_folder.how_to_go_on(out)}")
+        return 128 + signal_number(error), None
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}; {run_folder.how_to_go_on(out)}") from error
-    print(f"stopped; {run_folder.how_to_go_on(out)}")
-    return 128 + stopped, None
 
 
 def main(argv=None):

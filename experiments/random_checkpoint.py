@@ -4,6 +4,8 @@
     python -m experiments.random_checkpoint load --weights random-7b     # time and peak memory
     python -m experiments.random_checkpoint step --weights random-7b     # of one HydraLoRA step
 
+Under torchrun `load` and `step` take --shard-base, and tell the peak of each process.
+
 Writes bf16 in Meta's layout, split over --shards files as Meta splits it, one tensor in memory at a
 time: torch.save is given maps of a file that was filled tensor by tensor. Peaks are this process's
 resident memory, pages of mapped files included (ru_maxrss).
@@ -16,10 +18,12 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import train
 from data.corpus import Sequence
-from model import SPLIT_DIM, ModelArgs, Tokenizer, Transformer, load_llama
+from model import SPLIT_DIM, ModelArgs, Tokenizer, Transformer
+from support import distributed
 from support.device import peak_resident
 
 PARAMS = dict(dim=4096, n_layers=32, n_heads=32, vocab_size=32000, multiple_of=256, norm_eps=1e-5)
@@ -69,15 +73,22 @@ def fill(part, pool, offset):
 
 
 def load(args):
-    model, _ = load_llama(args.weights)
-    report(args, model)
-    return model
+    args.device = "cpu"
+    with distributed.joined(args):
+        model, _ = distributed.load(args.weights, args)
+        report(args)
 
 
 def step(args):
     """One optimiser step of HydraLoRA 3 x 8 as train.py takes it, after a first one to warm up."""
     settings = train.parse_args(["--weights", args.weights, "--data", "-", "--dtype", "bf16",
                                  "--device", "cpu", "--checkpoint-activations"])
+    settings.shard_base = args.shard_base
+    with distributed.joined(settings):
+        take_steps(args, settings)
+
+
+def take_steps(args, settings):
     model, _ = train.load_base(settings)
     train.add_adapters(model, settings)
     model.train()
@@ -85,17 +96,22 @@ def step(args):
     batch = [Sequence(list(range(5, 6 + args.tokens)), args.tokens // 2, 0, "")]
     for _ in range(2):
         started = time.perf_counter()
-        loss, norm = train.train_step(model, [batch], optimizer, scaler, settings)
+        loss, norm = train.train_step(model, [batch] * distributed.processes(), optimizer, scaler,
+                                      settings)
         print(f"{args.tokens} tokens, loss {loss.item():.3f}, gradient norm {norm.item():.3f}, "
               f"{time.perf_counter() - started:.1f} s", flush=True)
-    report(args, model)
+    report(args)
 
 
-def report(args, model):
+def report(args):
     shards = list(Path(args.weights).glob("consolidated.*.pth"))
-    size, peak = sum(path.stat().st_size for path in shards), peak_resident()
-    print(f"{args.command}: {len(shards)} shards of {size / 1e9:.2f} GB in all, peak resident "
-          f"memory {peak / 1e9:.2f} GB, {peak / size:.3f} times the files")
+    size, peaks = sum(path.stat().st_size for path in shards), [peak_resident()]
+    if distributed.launched():
+        peaks *= distributed.processes()
+        dist.all_gather_object(peaks, peak_resident())
+    for peak in peaks:
+        print(f"{args.command}: {len(shards)} shards of {size / 1e9:.2f} GB in all, peak resident "
+              f"memory {peak / 1e9:.2f} GB, {peak / size:.3f} times the files")
 
 
 def main(argv=None):
@@ -107,6 +123,7 @@ def main(argv=None):
     p.add_argument("--layers", type=int, default=32, help="write: fewer for a trial (32)")
     p.add_argument("--dim", type=int, default=4096, help="write: width, a multiple of 128 (4096)")
     p.add_argument("--weights", help="load, step: the folder")
+    p.add_argument("--shard-base", action="store_true", help="load, step: in parts (off)")
     p.add_argument("--tokens", type=int, default=64, help="step: of the one sequence (64)")
     args = p.parse_args(argv)
     started = time.perf_counter()

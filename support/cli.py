@@ -13,6 +13,8 @@ import warnings
 import torch
 from tqdm import tqdm
 
+from support.distributed import end_now, launched, let_first_speak, rank
+
 LINE_SECONDS = 30  # between two lines of progress where there is no terminal
 
 
@@ -25,6 +27,7 @@ class Parser(argparse.ArgumentParser):
                           help="print the traceback of what is refused as well (off)")
 
     def error(self, message):
+        let_first_speak()
         self.exit(2, f"{self.prog}: {one_line(message)}; --help lists the flags\n")
 
 
@@ -66,10 +69,11 @@ def progress(*args, **settings):
     if not sys.stderr.isatty():
         settings.update(file=Lines(), mininterval=LINE_SECONDS, maxinterval=LINE_SECONDS,
                         delay=LINE_SECONDS, miniters=1, leave=False)
-    return tqdm(*args, **settings)
+    return tqdm(*args, **settings, disable=rank() > 0)
 
 
 def interrupt(number, _):
+    end_now()
     raise KeyboardInterrupt(number)
 
 
@@ -92,11 +96,14 @@ def run_script(name, work, argv, *, stopped, memory):
     # what torch remarks on a file that it is about to refuse
     warnings.filterwarnings("ignore", message="Detected pickle protocol")
     before = signal.signal(signal.SIGTERM, interrupt)
+    if launched():
+        signal.signal(signal.SIGINT, interrupt)
     try:
         return work() or 0
     except (ValueError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
+        end_now()
         if "--debug" in (sys.argv[1:] if argv is None else argv):
             traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
@@ -105,7 +112,12 @@ def run_script(name, work, argv, *, stopped, memory):
             status, text = 1, f"{str(error).split(chr(10))[0] or 'out of memory'}; {memory}"
         else:
             status, text = 2, error
+        if rank() and isinstance(error, KeyboardInterrupt):
+            return status
+        let_first_speak()
+        name += f", process {rank()}" if rank() else ""
         print(f"{name}: {one_line(text)}", file=sys.stderr)
         return status
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if not launched():
+            signal.signal(signal.SIGTERM, before)

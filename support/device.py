@@ -4,6 +4,8 @@ import sys
 
 import torch
 
+from support.distributed import own_device
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -11,12 +13,19 @@ def add_device_flags(parser, dtype_help="of the model"):
     """--dtype and --device, which pick_device and pick_dtype settle."""
     parser.add_argument("--dtype", choices=DTYPES, help=f"{dtype_help} (fp32 on CPU, bf16 on GPU)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (cuda where there is one)")
+    add_shard_flag(parser)
+
+
+def add_shard_flag(parser):
+    parser.add_argument("--shard-base", action="store_true",
+                        help="under torchrun, each process holds its share of the base (off)")
 
 
 def pick_device(name):
     """The device by that name, or without one a CUDA GPU where there is one. Raises ValueError when
     nothing can be computed on it."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    own_device(name)
     try:
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise RuntimeError("torch finds no CUDA device here")

@@ -17,6 +17,7 @@ from data.corpus import collate, length_batches
 from hydralora import adapter_parameters, hydra_layers, record_gates
 from support.cli import progress
 from support.device import autocast
+from support.distributed import each
 
 EVAL_BATCH = 16  # most records at a time
 HEAD_CHUNK = 256  # labels whose logits exist at a time: (256, 32000) in fp32 are 33 MB
@@ -50,10 +51,11 @@ def evaluate(model, sequences, args, name):
     model whose loss is not finite: such a model is of no use, and JSON has no NaN."""
     model.eval()
     sums = {}
-    for batch in progress(eval_batches(sequences, args), desc=name, leave=False):
-        losses, hits = label_losses(model, batch, args)
+    batches = eval_batches(sequences, args)
+    scored = each(batches, lambda batch: [x.cpu() for x in label_losses(model, batch, args)])
+    for batch, (losses, hits) in progress(scored, total=len(batches), desc=name, leave=False):
         sizes = [len(s.ids) - s.start for s in batch]
-        for s, loss, hit in zip(batch, losses.cpu().split(sizes), hits.cpu().split(sizes)):
+        for s, loss, hit in zip(batch, losses.split(sizes), hits.split(sizes)):
             for category in {"", s.category}:
                 row = sums.setdefault(category, dict(loss=0.0, exact=0, records=0, tokens=0))
                 row["loss"] += loss.sum(dtype=torch.float64).item()
@@ -89,6 +91,17 @@ def gate_entropy(w):
     return -(w * w.clamp_min(1e-12).log()).sum().item()
 
 
+def row_gates(model, sequences, args):
+    """[(tokens, {layer: (sum of the gate (N), sum of its entropy)})] over each sequence's real
+    tokens."""
+    gates, real = batch_gates(model, sequences, args)
+    sums = [(row.sum().item(), {}) for row in real]
+    for name, weights in gates.items():
+        for w, row, (_, of) in zip(weights, real, sums):
+            of[name] = w[row].sum(0), gate_entropy(w[row])
+    return sums
+
+
 def most_divided(gates):
     """The layer of {layer: gates (rows, N)} whose rows differ most. Heads of different layers have
     nothing to do with each other, so a table or a picture is of one layer."""
@@ -103,14 +116,14 @@ def routing_report(model, sequences, args):
     layers = hydra_layers(model)
     heads = next(iter(layers.values())).settings.heads
     gate, entropy, tokens = {name: {} for name in layers}, dict.fromkeys(layers, 0.0), {}
-    for batch in progress(eval_batches(sequences, args), desc="routing", leave=False):
-        gates, real = batch_gates(model, batch, args)
-        for row, s in enumerate(batch):
-            tokens[s.category] = tokens.get(s.category, 0) + real[row].sum().item()
-            for name, weights in gates.items():
-                w = weights[row, real[row]]  # (T, N), padding left out
-                gate[name][s.category] = gate[name].get(s.category, 0) + w.sum(0)
-                entropy[name] += gate_entropy(w)
+    batches = eval_batches(sequences, args)
+    summed = each(batches, lambda batch: row_gates(model, batch, args))
+    for batch, rows in progress(summed, total=len(batches), desc="routing", leave=False):
+        for s, (count, gates) in zip(batch, rows):
+            tokens[s.category] = tokens.get(s.category, 0) + count
+            for name, (weights, nats) in gates.items():
+                gate[name][s.category] = gate[name].get(s.category, 0) + weights
+                entropy[name] += nats
     count = sum(tokens.values())
     return {
         "gate": {name: {c: (total / tokens[c]).tolist() for c, total in sorted(by.items())}

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from model import save_llama
+from support.distributed import rank
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,7 +44,13 @@ def writing(path):
 def write_file(path, write):
     """write(file) to a temporary name, synced and renamed, then the folder synced: whatever happens
     the path holds the whole new file or the former one. Raises OSError where it cannot be written.
-    A temporary file that a kill left behind is never read, and the next write replaces it."""
+    A temporary file that a kill left behind is never read, and the next write replaces it.
+    Of several processes the first writes; the others call write too, since it may ask all of them
+    for their parts of the base."""
+    if rank():
+        with open(os.devnull, "wb") as nowhere:
+            write(nowhere)
+        return
     temporary = f"{path}.tmp"
     try:
         with writing(path), open(temporary, "wb") as file:

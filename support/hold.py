@@ -13,9 +13,10 @@ import os
 import shutil
 import socket
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from support.distributed import told
 from support.files import writing
 
 TRIES, PAUSE = 20, 0.01  # others may come and go meanwhile; seconds
@@ -90,6 +91,15 @@ def take(lock, what, me):
 
 @contextmanager
 def holding(lock, what):
+    """holding_alone; of several processes the first does it for all, and what it refuses, all
+    refuse."""
+    with ExitStack() as stack:
+        told(lambda: stack.enter_context(holding_alone(lock, what)))
+        yield
+
+
+@contextmanager
+def holding_alone(lock, what):
     """Inside, this process alone holds the lock, and with it `what`, the path that it writes to.
     The folder that the lock lies in is made where there is none, and goes again if nothing else was
     put in it. Raises ValueError where another process holds the lock, OSError where none can be.

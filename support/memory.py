@@ -23,6 +23,9 @@ from support.explain import explained, model_length
 GIB = 2**30
 # Assumed, not computed: CUDA's context and libraries, and the allocator's loss to fragmentation.
 CONTEXT, FRAGMENTATION = 1.0 * GIB, 0.05
+NCCL = 0.5 * GIB  # assumed too, with several GPUs: the buffers of its channels
+# of a base in parts: the block that computes, the one that arrives, and the buffer it arrives in
+GATHERED = 3
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 ATTENTION = ("wq", "wk", "wv", "wo")
 
@@ -40,26 +43,33 @@ class Need:
     working: int  # a token, at the worst moment of the backward pass, beside what is kept
     passing: int  # what the same moment needs whatever the tokens
     head: int  # logits of one chunk, in fp32: their logarithms and two gradients
+    gathered: int = 0  # blocks of a base in parts, whole for a moment
+    flat: int = 0  # gradients on their way to the other GPUs, when no activations are left
+    context: float = CONTEXT
 
     def activations(self, tokens):
         return self.copies + tokens * self.kept
 
     def total(self, tokens):
         """The head is finished before a block's worst moment, so only the larger of them counts."""
-        standing = self.weights + self.adapter + self.gradients + self.optimizer
-        return standing + self.activations(tokens) + self.worst(tokens)
+        return self.standing() + max(self.flat, self.activations(tokens) + self.worst(tokens))
+
+    def standing(self):
+        return self.weights + self.gathered + self.adapter + self.gradients + self.optimizer
 
     def worst(self, tokens):
         return max(self.head, self.passing + tokens * self.working)
 
     def overhead(self, tokens):
-        return CONTEXT + self.total(tokens) * FRAGMENTATION
+        return self.context + self.total(tokens) * FRAGMENTATION
 
     def longest(self, memory, rows):
         """The longest sequence in batches of so many rows that fits so many bytes of a GPU; 0 when
         nothing does."""
-        room = (memory - CONTEXT) / (1 + FRAGMENTATION)
-        room -= self.total(0) - self.worst(0)
+        room = (memory - self.context) / (1 + FRAGMENTATION) - self.standing()
+        if room < self.flat:
+            return 0
+        room -= self.copies
         by_block = (room - self.passing) / (self.kept + self.working)
         by_head = (room - self.head) / self.kept
         return max(0, int(min(by_block, by_head)) // rows)
@@ -128,7 +138,7 @@ def working_bytes(model, size, block):
 
 
 def needs(model, args, *, checkpoint, head_chunk=HEAD_CHUNK):
-    """The Need of a run with or without --checkpoint-activations."""
+    """The Need of a run, of each GPU of args.gpus, with or without --checkpoint-activations."""
     size, full = SIZES[args.dtype], args.method == "full"
     residual = 4 if full else size  # bytes a number in the stream between the blocks
     shape, vocab = model.args, model.args.vocab_size
@@ -142,7 +152,12 @@ def needs(model, args, *, checkpoint, head_chunk=HEAD_CHUNK):
     # every run keeps the rotary table, the last norm, and the states at at most as many targets
     rest = 8 * shape.dim // shape.n_heads + 4 * shape.dim + 4 + shape.dim * residual
     rest += 4 * shape.dim if full else 0
-    return Need(weights=4 * trained if full else size * frozen,
+    several = {}
+    if (gpus := args.gpus or 1) > 1:
+        several = dict(gathered=GATHERED * size * (frozen - ends) // shape.n_layers,
+                       flat=8 * trained, context=CONTEXT + NCCL)
+        frozen = ends + (frozen - ends) // gpus
+    return Need(**several, weights=4 * trained if full else size * frozen,
                 adapter=0 if full else 4 * trained, gradients=4 * trained, optimizer=8 * trained,
                 copies=0 if checkpoint else cast,
                 kept=rest + (shape.n_layers * shape.dim * residual if checkpoint else blocks),
@@ -163,17 +178,24 @@ def print_needs(args, settings, max_seq_len):
     unit, name = (GIB, "GiB") if both[0].total(tokens) > GIB else (2**20, "MiB")
     print(f"{args.method}, base and products in {args.dtype}, batches of {args.batch_size} x "
           f"{length} tokens; {name}, computed and not run")
+    if args.gpus:
+        print(f"each of {args.gpus} GPUs with --shard-base: 1 / {args.gpus} of every block; "
+              "embedding, head and adapters whole")
     print(f"{'':36}{'plain':>10}  --checkpoint-activations")
 
     def line(name, value):
         print(f"{name:36}" + "".join(f"{value(need) / unit:10.2f}" for need in both))
 
     line("base weights", lambda need: need.weights)
+    if both[0].gathered:
+        line(f"blocks gathered: {GATHERED} at most", lambda need: need.gathered)
     line("adapters and router, fp32", lambda need: need.adapter)
     line("their gradients, fp32", lambda need: need.gradients)
     line("AdamW's two moments, fp32", lambda need: need.optimizer)
     line("activations kept for backward", lambda need: need.activations(tokens))
     line("worst moment: head, or a block", lambda need: need.worst(tokens))
+    if both[0].flat:
+        line("or, after them: gradients to be sent", lambda need: need.flat)
     line("in all", lambda need: need.total(tokens))
     line("CUDA and fragmentation (assumed)", lambda need: need.overhead(tokens))
     line("a GPU needs", lambda need: need.total(tokens) + need.overhead(tokens))

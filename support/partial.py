@@ -8,7 +8,9 @@ The first line holds the settings that the rows depend on; each further line is 
 """
 
 import json
+import os
 
+from support.distributed import rank
 from support.files import write_text
 
 
@@ -36,7 +38,10 @@ def read_partial(path, settings, *, columns, name):
 
 
 def open_partial(path, settings, done):
-    """The file, open for further rows, after the settings and the rows that are done."""
+    """The file, open for further rows, after the settings and the rows that are done. Of several
+    processes the first one writes."""
+    if rank():
+        return open(os.devnull, "w", encoding="utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(line) + "\n" for line in [settings, *done.values()]))
     return open(path, "a", encoding="utf-8")

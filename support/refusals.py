@@ -26,6 +26,12 @@ def refuse_impossible(args, parser):
             args.dry_run and args.heads == "auto",
         "--gpu-memory is a positive number of GiB, and a question to --dry-run":
             args.gpu_memory is not None and not (args.dry_run and args.gpu_memory > 0),
+        "--shard-base and --gpus share a base that is frozen: --method full trains it":
+            (args.shard_base or args.gpus) and args.method == "full",
+        "--gpus is a number of GPUs from 1, and a question to --dry-run":
+            args.gpus is not None and not (args.dry_run and args.gpus > 0),
+        "--dry-run asks about a shared base by --gpus N, not by --shard-base":
+            args.dry_run and args.shard_base,
         f"--gate uniform needs heads to weigh: --method {args.method} has none":
             args.gate == "uniform" and args.method in ("lora", "full")}
     for message, applies in refused.items():

@@ -26,9 +26,9 @@ import numpy as np
 import sentencepiece
 import torch
 
-from hydralora import HydraSettings, load_adapter
-from model import load_llama
+from hydralora import HydraSettings, load_adapter, save_adapter
 from support.device import DTYPES, get_rng_state, set_rng_state
+from support.distributed import end_now, load, rank
 from support.explain import explained, stated_length, warn_of_spare_rows
 from support.files import (
     check_finite,
@@ -39,6 +39,7 @@ from support.files import (
     read_torch,
     weights_fingerprint,
     write_file,
+    write_json,
     write_llama,
     write_text,
 )
@@ -46,9 +47,10 @@ from support.files import (
 RUN_FILES = ("run.json", "checkpoint.pt", "log.csv", "adapter.pt", "params.json",
              "consolidated.00.pth", "tokenizer.model")
 SIGNS_OF_A_RUN = RUN_FILES[:3]  # train.py alone writes these; --overwrite needs to see one of them
-# settings that may differ between a run and its continuation: no weight depends on them
+# settings that may differ between a run and its continuation: no weight depends on them, but for
+# the order of sums
 MAY_CHANGE = ("resume", "overwrite", "out", "save_every", "debug", "checkpoint_activations",
-              "strict")
+              "strict", "shard_base", "processes")
 CHECKPOINT_KEYS = {"settings", "fingerprints", "step", "before", "clusters", "tensors", "optimizer",
                    "scaler", "rng", "cuda_rng"}
 MOST_SKIPPED = 20  # steps in a row: fp16's scale, 2**16 at the start, has then fallen below 1
@@ -88,6 +90,8 @@ def check_out(args):
 def prepare_out(out, args):
     """Makes the folder, now that the run can start; with --overwrite the old run goes, and so does
     what a killed one was writing."""
+    if rank():
+        return
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / "unfinished.tmp", ignore_errors=True)
     for name in RUN_FILES:
@@ -150,13 +154,32 @@ def load_tuned(args):
     """(model with its adapter, ready for evaluation, tokenizer), each compared with the run.json
     that describes it. args has weights, adapter (or None), device, dtype and max_seq_len."""
     with explained(weights=args.weights, adapter=args.adapter):
-        model, tokenizer = load_llama(args.weights, device=args.device, dtype=DTYPES[args.dtype],
-                                      max_seq_len=args.max_seq_len)
+        model, tokenizer = load(args.weights, args, dtype=DTYPES[args.dtype],
+                                max_seq_len=args.max_seq_len)
         if args.adapter:
             load_adapter(model, args.adapter)
     warn_of_spare_rows(model, tokenizer, args.weights)
     compare_runs(args.weights, args.adapter)
     return model.eval(), tokenizer
+
+
+def write_result(model, args, out, result):
+    """adapter.pt, or the weights that --method full trained; then run.json, with their fingerprint;
+    then the checkpoint goes."""
+    prints = result["fingerprints"]
+    if args.method != "full":  # by all: save_adapter asks them for their parts of the base
+        write_file(out / "adapter.pt", lambda file: save_adapter(model, file))
+    if rank():
+        return
+    if args.method == "full":
+        write_tuned(model, args.weights, out)
+        wrote, prints["tuned"] = "the checkpoint", weights_fingerprint(out)
+    else:
+        wrote, prints["adapter"] = "adapter.pt", file_fingerprint(out / "adapter.pt")
+    write_json(out / "run.json", result)
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    print(f"\nwrote {wrote}, run.json and log.csv to {out}\n"
+          f"to see it: python -m tools.plot {out} --out {out / 'plot.png'}")
 
 
 def write_tuned(model, weights, out):
@@ -188,9 +211,9 @@ def save_checkpoint(path, args, prints, model, optimizer, scaler, step, before, 
     follow from the step and the seed, and no generator but torch's is used. A run keeps its last
     weights, not its best, so the only metrics to keep are the base's, `before`."""
     tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"settings": lasting_settings(args), "fingerprints": prints, "step": step,
-             "before": before, "clusters": clusters, "tensors": tensors,
-             "optimizer": optimizer.state_dict(),
+    state = {"settings": {**lasting_settings(args), "processes": args.processes},
+             "fingerprints": prints, "step": step, "before": before, "clusters": clusters,
+             "tensors": tensors, "optimizer": optimizer.state_dict(),
              "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
              "cuda_rng": get_rng_state(args.device)}  # of any device; the file keeps the name
     moments = {f"{key} of parameter {i}": value for i, entry in state["optimizer"]["state"].items()
@@ -253,6 +276,9 @@ def restore(path, args, prints, model, optimizer, scaler, categories):
     if changed:
         raise ValueError(f"--resume with other settings: {', '.join(changed)}: give those of the "
                          "first command")
+    if (begun := state["settings"].get("processes", 1)) != args.processes:
+        print(f"the run was begun by {begun} processes, {args.processes} go on with it: they round "
+              "differently, and draw other dropout masks where one of the two is 1")
     changed = [name for name in prints if prints[name] != state["fingerprints"].get(name)]
     if changed:
         raise ValueError(f"--resume: {', '.join(changed)} changed since {path} was written: bring "
@@ -296,6 +322,8 @@ def catch_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if signals:  # under torchrun more of them follow
+            end_now()
 
 
 # ---------------------------------------------------------------- log.csv
@@ -314,7 +342,7 @@ class Log:
                     and row[0].isdecimal() and int(row[0]) <= start]
         lines = [self.columns, *kept] if self.columns else []
         write_text(path, "".join(",".join(row) + "\r\n" for row in lines))
-        self.file = open(path, "a", encoding="utf-8", newline="")
+        self.file = open(os.devnull if rank() else path, "a", encoding="utf-8", newline="")
         for row in kept:
             self.count_skips(float(row[self.columns.index("grad_norm")]))
         self.rows, self.clock = [], time.perf_counter()
@@ -362,7 +390,8 @@ class Log:
             if problem:
                 break
         self.file.flush()
-        os.fsync(self.file.fileno())
+        if not rank():
+            os.fsync(self.file.fileno())
         if problem:
             raise ValueError(problem)
         self.rows, self.clock = [], time.perf_counter()

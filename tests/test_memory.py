@@ -231,9 +231,10 @@ def seven(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("flags", [[], ["--gpus", "2"]], ids=str)
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_the_longest_sequence_fits_and_one_token_more_does_not(seven, checkpoint):
-    args = train.parse_args(["--dry-run", "--weights", str(seven), "--gpu-memory", "24"])
+def test_the_longest_sequence_fits_and_one_token_more_does_not(seven, checkpoint, flags):
+    args = train.parse_args(["--dry-run", "--weights", str(seven), "--gpu-memory", "24", *flags])
     need = needs(new_model(seven, train.adapter_settings(args)), args, checkpoint=checkpoint)
     for rows in (1, 3):
         for memory in (18 * GIB, 24 * GIB, 80 * GIB):
@@ -241,7 +242,31 @@ def test_the_longest_sequence_fits_and_one_token_more_does_not(seven, checkpoint
             fits = [need.total(rows * t) + need.overhead(rows * t) <= memory
                     for t in (longest, longest + 1)]
             assert longest > 0 and fits == [True, False]
-    assert need.longest(8 * GIB, 1) == 0
+    assert need.longest((5 if flags else 8) * GIB, 1) == 0
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 8])
+def test_a_shared_base_is_counted_block_by_block_and_what_stays_whole_is_whole(seven, gpus):
+    args = train.parse_args(["--dry-run", "--weights", str(seven), "--gpus", str(gpus)])
+    alone = train.parse_args(["--dry-run", "--weights", str(seven), "--dtype", args.dtype])
+    model, size = new_model(seven, train.adapter_settings(args)), DTYPES[args.dtype].itemsize
+    shared, whole = (needs(model, a, checkpoint=True) for a in (args, alone))
+    block = size * sum(p.numel() for name, p in model.layers[0].named_parameters()
+                       if "lora" not in name and "router" not in name)
+    ends = size * sum(p.numel() for name, p in model.named_parameters() if "layers" not in name)
+    assert whole.weights == ends + 32 * block and whole.gathered == whole.flat == 0
+    assert shared.weights == pytest.approx(ends + 32 * block / gpus, abs=size)
+    assert shared.gathered == 3 * block and shared.flat == 8 * sum(
+        p.numel() for p in adapter_parameters(model).values())
+    assert (shared.adapter, shared.kept, shared.worst(99)) == (
+        whole.adapter, whole.kept, whole.worst(99))
+
+
+def test_dry_run_says_what_each_of_several_gpus_holds(seven, capsys):
+    assert train.main(["--dry-run", "--weights", str(seven), "--gpus", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "each of 4 GPUs with --shard-base: 1 / 4 of every block" in out
+    assert "blocks gathered: 3 at most" in out and "gradients to be sent" in out
 
 
 def test_dry_run_answers_from_params_json_alone_and_writes_nothing(seven, capsys, monkeypatch):
@@ -270,7 +295,9 @@ def test_dry_run_reads_the_shipped_world_too(capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--gpu-memory", "24"], "--gpu-memory"), (["--dry-run", "--gpu-memory", "0"], "--gpu-memory"),
-    (["--dry-run", "--heads", "auto"], "--heads auto")])
+    (["--dry-run", "--heads", "auto"], "--heads auto"), (["--gpus", "2"], "--gpus"),
+    (["--dry-run", "--gpus", "0"], "--gpus"), (["--dry-run", "--shard-base"], "--gpus N"),
+    (["--dry-run", "--gpus", "2", "--method", "full"], "--method full")])
 def test_a_question_that_makes_no_sense_is_refused(flags, message, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(flags)

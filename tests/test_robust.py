@@ -27,7 +27,7 @@ from data.corpus import encode_records, hold_out, read_records
 from data.mmlu import encode_prompt, read_questions
 from hydralora import add_hydralora, load_adapter, save_adapter
 from model import SPLIT_DIM, load_llama, save_llama
-from support import evaluation, files, run_folder
+from support import distributed, evaluation, run_folder
 from support.files import weights_fingerprint, write_file, write_llama
 from tests.conftest import ROOT, WORLD, file_size_limit, tiny_model
 
@@ -162,9 +162,9 @@ def test_a_signal_at_any_moment_loses_nothing(command, out, uninterrupted, monke
         elif moment == "routing":
             interrupt_call(evaluation, "routing_report")
         elif moment == "saving":
-            interrupt_call(train, "save_adapter")
+            interrupt_call(run_folder, "save_adapter")
         else:
-            interrupt_call(files, "write_json")
+            interrupt_call(run_folder, "write_json")
         capsys.readouterr()
         assert train.main(command) == 128 + number
     printed = capsys.readouterr()
@@ -984,8 +984,6 @@ def test_debug_shows_the_traceback_and_keeps_the_line_and_the_status(made, place
 @pytest.mark.parametrize("script", MAINS)
 def test_memory_that_runs_out_is_one_line_and_a_bug_keeps_its_traceback(made, place, script,
                                                                          monkeypatch):
-    module = {T: train, C: cluster, E: run_folder}[script]
-
     def fail(error):
         def load(*arguments, **settings):
             raise error
@@ -995,11 +993,11 @@ def test_memory_that_runs_out_is_one_line_and_a_bug_keeps_its_traceback(made, pl
                   RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory"),
                   RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)."),
                   RuntimeError("CUDA error: out of memory\nSearch for cudaErrorMemoryAllocation")):
-        monkeypatch.setattr(module, "load_llama", fail(error))
+        monkeypatch.setattr(distributed, "load_llama", fail(error))
         status, errors = call(script, made, [])
         assert status == 1 and errors.count("\n") == 1
         assert "needs less" in errors or "smaller --batch-size" in errors
-    monkeypatch.setattr(module, "load_llama", fail(RuntimeError("a bug")))
+    monkeypatch.setattr(distributed, "load_llama", fail(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         call(script, made, [])
 

@@ -24,6 +24,7 @@ from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_tokens
 from support.cli import Parser, check_least, flag, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
+from support.distributed import joined
 from support.evaluation import most_divided
 from support.hold import holding
 from support.run_folder import load_tuned
@@ -128,12 +129,17 @@ def world_prompts():
     return [(prompt_text(r), r["response"], r["category"]) for r in first.values()]
 
 
-def answer_all(args):
+def settle_and_answer(args):
     settle(args, args.prompts or args.data)
     settle_data(args)
-    if args.data:
+    with joined(args):
+        if not args.data:
+            return answer_prompts(args)
         with holding(f"{args.out}.lock", args.out):
             return answer_file(*load_tuned(args), args)
+
+
+def answer_prompts(args):
     model, tokenizer = load_tuned(args)
     if args.show_routing and not has_router(model):
         raise ValueError(f"--show-routing: {args.adapter} {NO_ROUTER}")
@@ -211,7 +217,7 @@ def main(argv=None):
                    help="with --data: records answered at a time (8)")
     args = p.parse_args(argv)
     goes_on = "the same command{} goes on from here" if args.data else None
-    return run_script("generate.py", lambda: answer_all(args), argv,
+    return run_script("generate.py", lambda: settle_and_answer(args), argv,
                       stopped=f"stopped; {goes_on.format('')}" if goes_on else "interrupted",
                       memory=goes_on.format(" with a smaller --batch-size") if goes_on else
                       "a smaller --max-seq-len or --dtype bf16 needs less")

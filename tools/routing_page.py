@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from support.cli import Parser, run_script
+from support.distributed import joined
 from support.evaluation import most_divided
 from support.files import read_json, write_text
 from support.run_folder import load_tuned
@@ -100,6 +101,11 @@ def page(data):
 
 def write_page(args):
     settle(args, args.prompts)
+    with joined(args):
+        write_gates(args)
+
+
+def write_gates(args):
     model, tokenizer = load_tuned(args)
     if not has_router(model):
         raise ValueError(f"{args.adapter or args.weights} {NO_ROUTER}")

@@ -1,0 +1,100 @@
+"""What tests/test_distributed.py has torchrun start: several runs one after another, since starting
+Python and torch takes longer than any of them.
+
+    torchrun --standalone --nproc-per-node 2 tests/distributed_runs.py JOBS
+
+JOBS is a JSON file, [[name, argument, ...], ...]: each name is a function below. What it returns in
+each process goes to JOBS.NUMBER.RANK.json. A run is a fork of the process that torchrun started.
+"""
+
+import json
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch._dynamo  # once, and not in every fork
+import torch.distributed as dist
+import torch.distributed.fsdp
+
+import cluster
+import eval_mmlu
+import train
+from data.corpus import encode_records, read_records
+from hydralora import add_hydralora, base_fingerprint
+from model import generate
+from support import distributed, evaluation
+from tools import generate as talk
+
+
+def run(script, *argv):
+    """The exit status of a script."""
+    return {"train": train, "eval_mmlu": eval_mmlu, "cluster": cluster, "talk": talk}[script].main(
+        list(argv))
+
+
+def run_stopped_at(step, *argv):
+    """train.py, whose last process gets SIGTERM within the given step."""
+    taken, original = [], train.train_step
+
+    def counted(*arguments):
+        taken.append(1)
+        if len(taken) == int(step) and distributed.rank() == distributed.processes() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with mock.patch.object(train, "train_step", counted):
+        return train.main(list(argv))
+
+
+def look(weights, data):
+    """Of a shared base: which bytes this process holds, and whether the model is that of one
+    process in what it computes, in what it is known by, and with and without adapters."""
+    args = SimpleNamespace(device="cpu", shard_base=True, dtype="fp32", batch_size=4)
+    with distributed.joined(args):
+        model, tokenizer = distributed.load(weights, args, dtype=torch.float32)
+        whole, _ = distributed.load(weights, SimpleNamespace(device="cpu"), dtype=torch.float32)
+        held = {name: p.to_local() if hasattr(p, "to_local") else p
+                for name, p in model.named_parameters()}
+        found = {"fingerprint": base_fingerprint(model) == base_fingerprint(whole),
+                 "held": {name: p.nbytes for name, p in held.items()},
+                 "behind": {name: p.untyped_storage().nbytes() for name, p in held.items()},
+                 "frozen": not any(p.requires_grad for p in model.parameters())}
+        both = []
+        for one in (model, whole):
+            torch.manual_seed(0)
+            add_hydralora(one)
+            val, _ = encode_records(read_records(data)[:7], tokenizer, 128)
+            both.append([evaluation.evaluate(one, val, args, ""),
+                         evaluation.routing_report(one, val, args),
+                         generate(one, tokenizer, ["Name it.", "A"], max_new_tokens=4)])
+        found["equal"] = both[0] == both[1]
+    return found
+
+
+def meet(name, backend, *, timeout, init=dist.init_process_group):
+    """init_process_group, at a place of its own for every run."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    init(backend, timeout=timeout, store=dist.PrefixStore(name, store), rank=distributed.rank(),
+         world_size=distributed.processes())
+
+
+def main():
+    distributed.GRACE = 0  # torchrun ends nothing here
+    for i, (name, *arguments) in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        if child := os.fork():
+            if os.waitpid(child, 0)[1]:
+                sys.exit(f"{name} failed")
+            continue
+        with mock.patch.object(dist, "init_process_group", partial(meet, str(i))):
+            result = globals()[name](*arguments)
+        Path(f"{sys.argv[1]}.{i}.{distributed.rank()}.json").write_text(json.dumps(result))
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
