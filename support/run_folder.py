@@ -105,7 +105,7 @@ def versions():
 def fingerprints(args):
     """Of what the run reads: sha256 of the data files and the tokenizer, and of the weights."""
     prints = {name: file_fingerprint(path)
-              for name, path in [("data", args.data), ("val_data", args.val_data)] if path}
+              for name in ("data", "val_data", "keep_data") if (path := getattr(args, name))}
     return {**prints, "tokenizer": file_fingerprint(Path(args.weights) / "tokenizer.model"),
             "weights": weights_fingerprint(args.weights)}
 
@@ -217,16 +217,19 @@ def read_checkpoint(path):
     return state
 
 
-def check_losses(losses, categories):
-    """Raises ValueError unless these are the losses that evaluate returns for the categories."""
-    if losses.keys() != categories or any(
-            type(row[key]) not in (int, float) or not math.isfinite(row[key])
-            for row in losses.values() for key in ("loss", "exact", "records", "tokens")):
+def check_losses(losses, held):
+    """Raises ValueError unless these are the losses that measure() returns for what is held."""
+    if losses.keys() != held.keys() or any(
+            losses[part].keys() != {"", *(s.category for s in sequences)} or any(
+                type(row[key]) not in (int, float) or not math.isfinite(row[key])
+                for row in losses[part].values()
+                for key in ("loss", "exact", "records", "tokens"))
+            for part, sequences in held.items()):
         raise ValueError("its losses of the base are damaged")
 
 
-def restore(path, args, prints, model, optimizer, scaler, categories):
-    """(steps done, losses of the base by category) of an interrupted run, whose state is put in
+def restore(path, args, prints, model, optimizer, scaler, held):
+    """(steps done, losses of the base on what is held) of an interrupted run, whose state is put in
     place when its settings, data and weights were these; raises ValueError that names each
     difference."""
     state, now = read_checkpoint(path), lasting_settings(args)
@@ -242,7 +245,7 @@ def restore(path, args, prints, model, optimizer, scaler, categories):
                          "the old files back, or start anew in another --out")
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
-        check_losses(state["before"], categories)
+        check_losses(state["before"], held)
         check_tensors(state["tensors"])
         check_finite(state["tensors"], path)
         if misfits({name: p.shape for name, p in wanted.items()}, state["tensors"]):

@@ -29,7 +29,7 @@ from support.explain import model_length
 from support.run_folder import load_tuned
 
 ADAPTER, MADE_BY = Path("runs/hydralora/adapter.pt"), "python train.py --heads 3 --rank 8"
-FAMILIES_SHOWN = 4  # of the embedded world: a record of each is answered without a prompt
+FAMILIES_SHOWN = 8  # of the embedded world: a record of each is answered without a prompt
 COLOURS = [31, 32, 34, 33, 35, 36, 91, 92, 94, 93, 95, 96]  # ANSI: red, green, blue, ...
 
 
