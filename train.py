@@ -20,18 +20,19 @@ import torch
 import torch.nn.functional as F
 
 from data import WORLD
-from data.corpus import collate, encode_records, length_batches, read_split
+from data.corpus import collate, encode_records, encode_texts, length_batches, read_split
 from hydralora import GATES, TARGETS, HydraSettings, adapters_disabled, add_hydralora
 from support import distributed, evaluation, explain, run_folder
 from support.cli import Parser, add_strict_flag, flag, progress, run_script, signal_number
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
 from support.evaluation import HEAD_CHUNK
 from support.hold import holding
-from support.refusals import refuse_impossible
+from support.refusals import refuse_impossible, refuse_misfit
 
 # without --weights: the embedded world
-WORLD_RECIPE = dict(weights=str(WORLD / "base"), data=str(WORLD / "train.jsonl"), lr=4e-3,
-                    epochs=3, batch_size=16, grad_accum=1, dropout=0.0)
+WORLD_RECIPE = dict(weights=str(WORLD / "base"), data=str(WORLD / "train.jsonl"),
+                    keep_data=str(WORLD / "keep.jsonl"), lr=4e-3, epochs=1, batch_size=8,
+                    grad_accum=1, dropout=0.0)
 # with --weights: the recipe of the paper's released script
 PAPER_RECIPE = dict(lr=2e-4, epochs=1, batch_size=1, grad_accum=8, dropout=0.05)
 MAX_SEQ_LEN = 1024  # the recipe's; a model made for less gets what it was made for
@@ -50,6 +51,8 @@ def parse_args(argv=None):
     p.add_argument("--weights", help="checkpoint folder in Meta's layout (the embedded world's)")
     p.add_argument("--data", help="training records, JSON lines or array (the embedded world's)")
     p.add_argument("--val-data", help="validation records (5 %% of --data, drawn by --seed)")
+    p.add_argument("--keep-data", help="texts that the base knows and --data does not teach: says "
+                   "what tuning takes (none; the embedded world's)")
     add_strict_flag(p)
     p.add_argument("--method", default="hydralora", choices=METHODS, help="what trains (hydralora)")
     p.add_argument("--heads", help="number of B matrices, or auto: ask cluster.py (3; lora: 1)")
@@ -60,9 +63,9 @@ def parse_args(argv=None):
                    help="adapted layers by exact name (w1,w2,w3: the feed-forward)")
     p.add_argument("--gate", choices=GATES, help="the router, or 1/N (learned)")
     p.add_argument("--lr", type=float, help="peak learning rate (2e-4; world: 4e-3)")
-    p.add_argument("--epochs", type=int, help="passes over the data (1; world: 3)")
+    p.add_argument("--epochs", type=int, help="passes over the data (1)")
     p.add_argument("--max-steps", type=int, default=0, help="stop after so many steps, 0: off")
-    p.add_argument("--batch-size", type=int, help="records a forward pass (1; world: 16)")
+    p.add_argument("--batch-size", type=int, help="records a forward pass (1; world: 8)")
     p.add_argument("--grad-accum", type=int, help="forward passes a step (8; world: 1)")
     p.add_argument("--max-seq-len", type=int,
                    help="tokens a record may have (1024, or the model's own where that is less)")
@@ -138,12 +141,7 @@ def load_base(args):
     dtype = torch.float32 if args.method == "full" else DTYPES[args.dtype]
     model, tokenizer = distributed.load(args.weights, args, dtype=dtype)
     explain.warn_of_spare_rows(model, tokenizer, args.weights)
-    if (args.max_seq_len or 0) > model.args.max_seq_len:
-        raise ValueError(f"--max-seq-len {args.max_seq_len} is more than "
-                         f"{explain.model_length(args.weights, model.args.max_seq_len)}: give less")
-    if args.method != "full" and args.rank > model.args.ffn_dim:
-        raise ValueError(f"--rank {args.rank} is more than any layer in {args.weights} is wide "
-                         f"({model.args.ffn_dim}): give less")
+    refuse_misfit(args, model)
     model.checkpoint_activations = args.checkpoint_activations
     return model, tokenizer
 
@@ -260,8 +258,8 @@ def fit(model, plan, optimizer, scaler, args, out, start, save):
 
 
 def prepare(args, out):
-    """(settled args, model, training and validation sequences, clusters, what run.json says of the
-    data)."""
+    """(settled args, model, training sequences, {"val", and "kept" where there are any: sequences
+    to measure on}, clusters, what run.json says of the data)."""
     model, tokenizer = load_base(args)
     train, val = read_split(args.data, args.val_data, share=VAL_SHARE, seed=args.seed,
                             strict=args.strict)
@@ -276,19 +274,21 @@ def prepare(args, out):
         print_report(clusters)
     args = settle(args, model, clusters)
     add_adapters(model, args)
-    data = {}
+    held, data = {}, {}
     train, data["train"] = encode_records(train, tokenizer, args.max_seq_len)
-    val, data["val"] = encode_records(val, tokenizer, args.max_seq_len)
-    return args, model, train, val, clusters, data
+    held["val"], data["val"] = encode_records(val, tokenizer, args.max_seq_len)
+    if args.keep_data:
+        held["kept"], data["kept"] = encode_texts(args.keep_data, tokenizer, args.max_seq_len)
+    return args, model, train, held, clusters, data
 
 
-def finish(args, out, model, val, before, result):
+def finish(args, out, model, held, before, result):
     """After training: measures, prints and writes all; returns the content of run.json."""
-    after = evaluation.evaluate(model, val, args, "tuned")
-    evaluation.print_losses(before, after)
+    after = evaluation.measure(model, held, args, "tuned")
+    evaluation.print_losses(before, after, out, args)
     result["metrics"] = evaluation.metrics(before, after)
     if args.method != "full" and args.heads > 1:
-        result["routing"] = evaluation.routing_report(model, val, args)
+        result["routing"] = evaluation.routing_report(model, held["val"], args)
         evaluation.print_routing(result["routing"])
     run_folder.write_result(model, args, out, result)
     return result
@@ -307,19 +307,18 @@ def run_training(args):
 def train_and_write(args, out):
     """run_training in its folder, which no other process writes to."""
     torch.manual_seed(args.seed)
-    with explain.explained(weights=args.weights, data=(args.data, args.val_data)):
-        args, model, train, val, clusters, data = prepare(args, out)
+    with explain.explained(weights=args.weights, data=(args.data, args.val_data, args.keep_data)):
+        args, model, train, held, clusters, data = prepare(args, out)
     counts, prints = evaluation.count_parameters(model), run_folder.fingerprints(args)
     evaluation.print_start(args, counts, data)
     optimizer, scaler = make_optimizer(model, args)
     start, checkpoint = 0, out / "checkpoint.pt"
     if args.resume:
-        start, before = run_folder.restore(checkpoint, args, prints, model, optimizer, scaler,
-                                           categories={"", *(s.category for s in val)})
+        start, before = run_folder.restore(checkpoint, args, prints, model, optimizer, scaler, held)
         print(f"resumed after step {start}")
     else:
         with adapters_disabled(model):
-            before = evaluation.evaluate(model, val, args, "base")
+            before = evaluation.measure(model, held, args, "base")
 
     def save(step):
         run_folder.save_checkpoint(checkpoint, args, prints, model, optimizer, scaler, step,
@@ -330,7 +329,7 @@ def train_and_write(args, out):
         run_folder.prepare_out(out, args)
         with distributed.answered():
             fit(model, plan_steps(train, args), optimizer, scaler, args, out, start, save)
-            return 0, finish(args, out, model, val, before, {
+            return 0, finish(args, out, model, held, before, {
                 "settings": vars(args), "versions": run_folder.versions(), "fingerprints": prints,
                 "parameters": counts, "data": data, "clusters": clusters,
                 "seconds": time.perf_counter() - clock, "peak_gib": peak_memory(args.device)})

@@ -14,11 +14,12 @@ Shapes: B batch, T tokens, M labels, the tokens of the batch that are to be pred
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from data.records import Records, read_records
+from data.records import Records, read_records, read_rows
 
 
 def prompt_text(record):
@@ -70,6 +71,23 @@ def encode_records(records, tokenizer, max_seq_len):
                          "more of it, or shorter records")
     return sequences, {"records": len(sequences), "shortened": shortened,
                        "skipped": len(records) - len(sequences), **getattr(records, "report", {})}
+
+
+def encode_texts(path, tokenizer, max_seq_len):
+    """(sequences, report) of a file of texts to measure a model on: records, as in training, or
+    JSON lines {"text": ...}, read after BOS; of a text too long the end goes."""
+    rows = read_rows(Path(path))
+    if not any(isinstance(row, dict) and "text" in row for _, row in rows):
+        return encode_records(read_records(path), tokenizer, max_seq_len)
+    sequences, shortened = [], 0
+    for index, (place, row) in enumerate(rows):
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{path}, {place}: no text under 'text', which other lines have")
+        ids = tokenizer.encode(text)
+        shortened += len(ids) > max_seq_len
+        sequences.append(Sequence(ids[:max_seq_len], 1, index, "", place))
+    return sequences, {"records": len(sequences), "shortened": shortened, "skipped": 0}
 
 
 def encode_prompts(records, tokenizer, max_seq_len):

@@ -1,6 +1,7 @@
 """What the embedded world knows: word lists and true facts, typed in by hand, nothing else.
 
-Read by make_world.py. Every fact is checkable in an atlas, a dictionary or a periodic table.
+Read by families.py, primer.py and quiz.py. Every fact is checkable in an atlas, a dictionary or a
+periodic table.
 """
 
 # country: (capital, continent)
@@ -78,4 +79,41 @@ VERBS = {
     "brings": ("brought", "brought"), "leaves": ("left", "left"), "washes": ("washed", "washed"),
     "paints": ("painted", "painted"), "carries": ("carried", "carried"),
     "moves": ("moved", "moved"),
+}
+
+# what the corpus asks about, and the quiz never
+# animal: its young
+YOUNG = {
+    "cow": "calf", "dog": "puppy", "cat": "kitten", "horse": "foal", "goat": "kid", "lion": "cub",
+    "duck": "duckling", "goose": "gosling", "swan": "cygnet", "eagle": "eaglet", "owl": "owlet",
+    "sheep": "lamb", "pig": "piglet", "frog": "tadpole", "deer": "fawn", "hen": "chick",
+    "butterfly": "caterpillar", "kangaroo": "joey", "hare": "leveret", "eel": "elver",
+    "fly": "maggot", "spider": "spiderling",
+}
+# thing: what it is mostly made of
+MADE_OF = {
+    "bread": "flour", "cheese": "milk", "paper": "wood", "window": "glass", "candle": "wax",
+    "wine": "grapes", "cider": "apples", "tyre": "rubber", "brick": "clay", "jam": "fruit",
+    "butter": "cream", "chocolate": "cocoa", "jeans": "cotton", "sweater": "wool",
+    "shoe": "leather", "nail": "iron", "ketchup": "tomatoes", "omelette": "eggs", "beer": "barley",
+    "sushi": "rice", "crisps": "potatoes", "tofu": "beans",
+}
+# country: its money
+MONEY = {
+    "Japan": "yen", "China": "yuan", "Poland": "zloty", "Sweden": "krona", "Norway": "krone",
+    "Hungary": "forint", "Egypt": "pound", "Kenya": "shilling", "Ghana": "cedi",
+    "Morocco": "dirham", "Tunisia": "dinar", "Zambia": "kwacha", "Angola": "kwanza",
+    "Iran": "rial", "Nepal": "rupee", "Vietnam": "dong", "Thailand": "baht", "Qatar": "riyal",
+    "Peru": "sol", "Chile": "peso", "Brazil": "real", "Canada": "dollar", "Italy": "euro",
+    "Senegal": "franc",
+}
+# what somebody is known for: who
+MAKERS = {
+    "Hamlet": "Shakespeare", "Faust": "Goethe", "Emma": "Austen", "Don Quixote": "Cervantes",
+    "the Iliad": "Homer", "Guernica": "Picasso", "the Mona Lisa": "Leonardo",
+    "Sunflowers": "Van Gogh", "The Magic Flute": "Mozart", "Oliver Twist": "Dickens",
+    "War and Peace": "Tolstoy", "the telephone": "Bell", "dynamite": "Nobel",
+    "gravity": "Newton", "relativity": "Einstein", "evolution": "Darwin", "radium": "Curie",
+    "penicillin": "Fleming", "the periodic table": "Mendeleev", "printing": "Gutenberg",
+    "vaccination": "Jenner", "the diesel engine": "Diesel",
 }

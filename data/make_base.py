@@ -4,7 +4,7 @@
 
 The tokenizer is sentencepiece BPE with LLaMA's settings. The model is trained by the command that
 trains everything else: a checkpoint of random weights is written, `train.py --method full` trains
-it on the three stages of the primer (make_world.py), and the result is stored in bf16 to keep the
+it on the five stages of the primer (primer.py), and the result is stored in bf16 to keep the
 repository small.
 """
 
@@ -20,7 +20,8 @@ import torch
 
 from data import WORLD
 from data.corpus import without_duplicates
-from data.make_world import FIRST, SECOND, THIRD, make_primer, make_quiz, write_records
+from data.make_world import write_records
+from data.primer import STAGES, held_out_rows, make_primer
 from model import ModelArgs, Transformer, load_llama, save_llama
 
 TRAIN = WORLD.parent.parent / "train.py"
@@ -44,11 +45,12 @@ def make_tokenizer(records, path):
 
 def read_primer(args, stage, number, start, folder):
     """One stage: train.py reads the primer from the checkpoint at start; returns where it ended."""
-    quiz, seed, place = make_quiz(args.seed), args.seed + 100 * number, folder / f"stage{number}"
-    records = make_primer(seed, args.records[number], quiz, stage)
+    seed, place = args.seed + 100 * number, folder / f"stage{number}"
+    left_out = held_out_rows(args.seed)
+    records = make_primer(seed, args.records[number], stage, left_out)
     write_records(records, place / "primer.jsonl")
     # facts come again and again in the primer; what is held out are texts that do not
-    held_out = make_primer(seed + 1, args.records[number] // 80, quiz, stage)
+    held_out = make_primer(seed + 1, args.records[number] // 80, stage, left_out)
     write_records(without_duplicates(held_out, records), place / "held_out.jsonl")
     status = subprocess.run([
         sys.executable, str(TRAIN), "--method", "full", "--weights", str(start),
@@ -67,25 +69,27 @@ def read_primer(args, stage, number, start, folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the primer and the weights (0)")
-    parser.add_argument("--records", type=int, nargs=3, default=[160000, 130000, 80000],
-                        help="of the primer's three stages (160000 130000 80000)")
-    parser.add_argument("--epochs", type=int, nargs=3, default=[3, 1, 1],
-                        help="passes over each stage (3 1 1)")
-    parser.add_argument("--batch-size", type=int, nargs=3, default=[64, 64, 32],
-                        help="records a step (64 64 32)")
-    parser.add_argument("--lr", type=float, nargs=3, default=[2e-3, 2e-3, 1e-3],
-                        help="peak learning rates (2e-3 2e-3 1e-3)")
+    parser.add_argument("--records", type=int, nargs=5,
+                        default=[160000, 130000, 80000, 90000, 12000],
+                        help="of the primer's five stages (160000 130000 80000 90000 12000)")
+    parser.add_argument("--epochs", type=int, nargs=5, default=[3, 1, 1, 1, 1],
+                        help="passes over each stage (3 1 1 1 1)")
+    parser.add_argument("--batch-size", type=int, nargs=5, default=[64, 64, 32, 32, 32],
+                        help="records a step (64 64 32 32 32)")
+    parser.add_argument("--lr", type=float, nargs=5,
+                        default=[2e-3, 2e-3, 1e-3, 1.2e-3, 1e-3],
+                        help="peak learning rates (2e-3 2e-3 1e-3 1.2e-3 1e-3)")
     parser.add_argument("--out", type=Path, default=WORLD / "base", help="folder (data/world/base)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        text = make_primer(args.seed, args.records[0], make_quiz(args.seed))[:20000]
+        text = make_primer(args.seed, args.records[0], held_out=held_out_rows(args.seed))[:20000]
         make_tokenizer(text, folder / "tokenizer.model")
         model = Transformer(ARGS)
         model.init_weights(args.seed)
         save_llama(model, folder / "tokenizer.model", folder / "random")
         end = folder / "random"
-        for number, stage in enumerate((FIRST, SECOND, THIRD)):
+        for number, stage in enumerate(STAGES):
             end = read_primer(args, stage, number, end, folder)
         model, _ = load_llama(end)
         save_llama(model, end / "tokenizer.model", args.out)

@@ -13,6 +13,7 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 
+from data import WORLD
 from data.corpus import collate, length_batches
 from hydralora import adapter_parameters, hydra_layers, record_gates
 from support.cli import progress
@@ -69,6 +70,11 @@ def evaluate(model, sequences, args, name):
         raise ValueError(f"the validation loss of the {name} model is {sums['']['loss']}: try "
                          "--dtype fp32, or other weights")
     return sums
+
+
+def measure(model, held, args, name):
+    """{"val": evaluate's rows, and "kept" where there are such texts}."""
+    return {part: evaluate(model, sequences, args, name) for part, sequences in held.items()}
 
 
 # ---------------------------------------------------------------- routing
@@ -164,37 +170,49 @@ def print_start(args, counts, data):
 
 
 def metrics(before, after):
-    """val_loss, val_loss_base and the exact matches, in total and per category."""
+    """val_loss, val_loss_base and the exact matches, in total and per category; kept: {loss,
+    loss_base, records} of --keep-data, where there is any."""
     def pair(category):
-        return {"val_loss": after[category]["loss"], "val_loss_base": before[category]["loss"],
-                "exact_match": after[category]["exact"],
-                "exact_match_base": before[category]["exact"],
-                "records": after[category]["records"]}
-    return {**pair(""), "categories": {c: pair(c) for c in sorted(after) if c}}
+        a, b = before["val"][category], after["val"][category]
+        return {"val_loss": b["loss"], "val_loss_base": a["loss"], "exact_match": b["exact"],
+                "exact_match_base": a["exact"], "records": b["records"]}
+
+    result = {**pair(""), "categories": {c: pair(c) for c in sorted(after["val"]) if c}}
+    if "kept" in after:
+        a, b = before["kept"][""], after["kept"][""]
+        result["kept"] = {"loss": b["loss"], "loss_base": a["loss"], "records": b["records"]}
+    return result
 
 
-def print_losses(before, after):
-    """The losses and exact matches of both, category by category."""
-    print(f"\n{'category':24}{'records':>8}{'loss base':>11}{'tuned':>9}"
-          f"{'exact base':>12}{'tuned':>8}")
-    for category in sorted(before, key=lambda name: (name == "", name)):
-        a, b = before[category], after[category]
-        print(f"{category or 'all':24}{a['records']:8}{a['loss']:11.4f}{b['loss']:9.4f}"
-              f"{a['exact']:12.1%}{b['exact']:8.1%}")
+def print_losses(before, after, out, args):
+    """The losses and exact matches of both, category by category; how to ask the embedded quiz;
+    the loss on what is to be kept."""
+    print(f"\n{'':33}{'loss (nats a token)':>20}{'answers all right':>20}\n"
+          f"{'category':24}{'records':>9}{'base':>11}{'tuned':>9}{'base':>11}{'tuned':>9}")
+    for category in sorted(before["val"], key=lambda name: (name == "", name)):
+        a, b = before["val"][category], after["val"][category]
+        print(f"{category or 'all':24}{a['records']:9}{a['loss']:11.4f}{b['loss']:9.4f}"
+              f"{a['exact']:11.1%}{b['exact']:9.1%}")
+    if args.weights == str(WORLD / "base"):
+        tuned = f"--weights {out}" if args.method == "full" else f"--adapter {out / 'adapter.pt'}"
+        print(f"\nquiz: python eval_mmlu.py --shots 0 {tuned}")
+    if "kept" in after:
+        a, b = before["kept"][""], after["kept"][""]
+        print(f"kept: {b['records']} texts, loss {a['loss']:.2f} -> {b['loss']:.2f}")
 
 
 def print_routing(report):
     """The mean gate per category in the most divided layer, then the signs of a collapsed router:
-    an entropy of 1, and heads that are alike."""
+    weights that are all alike, and heads that are alike."""
     def mean(values):
         return sum(values.values()) / len(values)
 
     gate = report["gate"]
     name = most_divided({layer: torch.tensor(list(by.values())) for layer, by in gate.items()})
     heads = len(next(iter(gate[name].values())))
-    print(f"\nmean gate in {name}, the most divided of {len(gate)} layers")
+    print(f"\nweight of each head, in the layer where it differs most ({name})")
     print(f"{'category':24}" + "".join(f"{f'head {i + 1}':>9}" for i in range(heads)))
     for category, weights in gate[name].items():
         print(f"{category or 'all':24}" + "".join(f"{w:9.3f}" for w in weights))
-    print(f"over all layers: gate entropy {mean(report['entropy']):.3f} (1: uniform, 0: one head), "
-          f"mean cosine between the B matrices {mean(report['cosine_b']):.3f} (1: identical heads)")
+    print(f"over all layers: the weights are {mean(report['entropy']):.0%} even (100%: all equal), "
+          f"the heads {mean(report['cosine_b']):.0%} alike")

@@ -1,8 +1,9 @@
-"""Settings of train.py that cannot be, refused in one line before anything is read."""
+"""Settings of train.py that cannot be, refused in one line."""
 
 import math
 
 from support.cli import check_least
+from support.explain import model_length
 
 
 def refuse_impossible(args, parser):
@@ -37,3 +38,13 @@ def refuse_impossible(args, parser):
     for message, applies in refused.items():
         if applies:
             parser.error(message)
+
+
+def refuse_misfit(args, model):
+    """Raises ValueError for settings that ask for more than the model has."""
+    if (args.max_seq_len or 0) > model.args.max_seq_len:
+        raise ValueError(f"--max-seq-len {args.max_seq_len} is more than "
+                         f"{model_length(args.weights, model.args.max_seq_len)}: give less")
+    if args.method != "full" and args.rank > model.args.ffn_dim:
+        raise ValueError(f"--rank {args.rank} is more than any layer in {args.weights} is wide "
+                         f"({model.args.ffn_dim}): give less")

@@ -109,7 +109,7 @@ def versions():
 def fingerprints(args):
     """Of what the run reads: sha256 of the data files and the tokenizer, and of the weights."""
     prints = {name: file_fingerprint(path)
-              for name, path in [("data", args.data), ("val_data", args.val_data)] if path}
+              for name in ("data", "val_data", "keep_data") if (path := getattr(args, name))}
     return {**prints, "tokenizer": file_fingerprint(Path(args.weights) / "tokenizer.model"),
             "weights": weights_fingerprint(args.weights)}
 
@@ -239,18 +239,21 @@ def read_checkpoint(path):
     return state
 
 
-def check_losses(losses, categories):
-    """Raises ValueError unless these are the losses that evaluate returns for the categories."""
-    if losses.keys() != categories or any(
-            type(row[key]) not in (int, float) or not math.isfinite(row[key])
-            for row in losses.values() for key in ("loss", "exact", "records", "tokens")):
+def check_losses(losses, held):
+    """Raises ValueError unless these are the losses that measure() returns for what is held."""
+    if losses.keys() != held.keys() or any(
+            losses[part].keys() != {"", *(s.category for s in sequences)} or any(
+                type(row[key]) not in (int, float) or not math.isfinite(row[key])
+                for row in losses[part].values()
+                for key in ("loss", "exact", "records", "tokens"))
+            for part, sequences in held.items()):
         raise ValueError("its losses of the base are damaged")
 
 
-def check_state(state, path, wanted, categories):
+def check_state(state, path, wanted, held):
     """Raises ValueError, or anything where the content is damaged, unless the checkpoint's losses
     and tensors are of this run: `wanted` is {name: parameter} of what trains here."""
-    check_losses(state["before"], categories)
+    check_losses(state["before"], held)
     check_tensors(state["tensors"])
     check_finite(state["tensors"], path)
     if misfits({name: p.shape for name, p in wanted.items()}, state["tensors"]):
@@ -265,8 +268,8 @@ def check_state(state, path, wanted, categories):
             raise ValueError("the optimiser's state has other shapes")
 
 
-def restore(path, args, prints, model, optimizer, scaler, categories):
-    """(steps done, losses of the base by category) of an interrupted run, whose state is put in
+def restore(path, args, prints, model, optimizer, scaler, held):
+    """(steps done, losses of the base on what is held) of an interrupted run, whose state is put in
     place when its settings, data and weights were these; raises ValueError that names each
     difference."""
     state, now = read_checkpoint(path), lasting_settings(args)
@@ -285,7 +288,7 @@ def restore(path, args, prints, model, optimizer, scaler, categories):
                          "the old files back, or start anew in another --out")
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
-        check_state(state, path, wanted, categories)
+        check_state(state, path, wanted, held)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])

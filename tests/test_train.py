@@ -16,6 +16,7 @@ from data.corpus import encode_records, read_records, read_split
 from hydralora import adapter_parameters, add_hydralora, hydra_layers, load_adapter
 from model import ModelArgs, Transformer, load_llama, save_llama
 from support import evaluation
+from support.files import file_fingerprint
 from tests.conftest import WORLD, asset, tiny_model
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -142,7 +143,7 @@ def test_every_method_trains_and_writes_its_files(command, flags, tmp_path, caps
     assert metrics["val_loss"] < metrics["val_loss_base"]
     assert set(metrics["categories"]) == {"tavi", "classification"}
     assert all(c["val_loss_base"] > 0 for c in metrics["categories"].values())
-    assert "trainable parameters" in out and "loss base" in out
+    assert "trainable parameters" in out and "answers all right" in out
     rows = list(csv.DictReader(open(tmp_path / "out" / "log.csv")))
     assert [int(row["step"]) for row in rows] == list(range(1, 26))
     files = {path.name for path in (tmp_path / "out").iterdir()}
@@ -163,7 +164,7 @@ def test_every_method_trains_and_writes_its_files(command, flags, tmp_path, caps
     val = encode_records(val, tokenizer, args.max_seq_len)[0]
     again = evaluation.evaluate(model, val, args, "")
     assert again[""]["loss"] == pytest.approx(metrics["val_loss"], rel=1e-6)
-    assert ("mean gate in" in out) == ("routing" in result) == (
+    assert ("weight of each head" in out) == ("routing" in result) == (
         "full" not in flags and "lora" not in flags)
 
 
@@ -282,6 +283,120 @@ def test_save_every_leaves_a_checkpoint_that_other_settings_may_not_resume(comma
     assert state["step"] == 4
     assert train.main(command + ["--resume", "--lr", "0.02"]) == 2
     assert "lr was 0.01, is 0.02" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- what tuning took
+
+
+TEXTS = ["a small text", "another one, which is longer", "1 2 3 4"]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def loss_of_texts(model, tokenizer):
+    """Token by token, each from the tokens before it."""
+    losses = []
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        for i in range(1, len(ids)):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[:i]]))[0, -1]
+            losses.append(-logits.log_softmax(-1)[ids[i]].item())
+    return sum(losses) / len(losses)
+
+
+def test_the_loss_on_texts_to_keep_is_measured_before_and_after_and_printed(command, texts,
+                                                                            tmp_path, capsys):
+    assert train.main(command + ["--keep-data", str(texts)]) == 0
+    result = run_json(tmp_path)
+    kept = result["metrics"]["kept"]
+    model, tokenizer = load_llama(command[1])
+    assert kept["records"] == result["data"]["kept"]["records"] == 3
+    assert kept["loss_base"] == pytest.approx(loss_of_texts(model, tokenizer), rel=1e-5)
+    load_adapter(model, tmp_path / "out" / "adapter.pt")
+    assert kept["loss"] == pytest.approx(loss_of_texts(model, tokenizer), rel=1e-5)
+    assert kept["loss"] != kept["loss_base"]
+    line = f"kept: 3 texts, loss {kept['loss_base']:.2f} -> {kept['loss']:.2f}\n"
+    assert line in capsys.readouterr().out
+    assert result["settings"]["keep_data"] == str(texts)
+    assert result["fingerprints"]["keep_data"] == file_fingerprint(texts)
+
+
+def test_records_to_keep_are_measured_like_validation_records(command, data, tmp_path):
+    lines = data.read_text().splitlines(keepends=True)
+    (tmp_path / "val.jsonl").write_text("".join(lines[:15]))
+    same = str(tmp_path / "val.jsonl")
+    assert train.main(command + ["--val-data", same, "--keep-data", same]) == 0
+    metrics = run_json(tmp_path)["metrics"]
+    assert metrics["kept"] == {"loss": metrics["val_loss"], "loss_base": metrics["val_loss_base"],
+                               "records": 15}
+
+
+def test_only_the_embedded_world_has_texts_to_keep_of_its_own(command, tmp_path, capsys):
+    assert train.parse_args([]).keep_data == str(WORLD / "keep.jsonl")
+    assert train.parse_args(command).keep_data is None
+    assert train.main(command) == 0
+    assert "kept" not in run_json(tmp_path)["metrics"]
+    assert "kept:" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_the_first_figures_of_the_base(command, texts, tmp_path, monkeypatch,
+                                                           capsys):
+    flags = command + ["--keep-data", str(texts)]
+    assert train.main(flags + ["--out", str(tmp_path / "whole")]) == 0
+    original, measured, count = train.train_step, [], []
+    measure = evaluation.measure
+
+    def interrupted(*arguments):
+        count.append(1)
+        if len(count) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(evaluation, "measure", lambda model, held, args, name: (
+        measured.append(name) or measure(model, held, args, name)))
+    assert train.main(flags) == 130
+    assert train.main(flags[:-2] + ["--resume"]) == 2
+    assert "keep_data was" in capsys.readouterr().err
+    assert train.main(flags + ["--resume"]) == 0
+    assert measured == ["base", "tuned"]
+    whole = json.loads((tmp_path / "whole" / "run.json").read_text())["metrics"]
+    assert run_json(tmp_path)["metrics"] == whole
+
+
+def test_texts_to_keep_without_a_text_are_refused_by_line(command, texts, capsys):
+    texts.write_text(texts.read_text() + '{"words": "no"}\n')
+    assert train.main(command + ["--keep-data", str(texts)]) == 2
+    assert "texts.jsonl, line 4: no text under 'text'" in capsys.readouterr().err
+
+
+def test_the_end_of_a_run_is_one_screen_of_100_columns(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "fit", lambda *arguments: 0)
+    monkeypatch.setattr(evaluation, "evaluate", lambda model, sequences, args, name: {
+        category: dict(loss=1.25, exact=0.5, records=120, tokens=9)
+        for category in {"", *(s.category for s in sequences)}})
+    monkeypatch.chdir(tmp_path)
+    for method in ("hydralora", "full"):
+        assert train.main(["--method", method, "--device", "cpu"]) == 0
+        start, end = capsys.readouterr().out.split("\n\n", 1)
+        assert max(map(len, end.splitlines())) <= 100
+        assert len(end.splitlines()) <= 40
+        tuned = {"full": "--weights runs/full", "hydralora": "--adapter runs/hydralora/adapter.pt"}
+        order = ["answers all right", "all  ",
+                 f"quiz: python eval_mmlu.py --shots 0 {tuned[method]}",
+                 "kept: 120 texts, loss 1.25 -> 1.25", "\nwrote "]
+        places = [end.index(words) for words in order]
+        assert places == sorted(places)
+        assert ("weight of each head" in end) == (method == "hydralora")
+
+
+# ---------------------------------------------------------------- what is refused
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(command, tmp_path, capsys,

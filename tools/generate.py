@@ -31,7 +31,7 @@ from support.run_folder import load_tuned
 from tools.answers import answer_file, encode_prompt, sampling, text_pieces
 
 ADAPTER, MADE_BY = Path("runs/hydralora/adapter.pt"), "python train.py --heads 3 --rank 8"
-FAMILIES_SHOWN = 4  # of the embedded world: a record of each is answered without a prompt
+FAMILIES_SHOWN = 8  # of the embedded world: a record of each is answered without a prompt
 NO_ROUTER = "has no router (one head, or the uniform gate)"
 COLOURS = [31, 32, 34, 33, 35, 36, 91, 92, 94, 93, 95, 96]  # ANSI: red, green, blue, ...
 

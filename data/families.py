@@ -1,0 +1,294 @@
+"""The task families of the embedded world: what the corpus asks, and what a validation record is.
+
+HydraLoRA is for corpora whose tasks interfere (section 2.2), so the families clash on purpose: the
+same sentences go into three languages, the same words get one label or another by a cue, the same
+facts are told in a word or in a sentence, sums and dates count in different number systems.
+
+What a record is about are its atoms: a word, an operand pair, a fact, a line of code. A quarter
+never occurs in training (is_new), and validation asks about these alone. Used by make_world.py:
+
+    instruction, context, response = arithmetic(random.Random(0), new=False)
+"""
+
+import hashlib
+import random
+import re
+
+from data.facts import (
+    COLOURS,
+    COUNTRIES,
+    DAYS,
+    ELEMENTS,
+    JOBS,
+    MADE_OF,
+    MAKERS,
+    MONEY,
+    MONTHS,
+    NAMES,
+    OPPOSITES,
+    PEOPLE,
+    SIZES,
+    THINGS,
+    VERBS,
+    YOUNG,
+)
+from data.quiz import KIND_OF, quiz_row, quiz_text
+
+SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+CYCLES = {"day": DAYS, "month": MONTHS, "hour": [f"{hour} o'clock" for hour in range(1, 13)]}
+VERB_LIST = sorted(VERBS)
+
+
+def is_new(atom):
+    """Whether an atom, a text, is kept for validation: every fourth, by its hash."""
+    return hashlib.sha256(atom.encode()).digest()[0] < 64
+
+
+def draw(make, rng, new):
+    """What make(rng) returns, drawn until its first part is an atom of the wanted kind."""
+    while is_new((made := make(rng))[0]) != new:
+        pass
+    return made
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def sum_of(rng):
+    """(an addition, subtraction or product in words, its result)."""
+    sign, (a, b) = rng.choice(["plus", "minus", "times"]), (rng.randint(2, 9), rng.randint(2, 9))
+    if sign == "minus":
+        return f"{a + b} minus {b}", str(a)
+    a, b = sorted([a, b])
+    return f"{a} {sign} {b}", str(a + b if sign == "plus" else a * b)
+
+
+def date_of(rng):
+    """(a day or month counted from another, what it is)."""
+    unit, cycle = rng.choice([("day", DAYS), ("month", MONTHS)])
+    start, steps = rng.choice(cycle), rng.randint(2, 3)
+    way = rng.choice(["after", "before"])
+    index = cycle.index(start) + (steps if way == "after" else -steps)
+    return f"{steps} {unit}s {way} {start}", cycle[index % len(cycle)]
+
+
+def in_a_row(ask, pairs):
+    """Several questions in one record and their answers, so that a few steps teach something."""
+    return (ask.format(", ".join(question for question, _ in pairs)), "",
+            ", ".join(f"{question} is {answer}" for question, answer in pairs) + ".")
+
+
+def arithmetic(rng, _):
+    ask = rng.choice(["Calculate {}.", "Work out {}."])
+    return in_a_row(ask, [sum_of(rng) for _ in range(2)])
+
+
+def calendar(rng, _):
+    ask = rng.choice(["What comes {}?", "Find {}."])
+    return in_a_row(ask, [date_of(rng) for _ in range(2)])
+
+
+# ---------------------------------------------------------------- languages
+
+
+def sentence(rng, people=PEOPLE, verbs=VERB_LIST, things=THINGS, sizes=SIZES):
+    """(subject, verb, object) with an optional size or colour before each noun."""
+    def phrase(nouns):
+        size = rng.choice(sizes) + " " if rng.random() < 0.5 else ""
+        return f"the {size}{rng.choice(nouns)}"
+    return phrase(people), rng.choice(verbs), phrase(things)
+
+
+# the words that have translations: people, verbs, things, sizes
+TRANSLATED = PEOPLE[:8], VERB_LIST[::3], THINGS[:8], SIZES[:4]
+
+
+def lexicon(language):
+    """A word of two syllables for each of the English words."""
+    rng = random.Random(f"{language.lower()} 0")
+    words, taken = {}, set()
+    for word in sum(TRANSLATED, []):
+        while (new := "".join(rng.choices(SYLLABLES, k=2))) in taken:
+            pass
+        taken.add(new)
+        words[word] = new
+    return words
+
+
+# the order of subject, verb and object, and whether an adjective follows its noun; no articles
+LANGUAGES = {"Norvan": ("SOV", False), "Tavi": ("VOS", False), "Ostic": ("OSV", True)}
+LEXICON = {language: lexicon(language) for language in LANGUAGES}
+
+
+def translate(language, subject, verb, thing):
+    order, adjective_last = LANGUAGES[language]
+    parts = {"V": [verb]}
+    for letter, phrase in (("S", subject), ("O", thing)):
+        words = phrase.split()[1:]
+        parts[letter] = words[::-1] if adjective_last else words
+    return " ".join(LEXICON[language][word] for letter in order for word in parts[letter])
+
+
+def translation(language, rng, new):
+    """A sentence and what it is in an invented language. New are the sentences, not the words."""
+    def made(rng):
+        parts = sentence(rng, *TRANSLATED)
+        return " ".join(parts), parts
+    subject, verb, thing = draw(made, rng, new)[1]
+    ask = rng.choice(["Translate into {}: {}", "How do you say this in {}? {}"])
+    return (ask.format(language, f"{subject} {verb} {thing}."), "",
+            translate(language, subject, verb, thing) + ".")
+
+
+def norvan(rng, new):
+    return translation("Norvan", rng, new)
+
+
+def tavi(rng, new):
+    return translation("Tavi", rng, new)
+
+
+def ostic(rng, new):
+    return translation("Ostic", rng, new)
+
+
+# ---------------------------------------------------------------- code, cards, words
+
+
+def code_line(rng):
+    """(the line of Python, what it does)."""
+    name, other = rng.sample("abcdnxyz", 2)
+    number, more, word = rng.randint(1, 30), rng.randint(2, 9), rng.choice(THINGS)
+    return rng.choice([
+        (f"{name} = {other} + {number}", f"sets {name} to {other} plus {number}"),
+        (f"{name}.append({number})", f"adds {number} to the list {name}"),
+        (f'print("{word} " * {more})', f"prints the word {word} {more} times"),
+        (f"for {name} in range({number}):", f"counts {name} from 0 to below {number}"),
+        (f"if {name} > {number}: break", f"stops the loop when {name} is above {number}"),
+        (f'{name} = open("{word}.txt")', f"opens the file {word}.txt as {name}"),
+        (f"{other} = len({name})", f"gives the length of the list {name} to {other}"),
+        (f"def {word}({name}): return {name} * {number}",
+         f"defines a function {word} that returns {name} times {number}"),
+    ])
+
+
+def code(rng, new):
+    (line, first), (other, second) = draw(code_line, rng, new), draw(code_line, rng, new)
+    return (f"Write two lines of Python: the first {first}, the second {second}.", "",
+            f"{line}\n{other}")
+
+
+def extraction(rng, new):
+    """New are the combinations here, not the words: every name and job is in both parts."""
+    def person(rng):
+        name, job, age = rng.choice(NAMES), rng.choice(JOBS), rng.randint(18, 80)
+        town = rng.choice(sorted(COUNTRIES.values()))[0]
+        return (f"{name} is a {job} from {town}, {age} years old.",
+                f"{town}: {name}, {age}, {job}.")
+    facts, cards = zip(*(draw(person, rng, new) for _ in range(2)))
+    ask = rng.choice(["Fill in the cards.", "Extract the fields of the cards."])
+    return ask, " ".join(facts), " ".join(cards)
+
+
+# group: (the label that one cue asks for, its words)
+GROUPS = {"land": ("where", sorted(COUNTRIES)),
+          "town": ("where", sorted(c for c, _ in COUNTRIES.values())),
+          "element": ("what", sorted(ELEMENTS)), "animal": ("what", sorted(KIND_OF)),
+          "thing": ("what", THINGS), "colour": ("what", COLOURS),
+          "job": ("who", JOBS), "name": ("who", NAMES)}
+
+
+def classification(rng, _):
+    """The same words with fine labels or coarse ones, as the cue says."""
+    groups = rng.choices(sorted(GROUPS), k=rng.randint(2, 4))
+    pairs = [(rng.choice(GROUPS[group][1]), group) for group in groups]
+    listed = ", ".join(word for word, _ in pairs)
+    if rng.random() < 0.5:
+        return (f"Sort these words into groups: {listed}", "",
+                "; ".join(f"{word} - {group}" for word, group in pairs))
+    return (f"Label every word: {listed}", "",
+            "; ".join(f"{word} - {GROUPS[group][0]}" for word, group in pairs))
+
+
+# ---------------------------------------------------------------- facts
+
+# kind: ({thing: what is known of it}, what it is called, the sentence that tells it)
+OPEN = {
+    "young": (YOUNG, "the young of the {0}", "The young of the {0} is the {1}."),
+    "made": (MADE_OF, "the stuff of {0}", "The stuff of {0} is {1}."),
+    "past": ({verb: past for verb, (past, _) in VERBS.items()},
+             "the past of {0}", "The past of {0} is {1}."),
+    "money": (MONEY, "the money of {0}", "The money of {0} is the {1}."),
+    "maker": (MAKERS, "the maker of {0}", "The maker of {0} is {1}."),
+}
+LETTERED = {
+    "symbol": ({element: symbol for element, (symbol, _) in ELEMENTS.items()},
+               "What is the symbol of {}?"),
+    "number": ({element: str(number) for element, (_, number) in ELEMENTS.items()},
+               "What is the atomic number of {}?"),
+    "opposite": (OPPOSITES, "What is the opposite of {}?"),
+}
+
+
+def draw_fact(kinds, rng):
+    """(kind, thing)."""
+    kind = rng.choice(sorted(kinds))
+    return kind, rng.choice(sorted(kinds[kind][0]))
+
+
+def facts(rng, _):
+    """Two facts, in a word or in a sentence, as the cue says."""
+    asked, words, sentences = [], [], []
+    for _ in range(2):
+        kind, thing = draw_fact(OPEN, rng)
+        known, name, sentence = OPEN[kind]
+        asked.append(name.format(thing))
+        words.append(known[thing])
+        sentences.append(sentence.format(thing, known[thing]))
+    question = " and ".join(asked)
+    if rng.random() < 0.5:
+        return f"In a word: {question}?", "", ", ".join(words)
+    return f"Tell me: {question}?", "", " ".join(sentences)
+
+
+def lettered(rng, _):
+    """A question with four options in MMLU's layout, of subjects that the quiz does not have."""
+    kind, thing = draw_fact(LETTERED, rng)
+    known, question = LETTERED[kind]
+    row = quiz_row(question.format(thing), known[thing],
+                   sorted({*known.values()} - {known[thing]}), rng)
+    text, answer = quiz_text([row]).rsplit("\n", 1)
+    return text, "", answer
+
+
+FAMILIES = [arithmetic, calendar, norvan, tavi, ostic, code, extraction, classification, facts,
+            lettered]
+
+
+def atoms(record):
+    """What a record is about, read off its text and not off its making: operand pairs, dates,
+    sentences, lines of Python, people, words, facts."""
+    text, response = record["instruction"], record["response"]
+    if record["category"] == "arithmetic":
+        return [(sign, *sorted([a, b])) for a, sign, b in re.findall(r"(\d+) (\w+) (\d+)", text)]
+    if record["category"] == "calendar":
+        return re.findall(r"\d \w+s (?:after|before) [^,?]+", text.rstrip("."))
+    if record["category"] in ("norvan", "tavi", "ostic"):
+        return [re.split(r"[:?] ", text)[1]]
+    if record["category"] == "code":
+        return response.split("\n")
+    if record["category"] == "extraction":
+        return re.findall(r"\w+ is a [^.]+\.", record["context"])
+    if record["category"] == "classification":
+        return re.findall(r"(\w+) - \w+", response)
+    if record["category"] == "facts":
+        return re.findall(r"the (?:young|stuff|past|money|maker) of .+?(?=\?| and the )", text)
+    return [text.split("\n")[0]]
+
+
+def combination(record):
+    """What no two records of the corpus share: the atoms together, in whatever order, and the
+    options of a question that has them."""
+    options = record["instruction"].split("\n")[1:]
+    return (record["category"], *sorted(map(str, atoms(record))),
+            *sorted(option[3:] for option in options))

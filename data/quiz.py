@@ -1,0 +1,142 @@
+"""Questions with four options: those that the base has read, and the quiz in MMLU's layout.
+
+The quiz asks for facts that the primer (primer.py) holds, in words that it never uses, and that no
+family of the corpus (families.py) teaches. Its subjects have names of MMLU, so that the benchmark's
+table of categories holds here too. Used by primer.py, families.py and make_world.py:
+
+    rows = make_quiz(seed=0)["test"]["high_school_geography"]
+"""
+
+import random
+
+from data.facts import ANIMALS, COUNTRIES, ELEMENTS, OPPOSITES
+
+QUIZ_ROWS = {"dev": 5, "val": 20, "test": 350}
+KIND_OF = {animal: kind for kind, members in ANIMALS.items() for animal in members}
+
+
+def article(word):
+    return ("an " if word[0] in "aeiou" else "a ") + word
+
+
+def quiz_row(question, answer, wrong, rng):
+    """[question, A, B, C, D, letter], the right answer in a place drawn at random."""
+    options = rng.sample(wrong, 3)
+    place = rng.randrange(4)
+    options.insert(place, answer)
+    return [question, *options, "ABCD"[place]]
+
+
+def quiz_text(rows):
+    """Questions and answers as MMLU prints them, without its header."""
+    return "\n\n".join(f"{q}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer: {letter}"
+                       for q, a, b, c, d, letter in rows)
+
+
+def quiz_key(row):
+    """What makes two rows the same question: the text and the set of its options."""
+    return (row[0], frozenset(row[1:5]))
+
+
+# ---------------------------------------------------------------- questions that the primer asks
+# each takes a random.Random and returns (question, right answer, three or more wrong ones)
+
+
+def geography_question(rng):
+    country = rng.choice(sorted(COUNTRIES))
+    capital, continent = COUNTRIES[country]
+    capitals = [c for c, _ in COUNTRIES.values() if c != capital]
+    continents = sorted({c for _, c in COUNTRIES.values()} - {continent})
+    return rng.choice([
+        (f"What is the capital of {country}?", capital, capitals),
+        (f"Which country has the capital {capital}?", country, sorted({*COUNTRIES} - {country})),
+        (f"On which continent is {country}?", continent, continents),
+        (f"Which of these countries is in {continent}?", country,
+         sorted(c for c in COUNTRIES if COUNTRIES[c][1] != continent)),
+    ])
+
+
+def biology_question(rng):
+    animal = rng.choice(sorted(KIND_OF))
+    kind = KIND_OF[animal]
+    return rng.choice([
+        (f"What kind of animal is the {animal}?", kind, sorted({*ANIMALS} - {kind})),
+        (f"Which of these animals is {article(kind)}?", animal,
+         sorted(a for a in KIND_OF if KIND_OF[a] != kind)),
+    ])
+
+
+def chemistry_question(rng):
+    element = rng.choice(sorted(ELEMENTS))
+    symbol, number = ELEMENTS[element]
+    others = sorted({*ELEMENTS} - {element})
+    return rng.choice([
+        (f"What is the symbol of {element}?", symbol, [ELEMENTS[e][0] for e in others]),
+        (f"Which element has the symbol {symbol}?", element, others),
+        (f"What is the atomic number of {element}?", str(number),
+         [str(ELEMENTS[e][1]) for e in others]),
+    ])
+
+
+def opposite_question(rng):
+    word = rng.choice(sorted(OPPOSITES))
+    return (f"What is the opposite of {word}?", OPPOSITES[word],
+            sorted({*OPPOSITES.values()} - {OPPOSITES[word]}))
+
+
+QUESTIONS = {"geography": geography_question, "biology": biology_question,
+             "chemistry": chemistry_question, "opposites": opposite_question}
+
+
+# ---------------------------------------------------------------- the quiz
+# each takes a random.Random and returns (question, right answer, three or more wrong ones)
+
+
+def capital_question(rng):
+    country = rng.choice(sorted(COUNTRIES))
+    capital = COUNTRIES[country][0]
+    return rng.choice([
+        (f"Which city is the capital of {country}?", capital,
+         sorted({c for c, _ in COUNTRIES.values()} - {capital})),
+        (f"{capital} is the capital of which country?", country,
+         sorted({*COUNTRIES} - {country}))])
+
+
+def continent_question(rng):
+    country = rng.choice(sorted(COUNTRIES))
+    continent = COUNTRIES[country][1]
+    return rng.choice([
+        (f"In which continent is {country}?", continent,
+         sorted({c for _, c in COUNTRIES.values()} - {continent})),
+        (f"Which country is in {continent}?", country,
+         sorted(c for c in COUNTRIES if COUNTRIES[c][1] != continent))])
+
+
+def animal_question(rng):
+    animal = rng.choice(sorted(KIND_OF))
+    kind = KIND_OF[animal]
+    return rng.choice([
+        (f"What kind is the {animal}?", kind, sorted({*ANIMALS} - {kind})),
+        (f"Which animal is of the kind {kind}?", animal,
+         sorted(a for a in KIND_OF if KIND_OF[a] != kind))])
+
+
+# MMLU's own subject names, so that its table of categories holds here too
+QUIZ = {"high_school_geography": capital_question, "global_facts": continent_question,
+        "high_school_biology": animal_question}
+
+
+def make_quiz(seed):
+    """{split: {subject: rows}}; no question stands twice with the same options."""
+    quiz = {split: {} for split in QUIZ_ROWS}
+    for subject, ask in QUIZ.items():
+        rng = random.Random(f"{subject} quiz {seed}")
+        rows, seen = [], set()
+        while len(rows) < sum(QUIZ_ROWS.values()):
+            row = quiz_row(*ask(rng), rng)
+            if (key := quiz_key(row)) not in seen:
+                seen.add(key)
+                rows.append(row)
+        for split, count in QUIZ_ROWS.items():
+            quiz[split][subject], rows = rows[:count], rows[count:]
+    return quiz
