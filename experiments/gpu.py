@@ -136,6 +136,8 @@ def run_part(args):
     """One part in this process. ValueError where its device cannot be used."""
     from experiments import gpu_parts
     device = pick_device(args.device)
+    if torch.device(device).index is not None:  # cuda:1 is then what is waited for
+        torch.get_device_module(device).set_device(device)
     update(args.out, lambda content: content["conditions"].update(conditions(device, args.tiny)))
     report = Report(args.out, args.part)
     report.add(lambda part: part.update(status="running", tables={}, notes=[]))
