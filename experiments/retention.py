@@ -249,6 +249,7 @@ def main(argv=None):
     p.add_argument("--rates", type=float, nargs="+", default=list(RATES),
                    help=f"learning rates of every method ({' '.join(f'{r:g}' for r in RATES)})")
     p.add_argument("--jobs", type=int, default=2, help="processes of one thread each (2)")
+    p.add_argument("--name", default="retention", help="of the files in --out (retention)")
     args, records, val = common.prepare(p, argv)
     if not args.keep_data:
         p.error("--keep-data FILE is needed: without it nothing is known of what is kept")
@@ -262,7 +263,7 @@ def main(argv=None):
                             for metric in ("val_loss", "kept")} for rate, own in rates.items()}
               for name, rates in runs.items()}
     write_results(
-        args, "retention",
+        args, args.name,
         {"conditions": common.conditions(args, records, val), "curves": curves,
          "kept_base": base["loss_base"], "level": level, "at_equal_learning": kept,
          "reasons": reasons, "rerun": again, "claims": claims},

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from data.corpus import encode_records, hold_out, read_records
+from data.corpus import encode_records, hold_out, read_records, without_duplicates
 from experiments import (
     collapse,
     common,
@@ -68,7 +68,7 @@ def flags_of(place, out, *, runs=None, seeds=2, val=True):
     """The flags of a run of seconds; later ones win."""
     return ["--weights", str(place / "weights"), "--data", str(place / "train.jsonl"),
             *(["--val-data", str(place / "val.jsonl")] if val else []), "--seeds", str(seeds),
-            "--epochs", "1", "--max-steps", "2", "--max-seq-len", "100",
+            "--epochs", "1", "--max-steps", "2", "--max-seq-len", "128",
             "--runs", str(runs or place / "runs"), "--out", str(out)]
 
 
@@ -292,7 +292,8 @@ def test_records_are_drawn_and_without_validation_data_a_tenth_is_held_out(place
     assert all(record in whole for record in records + val)
     assert not [record for record in records if record in val]
     args, records, val = common.prepare(p, [])
-    assert (len(records), len(val), args.weights) == (6400, 1200, str(WORLD / "base"))
+    assert val == read_records(WORLD / "val.jsonl") and args.weights == str(WORLD / "base")
+    assert records == without_duplicates(read_records(WORLD / "train.jsonl"), val)
 
 
 @pytest.mark.slow
