@@ -138,6 +138,7 @@ def two(place, alone):
         "resumed": ["run", "train", *flags(place, "two-stopped", *dropped, "--resume")],
         "other": ["run_stopped_at", "5", *flags(place, "two-other", *dropped)],
         "held": ["run", "train", *flags(place, "two-whole")],
+        "silent": ["run_silent_at", "5", *flags(place, "two-silent", "--save-every", "3")],
         "look": ["look", str(place / "shards"), str(place / "val.jsonl")],
         "mmlu": ["run", "eval_mmlu", *mmlu, "--out", str(place / "two-mmlu.json")],
         "cluster": ["run", "cluster", *model, "--data", str(place / "data.jsonl"), "--k-max", "4",
@@ -251,6 +252,14 @@ def test_what_process_0_refuses_all_refuse_and_one_says(two, place):
     assert results["held"] == [2, 2]
     assert printed.count(f"{place / 'two-whole'} already holds a run") == 2  # see GRACE
     assert printed.count(f"train.py: {place / 'two-whole'} already holds a run") == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_answer_is_waited_for_only_so_long(two, place):
+    results, printed = two
+    assert results["silent"] == [2, 1]  # the second finds nobody when it wakes up
+    assert printed.count("did not answer") == 1
+    assert f"checkpoint is {place / 'two-silent' / 'checkpoint.pt'}, of step 3;" in printed
 
 
 # ---------------------------------------------------------------- the base in parts
