@@ -60,7 +60,7 @@ def run_silent_at(step, *argv):
     def counted(*arguments):
         taken.append(1)
         if len(taken) == int(step) and distributed.rank() == distributed.processes() - 1:
-            time.sleep(12)
+            time.sleep(8)
         return original(*arguments)
 
     with (mock.patch.object(train, "train_step", counted),
