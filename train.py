@@ -1,7 +1,8 @@
-"""Fine-tune LLaMA 2 with HydraLoRA, or with a method to compare it to: one plain loop, one GPU.
+"""Fine-tune LLaMA 2 with HydraLoRA, or with a method to compare it to: one plain loop.
 
     python train.py --heads 3 --rank 8                     # the embedded world, minutes on a CPU
     python train.py --weights llama-2-7b --data dolly.jsonl --heads 3 --rank 8   # the real thing
+    torchrun --nproc-per-node 4 train.py ...               # the same run on four GPUs
 
 Tian et al., NeurIPS 2024, sections 3.2 and 4: only the adapters and their router train. Writes
 adapter.pt, run.json and log.csv. What is fp32 and what is in the chosen --dtype:

@@ -128,6 +128,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     started = time.perf_counter()
     {"write": write, "load": load, "step": step}[args.command](args)
+    if distributed.rank():
+        return
     print(f"{args.command}: {time.perf_counter() - started:.1f} s in all")
 
 

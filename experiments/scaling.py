@@ -62,6 +62,8 @@ def main(argv=None):
     args = train.parse_args(["--weights", "-", "--data", "-", "--device", "cpu", "--dtype", "fp32"])
     with distributed.joined(args):
         found, tokens = measure(options, args)
+        if distributed.rank():
+            return
         print(f"{'':16}{'seconds':>9}{'tokens/s':>10}{'processor s':>13}")
         medians = {}
         for name, rows in found.items():

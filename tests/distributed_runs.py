@@ -11,6 +11,8 @@ import json
 import os
 import signal
 import sys
+import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +51,24 @@ def run_stopped_at(step, *argv):
 
     with mock.patch.object(train, "train_step", counted):
         return train.main(list(argv))
+
+
+def run_silent_at(step, *argv):
+    """train.py, whose last process sleeps within the given step for longer than others wait."""
+    taken, original = [], train.train_step
+
+    def counted(*arguments):
+        taken.append(1)
+        if len(taken) == int(step) and distributed.rank() == distributed.processes() - 1:
+            time.sleep(8)
+        return original(*arguments)
+
+    with (mock.patch.object(train, "train_step", counted),
+          mock.patch.object(distributed, "WAIT", timedelta(seconds=4))):
+        try:
+            return train.main(list(argv))
+        except SystemExit as end:
+            return end.code
 
 
 def look(weights, data):

@@ -138,6 +138,7 @@ def two(place, alone):
         "resumed": ["run", "train", *flags(place, "two-stopped", *dropped, "--resume")],
         "other": ["run_stopped_at", "5", *flags(place, "two-other", *dropped)],
         "held": ["run", "train", *flags(place, "two-whole")],
+        "silent": ["run_silent_at", "5", *flags(place, "two-silent", "--save-every", "3")],
         "look": ["look", str(place / "shards"), str(place / "val.jsonl")],
         "mmlu": ["run", "eval_mmlu", *mmlu, "--out", str(place / "two-mmlu.json")],
         "cluster": ["run", "cluster", *model, "--data", str(place / "data.jsonl"), "--k-max", "4",
@@ -151,7 +152,7 @@ def two(place, alone):
 @pytest.fixture(scope="module")
 def three(place, alone):
     plan = {name: ["run", "train", *flags(place, f"three-{name}", *more)]
-            for name, more in RUNS.items()}
+            for name, more in RUNS.items() if name in ("accum1", "sharded")}
     plan["look"] = ["look", str(place / "weights"), str(place / "val.jsonl")]
     results, printed = run_jobs(3, place, list(plan.values()))
     return dict(zip(plan, results)), printed
@@ -161,8 +162,8 @@ def three(place, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("processes", ["two", "three"])
+@pytest.mark.parametrize("processes, name", [
+    *(("two", name) for name in RUNS), ("three", "accum1"), ("three", "sharded")])
 def test_several_processes_train_the_adapter_of_one(processes, name, place, request):
     results, _ = request.getfixturevalue(processes)
     assert set(results[name]) == {0}
@@ -251,6 +252,14 @@ def test_what_process_0_refuses_all_refuse_and_one_says(two, place):
     assert results["held"] == [2, 2]
     assert printed.count(f"{place / 'two-whole'} already holds a run") == 2  # see GRACE
     assert printed.count(f"train.py: {place / 'two-whole'} already holds a run") == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_answer_is_waited_for_only_so_long(two, place):
+    results, printed = two
+    assert results["silent"] == [2, 1]  # the second finds nobody when it wakes up
+    assert printed.count("did not answer") == 1
+    assert f"checkpoint is {place / 'two-silent' / 'checkpoint.pt'}, of step 3;" in printed
 
 
 # ---------------------------------------------------------------- the base in parts
