@@ -1,6 +1,7 @@
 """data/: the embedded world is true, complete, and comes out the same again."""
 
 import csv
+import hashlib
 import json
 import re
 
@@ -233,6 +234,14 @@ def test_no_family_stands_in_the_primer():
     assert not any(r["instruction"].startswith(ask) for r in read for ask in asks)
 
 
+@pytest.mark.parametrize("number, known", enumerate(
+    ["76aed3e0f8097de2", "012a419a47f6007b", "45144c7bf20dbd70"]))
+def test_the_first_three_stages_are_those_that_made_the_former_base(number, known):
+    """As at commit 5045320: the base went on from there."""
+    records = primer.make_primer(100 * number, 500, primer.STAGES[number], primer.held_out_rows(0))
+    assert hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16] == known
+
+
 # ---------------------------------------------------------------- the base model
 
 
@@ -303,14 +312,14 @@ def test_the_check_of_the_world_sweeps_every_arm_apart(measured, tmp_path, capsy
     assert check_world.main(["--runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "full fine-tuning ends 50.0 ± 0.0 % below LoRA r8" in out and "MISSED" not in out
-    assert out.count("-10.0%") == len(families.FAMILIES) == 10
+    assert out.count("-9.8%") == len(families.FAMILIES) == 10
     assert "10 of 10 families are learned better alone" in out
     assert "tuning raises the quiz by 11.0 ± 2.5 %" in out
     swept = {call[:4] for call in measured if not call[5]}
-    assert len(swept) == (1 + 1 + 10) * 4  # the rates of full fine-tuning, and of eleven LoRAs
+    assert len(swept) == 3 * 4 + 10 * 2  # of three arms on the mix, of LoRA on each family
     last = [call for call in measured if call[5]]
-    mixed = {call for call in last if call[2] == str(WORLD / "train.jsonl")}
-    assert {call[3] for call in mixed if call[0] == "full"} == {5e-4, 1e-3}  # and twice the best
+    assert len(last) == 3 * 3 + 10 * 2
+    assert {call[3] for call in last if call[0] == "full"} == {5e-4}
 
 
 def test_the_check_of_the_world_says_what_is_missed(measured, tmp_path, monkeypatch, capsys):
