@@ -48,7 +48,7 @@ def flags_of(place, out, *, runs=None, seeds=2, val=True):
     """The flags of a run of seconds; later ones win."""
     return ["--weights", str(place / "weights"), "--data", str(place / "train.jsonl"),
             *(["--val-data", str(place / "val.jsonl")] if val else []), "--seeds", str(seeds),
-            "--epochs", "1", "--max-steps", "2", "--max-seq-len", "100",
+            "--epochs", "1", "--max-steps", "2", "--max-seq-len", "128",
             "--runs", str(runs or place / "runs"), "--out", str(out)]
 
 
@@ -221,7 +221,7 @@ def test_records_are_drawn_and_without_validation_data_a_tenth_is_held_out(place
     assert all(record in whole for record in records + val)
     assert not [record for record in records if record in val]
     args, records, val = common.prepare(p, [])
-    assert (len(records), len(val), args.weights) == (6400, 1200, str(WORLD / "base"))
+    assert (len(records), len(val), args.weights) == (12800, 1200, str(WORLD / "base"))
 
 
 @pytest.mark.slow
