@@ -1,6 +1,6 @@
 """The embedded world's base model: a tokenizer and a tiny LLaMA, trained here from random weights.
 
-    python -m data.make_base    # writes data/world/base/ in Meta's layout; 46 minutes on two cores
+    python -m data.make_base    # writes data/world/base/ in Meta's layout; an hour on two cores
 
 The tokenizer is sentencepiece BPE with LLaMA's settings. The model is trained by the command that
 trains everything else: a checkpoint of random weights is written, `train.py --method full` trains

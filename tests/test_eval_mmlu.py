@@ -542,7 +542,7 @@ def test_the_script_runs_on_the_embedded_quiz_as_it_is(tmp_path):
     run = subprocess.run([sys.executable, ROOT / "eval_mmlu.py", "--limit", "2", "--out",
                           tmp_path / "mmlu.json"], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert json.loads((tmp_path / "mmlu.json").read_text())["n"] == 2 * 6
+    assert json.loads((tmp_path / "mmlu.json").read_text())["n"] == 2 * 3
 
 
 def test_the_benchmark_finds_the_same_answers_both_ways(capsys):
