@@ -27,8 +27,8 @@ from hydralora import base_fingerprint
 from model import Tokenizer, read_params
 from support.cli import Parser, add_strict_flag, check_least, progress, run_script
 from support.cluster_scores import ari, contingency, nmi, silhouette, telling_words
-from support.device import DTYPES, add_shard_flag, pick_device, pick_dtype
-from support.distributed import joined, load, told
+from support.device import DTYPES, pick_device, pick_dtype
+from support.distributed import add_shard_flag, joined, load, told
 from support.explain import explained, print_default_length
 from support.files import check_tensors, read_torch, write_file, write_text
 

@@ -27,7 +27,7 @@ from data.mmlu import LETTERS, encode_prompt, letter_ids, read_questions
 from hydralora import base_fingerprint
 from support.cli import Parser, check_least, progress, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
-from support.distributed import joined, rank, told
+from support.distributed import add_shard_flag, joined, rank, told
 from support.explain import explained, print_default_length, stated_length
 from support.files import digest, write_json
 from support.hold import holding
@@ -189,6 +189,7 @@ def parse_args(argv):
     p.add_argument("--max-seq-len", type=int, help="tokens a prompt may have (the checkpoint's)")
     p.add_argument("--batch-size", type=int, default=8, help="questions a forward pass (8)")
     add_device_flags(p)
+    add_shard_flag(p)
     p.add_argument("--out", type=Path, help="result (mmlu.json beside the adapter, or in runs/)")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), type=Path,
                    help="print what result B gains on result A, and measure nothing (off)")

@@ -71,6 +71,7 @@ def parse_args(argv=None):
     p.add_argument("--max-seq-len", type=int,
                    help="tokens a record may have (1024, or the model's own where that is less)")
     add_device_flags(p, dtype_help="base and products")
+    distributed.add_shard_flag(p)
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute activations in the backward pass: less memory, more time (off)")
     p.add_argument("--dry-run", action="store_true",

@@ -13,12 +13,6 @@ def add_device_flags(parser, dtype_help="of the model"):
     """--dtype and --device, which pick_device and pick_dtype settle."""
     parser.add_argument("--dtype", choices=DTYPES, help=f"{dtype_help} (fp32 on CPU, bf16 on GPU)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (cuda where there is one)")
-    add_shard_flag(parser)
-
-
-def add_shard_flag(parser):
-    parser.add_argument("--shard-base", action="store_true",
-                        help="under torchrun, each process holds its share of the base (off)")
 
 
 def pick_device(name):

@@ -24,6 +24,11 @@ WAIT = timedelta(minutes=10)  # for another process, before it counts as lost
 GRACE = 10  # seconds in which process 0 says why all end, before another process says it
 
 
+def add_shard_flag(parser):
+    parser.add_argument("--shard-base", action="store_true",
+                        help="under torchrun, each process holds its share of the base (off)")
+
+
 def launched():
     """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ

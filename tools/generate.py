@@ -24,7 +24,7 @@ from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_tokens
 from support.cli import Parser, check_least, flag, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
-from support.distributed import joined
+from support.distributed import add_shard_flag, joined
 from support.evaluation import most_divided
 from support.hold import holding
 from support.run_folder import load_tuned
@@ -203,6 +203,7 @@ def add_talk_flags(p):
     p.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     p.add_argument("--max-seq-len", type=int, help="tokens of context (the checkpoint's)")
     add_device_flags(p)
+    add_shard_flag(p)
 
 
 def main(argv=None):
