@@ -25,17 +25,8 @@ from data import WORLD
 from data.corpus import read_records
 from data.families import FAMILIES, atoms
 from data.make_world import write_records
-from experiments.common import (
-    FULL,
-    best_rate,
-    difference,
-    interval,
-    lora,
-    quiz_accuracy,
-    run_all,
-    show,
-    sweep,
-)
+from experiments.common import FULL, best_rate, lora, quiz_accuracy, run_all, sweep
+from experiments.report import difference, interval, show
 from support.cli import Parser, run_script
 from train import WORLD_RECIPE
 
