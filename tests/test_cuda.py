@@ -34,7 +34,7 @@ CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUD
 DEVICES = ["cpu", pytest.param("cuda", marks=CARD)]
 # how far the loss of a short run may end from the CPU's in fp32, in nats
 NEAR = {"fp32": 2e-3, "bf16": 0.05, "fp16": 0.05}
-README_LOSS, README_NEAR = 0.0332, 0.01  # the whole first command, and how far a card may end
+README_LOSS, README_NEAR = 0.0349, 0.01  # the whole first command, and how far a card may end
 
 METHODS = {"hydralora": [], "lora": ["--method", "lora"], "lora-split": ["--method", "lora-split"],
            "uniform": ["--gate", "uniform"], "attention": ["--targets", "wq,wv,output"],
