@@ -27,11 +27,11 @@ from data.mmlu import LETTERS, encode_prompt, letter_ids, read_questions
 from hydralora import base_fingerprint
 from support.cli import Parser, check_least, progress, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
-from support.distributed import add_shard_flag, joined, rank, told
+from support.distributed import add_shard_flag, joined
 from support.explain import explained, print_default_length, stated_length
 from support.files import digest, write_json
 from support.hold import holding
-from support.partial import add_line, open_partial, read_partial
+from support.partial import add_line, open_partial, read_partial, remove_partial
 from support.run_folder import load_tuned
 from support.scores import compare, print_summary, summarise
 
@@ -152,8 +152,7 @@ def score_questions(args):
     print("\n".join(f"{key:16}{value}" for key, value in settings.items()))
     print_default_length(args.weights, model.args.max_seq_len, args.max_seq_len)
     partial = Path(f"{args.out}.partial")
-    done = told(lambda: read_partial(partial, deciding, columns=QUESTION,
-                                     name=("subject", "index")))
+    done = read_partial(partial, deciding, columns=QUESTION, name=("subject", "index"))
     before, started = len(done), time.perf_counter()
     with open_partial(partial, deciding, done) as file:
         kept, lengths = answer_questions(model, tokenizer, questions, examples,
@@ -171,8 +170,7 @@ def score_questions(args):
     print(f"{len(done) - before} questions in {seconds:.1f} s, "
           f"{(len(done) - before) / seconds:.1f} a second")
     write_json(args.out, result)
-    if not rank():
-        partial.unlink()
+    remove_partial(partial)
     print(f"wrote {args.out}")
 
 

@@ -3,14 +3,17 @@
     done = read_partial(path, settings, columns={"index": int, "answer": str}, name=("index",))
     with open_partial(path, settings, done) as file:
         add_line(file, {"index": 3, "answer": "four"})
+    ...                                 # write the result
+    remove_partial(path)
 
-The first line holds the settings that the rows depend on; each further line is one row.
+The first line holds the settings that the rows depend on; each further line is one row. Of several
+processes the first reads, writes and removes the file, and the others are told what it holds.
 """
 
 import json
 import os
 
-from support.distributed import rank
+from support.distributed import rank, told
 from support.files import write_text
 
 
@@ -18,6 +21,10 @@ def read_partial(path, settings, *, columns, name):
     """{tuple of the columns in `name`: row} as a stopped run left them, a torn last line dropped.
     Raises ValueError when its settings were others, since its rows would not be this run's, and
     for a row that has not exactly these columns {name: type}."""
+    return told(lambda: parse_partial(path, settings, columns, name))
+
+
+def parse_partial(path, settings, columns, name):
     lines = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.split("\n"):
@@ -38,8 +45,7 @@ def read_partial(path, settings, *, columns, name):
 
 
 def open_partial(path, settings, done):
-    """The file, open for further rows, after the settings and the rows that are done. Of several
-    processes the first one writes."""
+    """The file, open for further rows, after the settings and the rows that are done."""
     if rank():
         return open(os.devnull, "w", encoding="utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,3 +55,8 @@ def open_partial(path, settings, done):
 
 def add_line(file, row):
     file.write(json.dumps(row) + "\n")
+
+
+def remove_partial(path):
+    if not rank():
+        path.unlink()

@@ -15,10 +15,9 @@ from data.corpus import Sequence, length_batches, prompt_text, read_records
 from hydralora import adapters_disabled, base_fingerprint
 from model import generate_tokens
 from support.cli import progress
-from support.distributed import rank, told
 from support.explain import model_length
 from support.files import digest, write_text
-from support.partial import add_line, open_partial, read_partial
+from support.partial import add_line, open_partial, read_partial, remove_partial
 
 # ---------------------------------------------------------------- a prompt, a batch
 
@@ -140,7 +139,7 @@ def answer_file(model, tokenizer, args):
                 "raw": args.raw, "compare": args.compare, **sampling(args)}
     columns = {"index": int, "answer": str, **({"base_answer": str} if args.compare else {})}
     partial = Path(f"{args.out}.partial")
-    done = told(lambda: read_partial(partial, settings, columns=columns, name=("index",)))
+    done = read_partial(partial, settings, columns=columns, name=("index",))
     if not set(done) <= {(i,) for i in range(len(records))}:
         raise ValueError(f"{partial} is not of a stopped run: delete it, or choose another --out")
     before, started = len(done), time.perf_counter()
@@ -150,7 +149,6 @@ def answer_file(model, tokenizer, args):
     lines = [judged(record, done[i,]) for i, record in enumerate(records)]
     print_exact(lines)
     write_text(args.out, "".join(json.dumps(line) + "\n" for line in lines))
-    if not rank():
-        partial.unlink()
+    remove_partial(partial)
     print(f"\nwrote {len(lines)} answers to {args.out}, {len(lines) - before} of them new, in "
           f"{seconds:.1f} s")
