@@ -69,16 +69,13 @@ def read_primer(args, stage, number, start, folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the primer and the weights (0)")
-    parser.add_argument("--records", type=int, nargs=5,
-                        default=[160000, 130000, 80000, 90000, 12000],
-                        help="of the primer's five stages (160000 130000 80000 90000 12000)")
-    parser.add_argument("--epochs", type=int, nargs=5, default=[3, 1, 1, 1, 1],
-                        help="passes over each stage (3 1 1 1 1)")
-    parser.add_argument("--batch-size", type=int, nargs=5, default=[64, 64, 32, 32, 32],
-                        help="records a step (64 64 32 32 32)")
-    parser.add_argument("--lr", type=float, nargs=5,
-                        default=[2e-3, 2e-3, 1e-3, 1.2e-3, 1e-3],
-                        help="peak learning rates (2e-3 2e-3 1e-3 1.2e-3 1e-3)")
+    for name, kind, default, text in (  # a number for each stage of the primer
+            ("--records", int, [160000, 130000, 80000, 90000, 12000], "of each stage"),
+            ("--epochs", int, [3, 1, 1, 1, 1], "passes over each stage"),
+            ("--batch-size", int, [64, 64, 32, 32, 32], "records a step"),
+            ("--lr", float, [2e-3, 2e-3, 1e-3, 1.2e-3, 1e-3], "peak learning rates")):
+        parser.add_argument(name, type=kind, nargs=len(STAGES), default=default,
+                            help=f"{text} (%(default)s)")
     parser.add_argument("--out", type=Path, default=WORLD / "base", help="folder (data/world/base)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

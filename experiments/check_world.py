@@ -27,7 +27,7 @@ from data.families import FAMILIES, atoms
 from data.make_world import write_records
 from experiments.common import FULL, best_rate, lora, quiz_accuracy, run_all, sweep
 from experiments.report import difference, interval, show
-from support.cli import Parser, run_script
+from support.cli import Parser, flag, run_script
 from train import WORLD_RECIPE
 
 RATES = {"full": (2.5e-4, 5e-4, 1e-3, 2e-3), "lora": (1e-3, 2e-3, 4e-3, 8e-3)}
@@ -43,7 +43,7 @@ def flags_of(args, config, rate, seed, data, val=None):
              "keep_data": WORLD / "keep.jsonl" if val == WORLD / "val.jsonl" else None,
              "epochs": args.epochs, "save_every": 0, "device": "cpu", "dtype": "fp32", **config}
     return [part for name, value in flags.items() if value is not None
-            for part in (f"--{name.replace('_', '-')}", str(value))]
+            for part in (flag(name), str(value))]
 
 
 def tune(args, asked, quiz=False):

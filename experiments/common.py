@@ -23,7 +23,7 @@ import torch
 
 import eval_mmlu
 import train
-from data import WORLD
+from data import QUIZ_SHOTS, WORLD
 from data.corpus import hold_out, read_records, without_duplicates
 from data.mmlu import read_questions
 from experiments.report import markdown
@@ -50,7 +50,6 @@ THREADS = 2  # of a rerun; all other runs have one
 MIXED = 4000  # records of the mix in table1, heads and routing, which share their runs
 SHARE = 0.1  # held out for the sweep; and for validation where the data comes without any
 SCALE = 4.0  # alpha / rank, the paper's 32 / 8
-QUIZ_SHOTS = 0  # as in the paper's Table 1
 # what every run has in common, and no method of its own
 RECIPE = {"batch-size": 8, "grad-accum": 1, "dropout": 0, "device": "cpu", "dtype": "fp32",
           "save-every": 0}

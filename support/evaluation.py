@@ -13,7 +13,7 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 
-from data import WORLD
+from data import QUIZ_SHOTS, WORLD
 from data.corpus import collate, length_batches
 from hydralora import adapter_parameters, hydra_layers, record_gates
 from support.cli import progress
@@ -195,7 +195,7 @@ def print_losses(before, after, out, args):
               f"{a['exact']:11.1%}{b['exact']:9.1%}")
     if args.weights == str(WORLD / "base"):
         tuned = f"--weights {out}" if args.method == "full" else f"--adapter {out / 'adapter.pt'}"
-        print(f"\nquiz: python eval_mmlu.py --shots 0 {tuned}")
+        print(f"\nquiz: python eval_mmlu.py --shots {QUIZ_SHOTS} {tuned}")
     if "kept" in after:
         a, b = before["kept"][""], after["kept"][""]
         print(f"kept: {b['records']} texts, loss {a['loss']:.2f} -> {b['loss']:.2f}")
