@@ -2,14 +2,17 @@
 
 import contextlib
 import os
+import signal
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import train
 from data import WORLD
 from model import ModelArgs, Tokenizer, Transformer, save_llama
 
@@ -98,3 +101,23 @@ class Watch(TorchDispatchMode):
 
     def freed(self, key):
         self.now -= self.alive.pop(key)
+
+
+@contextlib.contextmanager
+def in_step(number, act):
+    """Inside, act() is called at the start of that training step, counted from 1."""
+    original, taken = train.train_step, []
+
+    def counted(*arguments):
+        taken.append(1)
+        if len(taken) == number:
+            act()
+        return original(*arguments)
+
+    with mock.patch.object(train, "train_step", counted):
+        yield
+
+
+def interrupt():
+    """Ctrl-C to this process."""
+    os.kill(os.getpid(), signal.SIGINT)

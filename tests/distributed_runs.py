@@ -27,9 +27,11 @@ import cluster
 import eval_mmlu
 import train
 from data.corpus import encode_records, read_records
+from experiments import scaling
 from hydralora import add_hydralora, base_fingerprint
 from model import generate
 from support import distributed, evaluation
+from tests.conftest import in_step
 from tools import generate as talk
 
 
@@ -39,31 +41,20 @@ def run(script, *argv):
         list(argv))
 
 
+def last():
+    """Whether this is the last of the processes."""
+    return distributed.rank() == distributed.processes() - 1
+
+
 def run_stopped_at(step, *argv):
     """train.py, whose last process gets SIGTERM within the given step."""
-    taken, original = [], train.train_step
-
-    def counted(*arguments):
-        taken.append(1)
-        if len(taken) == int(step) and distributed.rank() == distributed.processes() - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
-
-    with mock.patch.object(train, "train_step", counted):
+    with in_step(int(step), lambda: last() and os.kill(os.getpid(), signal.SIGTERM)):
         return train.main(list(argv))
 
 
 def run_silent_at(step, *argv):
     """train.py, whose last process sleeps within the given step for longer than others wait."""
-    taken, original = [], train.train_step
-
-    def counted(*arguments):
-        taken.append(1)
-        if len(taken) == int(step) and distributed.rank() == distributed.processes() - 1:
-            time.sleep(8)
-        return original(*arguments)
-
-    with (mock.patch.object(train, "train_step", counted),
+    with (in_step(int(step), lambda: last() and time.sleep(8)),
           mock.patch.object(distributed, "WAIT", timedelta(seconds=4))):
         try:
             return train.main(list(argv))
@@ -94,6 +85,14 @@ def look(weights, data):
                          generate(one, tokenizer, ["Name it.", "A"], max_new_tokens=4)])
         found["equal"] = both[0] == both[1]
     return found
+
+
+def scaling_steps(*argv):
+    """How many steps of training the benchmark takes in this process."""
+    taken, original = [], train.train_step
+    with mock.patch.object(train, "train_step", lambda *given: taken.append(1) or original(*given)):
+        scaling.main(list(argv))
+    return len(taken)
 
 
 def meet(name, backend, *, timeout, init=dist.init_process_group):

@@ -8,8 +8,6 @@ import contextlib
 import csv
 import gc
 import json
-import os
-import signal
 from itertools import product
 from types import SimpleNamespace
 
@@ -28,7 +26,7 @@ from support import evaluation
 from support.device import DTYPES
 from support.memory import needs
 from support.run_folder import load_tuned
-from tests.conftest import WORLD, Watch
+from tests.conftest import WORLD, Watch, in_step, interrupt
 
 CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card here")
 DEVICES = ["cpu", pytest.param("cuda", marks=CARD)]
@@ -130,18 +128,9 @@ def test_the_first_command_of_the_readme_ends_on_a_card_as_it_says(tmp_path, dev
     assert 0 < result["peak_gib"] < 4
 
 
-def stopped_and_resumed(flags, folder, monkeypatch, stop_at):
+def stopped_and_resumed(flags, folder, stop_at):
     """The adapter of a run that was stopped in that step, and went on in the same folder."""
-    original, count = train.train_step, []
-
-    def interrupted(*arguments):
-        count.append(1)
-        if len(count) == stop_at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", interrupted)
+    with in_step(stop_at, interrupt):
         assert train.main([*flags, "--out", str(folder)]) == 130
     torch.rand(7, device=flags[flags.index("--device") + 1])  # another process would differ too
     assert train.main([*flags, "--out", str(folder), "--resume"]) == 0
@@ -166,20 +155,20 @@ def test_a_stopped_and_resumed_run_goes_on_bit_for_bit(command, tmp_path, monkey
     flags = [*command, "--device", device, "--dtype", dtype, "--dropout", "0.2", "--max-steps", "7"]
     with deterministic(monkeypatch):
         assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
-        resumed = stopped_and_resumed(flags, tmp_path / "run", monkeypatch, stop_at=5)
+        resumed = stopped_and_resumed(flags, tmp_path / "run", stop_at=5)
     whole = tensors_of(tmp_path / "whole")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device, dtype", cases([["fp32"]], product(NEAR)))
-def test_by_default_resuming_adds_no_difference(command, tmp_path, monkeypatch, device, dtype):
+def test_by_default_resuming_adds_no_difference(command, tmp_path, device, dtype):
     """The backward pass of a card's fast attention adds up in an order that may change, so two
     whole runs may differ by rounding; a resumed run then differs no more than they do."""
     flags = [*command, "--device", device, "--dtype", dtype, "--dropout", "0.2", "--max-steps", "7"]
     for name in ("whole", "again"):
         assert train.main([*flags, "--out", str(tmp_path / name)]) == 0
-    resumed = stopped_and_resumed(flags, tmp_path / "run", monkeypatch, stop_at=5)
+    resumed = stopped_and_resumed(flags, tmp_path / "run", stop_at=5)
     whole = tensors_of(tmp_path / "whole")
     apart = distance(whole, tensors_of(tmp_path / "again"))
     print(f"{device}, {dtype}: two whole runs differ by {apart:.1e}, the resumed one from the "

@@ -144,7 +144,8 @@ def two(place, alone):
         "cluster": ["run", "cluster", *model, "--data", str(place / "data.jsonl"), "--k-max", "4",
                     "--shard-base", "--cache", str(place / "two-features"),
                     "--out", str(place / "two-clusters.json")],
-        "talk": ["run", "talk", "Say it.", *model, "--max-new-tokens", "3", "--shard-base"]}
+        "talk": ["run", "talk", "Say it.", *model, "--max-new-tokens", "3", "--shard-base"],
+        "scaling": ["scaling_steps", "--rounds", "2", "--layers", "1", "--tokens", "8"]}
     results, printed = run_jobs(2, place, list(plan.values()))
     return dict(zip(plan, results)), printed
 
@@ -212,6 +213,13 @@ def test_heads_auto_is_chosen_once_and_is_what_one_process_chooses(two, place):
     a, b = run_of(place / "alone-auto"), run_of(place / "two-auto")
     assert a["clusters"]["labels"] == b["clusters"]["labels"]
     assert a["settings"]["heads"] == b["settings"]["heads"] == a["clusters"]["k"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_takes_its_rounds_and_one_more_to_warm_up(two):
+    results, printed = two
+    assert results["scaling"] == [3 + 3, 3]  # the first process takes each step alone as well
+    assert printed.count("times as fast: ") == 1
 
 
 @pytest.mark.slow

@@ -4,8 +4,6 @@ import contextlib
 import csv
 import json
 import math
-import os
-import signal
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from hydralora import adapter_parameters, add_hydralora, hydra_layers, load_adap
 from model import ModelArgs, Transformer, load_llama, save_llama
 from support import evaluation
 from support.files import file_fingerprint
-from tests.conftest import WORLD, asset, tiny_model
+from tests.conftest import WORLD, asset, in_step, interrupt, tiny_model
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -240,21 +238,13 @@ def test_a_folder_that_holds_a_run_is_kept_unless_overwrite_says_so(command, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("stop_at", [1, 7, 11])  # the epoch ends at step 5
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(command, tmp_path, monkeypatch,
-                                                                 capsys, dtype, stop_at):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(command, tmp_path, capsys, dtype,
+                                                                 stop_at):
     flags = command + ["--dtype", dtype, "--dropout", "0.2", "--grad-accum", "2", "--max-steps",
                        "13", "--save-every", "0"]
     assert train.main(flags + ["--out", str(tmp_path / "whole")]) == 0
-    original, count = train.train_step, []
-
-    def interrupted(*arguments):
-        count.append(1)
-        if len(count) == stop_at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(*arguments)
-
-    monkeypatch.setattr(train, "train_step", interrupted)
-    assert train.main(flags) == 130
+    with in_step(stop_at, interrupt):
+        assert train.main(flags) == 130
     assert "--resume" in capsys.readouterr().out
     assert not (tmp_path / "out" / "run.json").exists()
     assert train.main(flags + ["--resume"]) == 0
@@ -349,19 +339,11 @@ def test_a_resumed_run_keeps_the_first_figures_of_the_base(command, texts, tmp_p
                                                            capsys):
     flags = command + ["--keep-data", str(texts)]
     assert train.main(flags + ["--out", str(tmp_path / "whole")]) == 0
-    original, measured, count = train.train_step, [], []
-    measure = evaluation.measure
-
-    def interrupted(*arguments):
-        count.append(1)
-        if len(count) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(*arguments)
-
-    monkeypatch.setattr(train, "train_step", interrupted)
+    measure, measured = evaluation.measure, []
     monkeypatch.setattr(evaluation, "measure", lambda model, held, args, name: (
         measured.append(name) or measure(model, held, args, name)))
-    assert train.main(flags) == 130
+    with in_step(2, interrupt):
+        assert train.main(flags) == 130
     assert train.main(flags[:-2] + ["--resume"]) == 2
     assert "keep_data was" in capsys.readouterr().err
     assert train.main(flags + ["--resume"]) == 0
