@@ -59,8 +59,8 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(positions, head_dim, theta):
-    """(cos, sin), each (B, T, 1, E) in fp32, of the angle position * theta^(-2i/E) at the second
-    number of pair i, and of its negative at the first."""
+    """(cos, sin), each (B, T, 1, E) in fp32, of the angle position * theta^(-2i/E) of pair i. Each
+    stands twice, once for each number of the pair; the first sin is negated, as is wanted below."""
     pair = torch.arange(0, head_dim, 2, device=positions.device).float()
     angle = positions[..., None, None].float() * theta ** (-pair / head_dim)  # (B, T, 1, E/2)
     angle = torch.stack([-angle, angle], -1).flatten(-2)

@@ -4,10 +4,11 @@ HydraLoRA is for corpora whose tasks interfere (section 2.2), so the families cl
 same sentences go into three languages, the same words get one label or another by a cue, the same
 facts are told in a word or in a sentence, sums and dates count in different number systems.
 
-What a record is about are its atoms: a word, an operand pair, a fact, a line of code. A quarter
-never occurs in training (is_new), and validation asks about these alone. Used by make_world.py:
+What a record is about are its atoms: a word, an operand pair, a fact, a line of code. In five
+families (norvan, tavi, ostic, code, extraction) a quarter of them never occurs in training (is_new)
+and validation asks about these alone; in the others only combinations are new. By make_world.py:
 
-    instruction, context, response = arithmetic(random.Random(0), new=False)
+    instruction, context, response = norvan(random.Random(0), new=False)
 """
 
 import hashlib
