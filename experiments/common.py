@@ -275,10 +275,10 @@ def work(jobs, quiz, name, threads=1):
         torch.set_num_threads(before)
 
 
-def work_apart(jobs, quiz, name, threads):
+def work_apart(jobs, quiz, name):
     """work() in a process of its own, which says in one line why it fails."""
     try:
-        work(jobs, quiz, name, threads)
+        work(jobs, quiz, name)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
@@ -288,7 +288,8 @@ def work_apart(jobs, quiz, name, threads):
 
 def run_all(runs, args, quiz=None, threads=1):
     """[content of run.json, with its folder, and its quiz accuracy] for a list of flags, in order;
-    only what is not in args.runs yet is computed, in args.jobs processes of so many threads."""
+    only what is not in args.runs yet is computed, in args.jobs processes of one thread, or where
+    more threads are asked for in this process alone: together they would wait for each other."""
     folders = [run_folder(flags, args.runs) for flags in runs]
     if threads > 1:
         folders = [folder.with_name(f"{folder.name}-{threads}threads") for folder in folders]
@@ -300,12 +301,11 @@ def run_all(runs, args, quiz=None, threads=1):
 
     jobs = [(flags, folder) for folder, flags in wanted.items() if missing(folder)]
     print(f"{len(wanted)} runs, {len(jobs)} of them to be computed", flush=True)
-    if args.jobs == 1 or len(jobs) < 2:
+    if args.jobs == 1 or threads > 1 or len(jobs) < 2:
         work(jobs, quiz, "", threads)
     else:
         spawn = multiprocessing.get_context("spawn")
-        processes = [spawn.Process(target=work_apart, args=(jobs[i::args.jobs], quiz, f"{i + 1}: ",
-                                                      threads))
+        processes = [spawn.Process(target=work_apart, args=(jobs[i::args.jobs], quiz, f"{i + 1}: "))
                      for i in range(args.jobs)]
         try:
             for process in processes:
@@ -465,7 +465,7 @@ def rerun(name, runs, args):
 
 def rerun_text(found):
     names = {"val_loss": "validation loss", "kept": "kept loss"}
-    parts = [f"{names[metric]} {row['scatter']:.4f} (from seed to seed: "
+    parts = [f"{names[metric]} {row['scatter']:.2g} (from seed to seed: "
              + ("one seed)" if row["seeds"] is None else f"{row['seeds']:.4f})")
              for metric, row in found["moved"].items()]
     return (f"A rerun with {found['threads']} threads in place of one moves {found['arm']} by (root"

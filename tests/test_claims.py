@@ -858,11 +858,13 @@ def test_one_linear_map_for_contradicting_tasks_is_left_with_most_of_them():
 
 
 @pytest.mark.slow
-def test_a_rerun_on_more_threads_is_a_run_of_its_own(place, tmp_path):
+def test_a_rerun_on_more_threads_is_a_run_of_its_own_in_one_process(place, tmp_path, monkeypatch):
     args, records, val = prepared(place, tmp_path, "--runs", str(tmp_path / "runs"))
     flags = [common.train_flags(args, common.lora(2), rate=4e-3, seed=seed, epochs=1, data=records,
                                 val=val) for seed in range(2)]
     runs = common.run_all(flags, args)
+    args.jobs = 2
+    monkeypatch.setattr(common.multiprocessing, "get_context", None)  # no process beside this one
     found = common.rerun("LoRA", runs, args)
     again = common.run_all(flags, args, threads=common.THREADS)
     assert not {run["folder"] for run in runs} & {run["folder"] for run in again}
