@@ -222,6 +222,7 @@ def reasons_table(reasons):
 
 def draw_retention(pyplot, runs, base, level):
     """One line a method, from its lowest rate on; seeds thin."""
+    from matplotlib import ticker
     figure, axis = pyplot.subplots(figsize=(9, 6), layout="constrained")
     for (name, rates), color in zip(runs.items(), pyplot.cm.tab10.colors):
         marker, line = STYLES[name]
@@ -238,6 +239,11 @@ def draw_retention(pyplot, runs, base, level):
     axis.axvline(level, color="grey", linewidth=1)
     axis.annotate("equal learning", (level, 0.99), xycoords=("data", "axes fraction"),
                   rotation=90, ha="right", va="top", color="grey")
+    axis.set(xscale="log", yscale="log")  # full tuning's higher rates would flatten all the rest
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+        side.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        side.set_minor_locator(ticker.NullLocator())
     axis.set_xlabel("validation loss of the mix (nats per token): learned more to the left")
     axis.set_ylabel("kept: loss on what the base knew (nats per token)")
     axis.legend()
