@@ -74,6 +74,11 @@ def overlap(a, b):
     return (one.T @ other).square().sum() / one.shape[1]
 
 
+def by_chance(matrices):
+    """The mean overlap() of random matrices of the sizes of {layer: matrix}."""
+    return statistics.fmean(min(m.shape) / max(m.shape) for m in matrices.values())
+
+
 def make_runs(args, rate, records, val):
     """{(start, seed): [run of each family]}; the first family's run serves both."""
     keys = [(start, seed) for start in STARTS for seed in range(args.seeds)]
@@ -166,17 +171,20 @@ def main(argv=None):
     claims = make_claims(stats, shares)
     again = common.rerun(f"LoRA on {args.families[0]}",
                          [own[0] for (start, _), own in runs.items() if start == "same"], args)
-    tables = [markdown([title, *(f"from {text}" for text in STARTS.values())],
-                       [[label, *(show(found[start][part], 3) for start in STARTS)]
-                        for label, part in parts.items()])
-              for title, parts, found in (("mean cosine between families", PARTS, stats),
-                                          ("overlap of spaces", SPACES, shares))]
+    chance = {part: by_chance(first["same"][0][part]) for part in SPACES.values()}
+    titles = [f"from {text}" for text in STARTS.values()]
+    cosines = markdown(["mean cosine between families", *titles],
+                       [[label, *(show(stats[start][part], 3) for start in STARTS)]
+                        for label, part in PARTS.items()])
+    overlaps = markdown(["overlap of spaces", *titles, "by chance"],
+                        [[label, *(show(shares[start][part], 3) for start in STARTS),
+                          f"{chance[part]:.3f}"] for label, part in SPACES.items()])
     write_results(
         args, "figure3",
         {"conditions": common.conditions(args, records, val), "families": args.families,
-         "rank": args.rank, "sweep": tried, "cosines": stats, "overlaps": shares, "rerun": again,
-         "claims": claims},
-        [*tables, common.rerun_text(again), claims_text(claims), common.rates_table(tried)],
+         "rank": args.rank, "sweep": tried, "cosines": stats, "overlaps": shares,
+         "overlaps_by_chance": chance, "rerun": again, "claims": claims},
+        [cosines, overlaps, common.rerun_text(again), claims_text(claims), common.rates_table(tried)],
         lambda pyplot: draw_figure3(pyplot, first, args.families))
     return 0
 

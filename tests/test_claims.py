@@ -628,6 +628,9 @@ def test_the_overlap_of_row_spaces_knows_no_basis():
     many = torch.randn(200, 2, 4, 40, generator=torch.Generator().manual_seed(2))
     chance = sum(figure3.overlap(*pair).item() for pair in many) / 200
     assert chance == pytest.approx(4 / 40, abs=0.01)
+    assert figure3.by_chance({"w1": a}) == pytest.approx(4 / 40)
+    assert figure3.by_chance({"w1": a, "w2": torch.empty(20, 4)}) == pytest.approx(
+        (4 / 40 + 4 / 20) / 2)
     assert figure3.overlap(torch.eye(4)[:2], torch.eye(4)[1:3]).item() == pytest.approx(0.5)
 
 
