@@ -39,7 +39,6 @@ SCRIPTS = {"table1": (table1, ["--scaling", "constant", "--quiz", "QUIZ"]),
            "routing": (routing, ["--heads", "3"]), "collapse": (collapse, ["--every", "1"]),
            "mechanism": (mechanism, ["--steps", "3"])}
 VERDICTS = {"holds", "does not hold", "not shown"}
-FORMER = "*Of the former world, or the former rules.*"
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +95,8 @@ def prepared(place, out, *more):
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in common.RESULTS.glob("*.json")))
-def test_published_results_are_shown_as_written_and_former_ones_say_so(name):
-    """Of the shipped world and by the rules of now, or marked in their section."""
+def test_published_results_are_shown_as_written_and_of_the_world_of_now(name):
+    """A script whose world or rules have changed runs again, or its results go."""
     readme = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
     written = (common.RESULTS / f"{name}.md").read_text(encoding="utf-8")
     section, = [part for part in re.split(r"^### ", readme, flags=re.M) if written in part]
@@ -106,12 +105,11 @@ def test_published_results_are_shown_as_written_and_former_ones_say_so(name):
     made = result["conditions"]
     if name != "mechanism":
         assert made["recipe"] == common.RECIPE
-        now = "sweep_seeds" in made and (name == "table1-dolly" or (
-            made["weights"] == common.weights_fingerprint(WORLD / "base")
-            and made["data"] == common.file_fingerprint(WORLD / "train.jsonl")))
-        assert (FORMER in section) != now
-    if FORMER not in section:
-        assert all(c["fixed_by"] for c in result.get("claims", []) if c["primary"])
+        assert "sweep_seeds" in made
+    if name not in ("mechanism", "table1-dolly"):
+        assert made["weights"] == common.weights_fingerprint(WORLD / "base")
+        assert made["data"] == common.file_fingerprint(WORLD / "train.jsonl")
+    assert all(c["fixed_by"] for c in result.get("claims", []) if c["primary"])
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
