@@ -184,7 +184,8 @@ def main(argv=None):
         {"conditions": common.conditions(args, records, val), "families": args.families,
          "rank": args.rank, "sweep": tried, "cosines": stats, "overlaps": shares,
          "overlaps_by_chance": chance, "rerun": again, "claims": claims},
-        [cosines, overlaps, common.rerun_text(again), claims_text(claims), common.rates_table(tried)],
+        [cosines, overlaps, common.rerun_text(again), claims_text(claims),
+         common.rates_table(tried)],
         lambda pyplot: draw_figure3(pyplot, first, args.families))
     return 0
 
