@@ -45,9 +45,7 @@ VAL_SHARE, LOG_EVERY = 0.05, 10
 # ---------------------------------------------------------------- settings
 
 
-def parse_args(argv=None):
-    """The flags, with what is not given filled in. None of it changes later; settle() adds what
-    only the model and the clustering can tell."""
+def make_parser():
     p = Parser("train.py", __doc__)
     p.add_argument("--weights", help="checkpoint folder in Meta's layout (the embedded world's)")
     p.add_argument("--data", help="training records, JSON lines or array (the embedded world's)")
@@ -85,6 +83,13 @@ def parse_args(argv=None):
     p.add_argument("--save-every", type=int, default=500,
                    help="steps a checkpoint; 0: at the end alone (500)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out (off)")
+    return p
+
+
+def parse_args(argv=None):
+    """The flags, with what is not given filled in. None of it changes later; settle() adds what
+    only the model and the clustering can tell."""
+    p = make_parser()
     args = p.parse_args(argv)
     if args.weights and not args.data and not args.dry_run:
         p.error("--weights needs --data FILE as well")
