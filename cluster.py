@@ -389,7 +389,7 @@ def cluster_records(args):
     check_paths_and_numbers(args)
     args.device = pick_device(args.device)
     with joined(args), explained(weights=args.weights, data=[args.data]):
-        records = read_records(args.data, args.strict)
+        records = read_records(args.data, strict=args.strict)
         max_seq_len = read_params(args.weights, args.max_seq_len).max_seq_len
         if args.features == "hidden":
             model, tokenizer = load(args.weights, args, max_seq_len=max_seq_len,

@@ -120,13 +120,13 @@ def without_duplicates(records, others):
     return [r for r in records if (prompt_text(r), r["response"]) not in seen]
 
 
-def read_split(path, val_path, *, share, seed, strict=False):
+def read_split(path, val_path, *, share, seed, strict):
     """(training Records, validation Records) of the file at path and that at val_path; without one,
     a share of the first is held out. Training records that stand in both are removed. Prints what
     was removed, skipped or not used. Raises ValueError where none is left."""
-    whole = records = read_records(path, strict)
+    whole = records = read_records(path, strict=strict)
     if val_path:
-        val = read_records(val_path, strict)
+        val = read_records(val_path, strict=strict)
     else:
         records, held = hold_out(records, share, seed)
         val = Records(held)

@@ -58,7 +58,7 @@ class Unusable(ValueError):
         self.reason = reason
 
 
-def read_records(path, strict=False):
+def read_records(path, *, strict=False):
     """The Records of JSON lines or one JSON array. Raises ValueError, naming the file and the line
     or record, where the file is not that, where more than a tenth of it cannot be trained on, and
     with strict for the first such record."""
