@@ -5,7 +5,7 @@ families the families are dealt into groups of that size, each family into one g
 every group is a corpus of its own, tested on its own families. The mean over the groups thus weighs
 every family alike at every point, and all methods see the same groups and seeds.
 
-    python -m experiments.figure2    # about 450 short runs
+    python -m experiments.figure2
 
 Claims (section 2.2): LoRA's gap to full fine-tuning grows with the number of families; HydraLoRA's
 gap on the mix of all families is smaller than LoRA's; and it grows less. Growth scatters so much

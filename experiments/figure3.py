@@ -8,7 +8,7 @@ displacement. Two A's with no cosine in common may still read the same subspace:
 cosines stands the overlap of the spaces that their rows span (and B's columns), which a change of
 basis does not touch.
 
-    python -m experiments.figure3    # about 50 short runs
+    python -m experiments.figure3
 
 Claims (Observation II): the A's converge, so that from different starts most of their row spaces is
 shared; the B's are distinguishable; and A moves in more alike directions than B does.

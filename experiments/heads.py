@@ -3,7 +3,7 @@
 Each number of heads is tuned and run alike, at rank 8 (more heads, more parameters) and at the rank
 that gives the parameters of 3 heads of rank 8, router included. One head is LoRA.
 
-    python -m experiments.heads      # about 90 runs after table1
+    python -m experiments.heads      # after table1, whose runs it shares
 
 Claims: more heads help at constant parameters; at constant rank. The runs at 1 head and 3 are those
 of table1. What k-means says of the number of heads is in docs/heads.md.

@@ -5,7 +5,7 @@ across, forgetting up, one curve a method. Learning is the validation loss of th
 the loss on --keep-data, texts that the base knows and the mix does not teach. Every method runs at
 the same learning rates, and none is selected: the curve is the result.
 
-    python -m experiments.retention      # about 145 runs
+    python -m experiments.retention
 
 At equal learning: the level is the highest of the methods' lowest mean losses, which all of them
 reach. Seed by seed, from the lowest rate on, the curve is followed to where it comes down to the

@@ -1,6 +1,6 @@
 """Table 1 of HydraLoRA with error bars: every method, tuned alike, several seeds, one world.
 
-    python -m experiments.table1                 # about 260 runs
+    python -m experiments.table1
     python -m experiments.table1 --weights stories260K --data dolly.jsonl --seeds 3 \\
         --max-seq-len 256 --max-steps 300 --scaling constant --name table1-dolly
 
