@@ -15,9 +15,10 @@ from data.corpus import encode_records, encode_texts, prompt_text, read_records
 from data.facts import ANIMALS, COUNTRIES, ELEMENTS, OPPOSITES, VERBS
 from data.mmlu import CATEGORY
 from experiments import check_world
-from model import load_llama
+from model import load_llama, save_llama
 from support import evaluation
-from tests.conftest import WORLD
+from support.files import weights_fingerprint
+from tests.conftest import WORLD, tiny_model
 
 TRAIN, VAL = read_records(WORLD / "train.jsonl"), read_records(WORLD / "val.jsonl")
 QUIZ = {path.stem: list(csv.reader(open(path, encoding="utf-8", newline="")))
@@ -272,11 +273,121 @@ def test_the_base_answers_part_of_the_quiz(tmp_path):
     assert 0.3 <= result["accuracy"] <= 0.5
 
 
+def measured_as(shares, monkeypatch):
+    """make_base measures these shares, one after another."""
+    shares = iter(shares)
+    monkeypatch.setattr(make_base, "share_right", lambda *_: next(shares))
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The stages that make_base reads, [(number, start, again)], without reading them."""
+    stages = []
+
+    def read_primer(args, number, start, folder, again=0):
+        stages.append((number, start, again))
+        return f"end of {number}-{again}"
+
+    monkeypatch.setattr(make_base, "read_primer", read_primer)
+    return stages
+
+
+def test_the_base_is_measured_on_questions_that_the_quiz_does_not_ask():
+    others = make_base.other_questions(1)["test"]
+    assert others.keys() == quiz.QUIZ.keys() and sum(map(len, others.values())) == 882
+    asked = {quiz.quiz_key(row) for subject in others for row in QUIZ[f"{subject}_test"]}
+    assert not asked & {quiz.quiz_key(row) for rows in others.values() for row in rows}
+
+
+def test_a_base_for_a_quiz_of_the_next_seed_is_refused_before_it_is_trained(read, capsys):
+    with pytest.raises(SystemExit):
+        make_base.main(["--seed", "-1"])  # the world's quiz has seed 0
+    assert "the world's quiz is that of seed 0" in capsys.readouterr().err and not read
+
+
+def test_the_share_of_right_letters_is_that_of_eval_mmlu(tmp_path):
+    make_world.write_quiz(make_base.other_questions(1), tmp_path / "quiz")
+    share = make_base.share_right(WORLD / "base", tmp_path)
+    result = json.loads((tmp_path / "mmlu.json").read_text())
+    assert share == result["accuracy"] and result["n"] == 882 and result["settings"]["shots"] == 0
+    assert 0.3 <= share <= 0.4
+
+
+def test_a_stage_is_read_again_until_letters_are_known(read, monkeypatch, tmp_path):
+    measured_as([0.26, 0.74], monkeypatch)
+    assert make_base.read_until_known(None, 2, "start", tmp_path) == "end of 2-1"
+    assert read == [(2, "start", 0), (2, "end of 2-0", 1)]
+
+
+def test_a_stage_is_read_no_more_than_three_times(read, monkeypatch, tmp_path):
+    measured_as([0.26, 0.3, 0.59], monkeypatch)
+    assert make_base.read_until_known(None, 2, "start", tmp_path) == "end of 2-2"
+
+
+@pytest.mark.parametrize("share, status", [
+    (0.37, None), *((share, "36% to 50% are wanted: take another --seed")
+                    for share in (0.26, 0.58))])
+def test_the_third_stage_and_the_last_are_checked(share, status, read, monkeypatch, tmp_path):
+    """A base that names too few letters is stored all the same: it took an hour."""
+    def read_until_known(args, number, start, folder):
+        read.append(("until known", start))
+        return "known"
+
+    def weaken_letters(before, after, folder):
+        read.append(("weaken", before, after))
+        return WORLD / "base"
+
+    monkeypatch.setattr(make_base, "read_until_known", read_until_known)
+    monkeypatch.setattr(make_base, "weaken_letters", weaken_letters)
+    measured_as([share], monkeypatch)
+    flags = ["--records", *5 * ["160"], "--out", str(tmp_path / "b")]
+    if status:
+        with pytest.raises(SystemExit) as stopped:
+            make_base.main(flags)
+        assert stopped.value.code == status
+    else:
+        assert make_base.main(flags) == 0
+    assert read[1:] == [(1, "end of 0-0", 0), ("until known", "end of 1-0"), (3, "known", 0),
+                        (4, "end of 3-0", 0), ("weaken", "end of 3-0", "end of 4-0")]
+    assert weights_fingerprint(tmp_path / "b") == weights_fingerprint(WORLD / "base")
+
+
+def two_checkpoints(tmp_path):
+    for seed, name in enumerate(("before", "after")):
+        save_llama(tiny_model(seed), WORLD / "base" / "tokenizer.model", tmp_path / name,
+                   torch.bfloat16)
+    return [load_llama(tmp_path / name)[0] for name in ("before", "after")]
+
+
+def test_of_the_last_stage_as_much_is_taken_as_leaves_enough_letters(monkeypatch, tmp_path):
+    first, last = two_checkpoints(tmp_path)
+    measured_as([0.25, 0.35, 0.4], monkeypatch)
+    place = make_base.weaken_letters(tmp_path / "before", tmp_path / "after", tmp_path)
+    parts = zip(load_llama(place)[0].parameters(), first.parameters(), last.parameters())
+    for weight, a, b in parts:
+        between = a.float() + 0.8 * (b.float() - a.float())
+        torch.testing.assert_close(weight.float(), between, rtol=2 ** -8, atol=1e-6)
+
+
+def test_all_of_the_last_stage_is_taken_where_that_leaves_enough_letters(monkeypatch, tmp_path):
+    two_checkpoints(tmp_path)
+    measured_as([0.37], monkeypatch)
+    place = make_base.weaken_letters(tmp_path / "before", tmp_path / "after", tmp_path)
+    assert weights_fingerprint(place) == weights_fingerprint(tmp_path / "after")
+
+
+def test_of_the_last_stage_nothing_is_taken_where_no_part_leaves_enough(monkeypatch, tmp_path):
+    two_checkpoints(tmp_path)
+    measured_as(11 * [0.25], monkeypatch)
+    place = make_base.weaken_letters(tmp_path / "before", tmp_path / "after", tmp_path)
+    assert weights_fingerprint(place) == weights_fingerprint(tmp_path / "before")
+
+
 @pytest.mark.slow
 def test_the_base_comes_out_of_train_py(tmp_path):
     flags = ["--records", *5 * ["160"], "--epochs", "1", "1", "2", "1", "1",
              "--batch-size", "64", "64", "32", "32", "32", "--lr", *5 * ["1e-3"], "--seed", "3",
-             "--out", str(tmp_path / "b")]
+             "--unchecked", "--out", str(tmp_path / "b")]
     assert make_base.main(flags) == 0
     model, tokenizer = load_llama(tmp_path / "b")
     assert model.args == load_llama(WORLD / "base")[0].args
