@@ -1,5 +1,6 @@
 """data/: the embedded world is true, complete, and comes out the same again."""
 
+import argparse
 import csv
 import hashlib
 import json
@@ -317,6 +318,20 @@ def test_a_stage_is_read_again_until_letters_are_known(read, monkeypatch, tmp_pa
     measured_as([0.26, 0.74], monkeypatch)
     assert make_base.read_until_known(None, 2, "start", tmp_path) == "end of 2-1"
     assert read == [(2, "start", 0), (2, "end of 2-0", 1)]
+
+
+def test_each_reading_of_a_stage_has_texts_of_its_own(monkeypatch, tmp_path):
+    """And a run that fails ends the command with its status."""
+    monkeypatch.setattr(make_base.subprocess, "run", lambda command: argparse.Namespace(
+        returncode=3))
+    args = argparse.Namespace(seed=0, records=5 * [160], epochs=5 * [1], lr=5 * [1e-3],
+                              batch_size=5 * [32])
+    for again in range(2):
+        with pytest.raises(SystemExit, match="3"):
+            make_base.read_primer(args, 2, tmp_path, tmp_path, again)
+    first, second = (read_records(tmp_path / f"stage2-{again}" / "primer.jsonl")
+                     for again in range(2))
+    assert sum(record in first for record in second) < 8 and len(second) == 160
 
 
 def test_a_stage_is_read_no_more_than_three_times(read, monkeypatch, tmp_path):
