@@ -55,6 +55,13 @@ def make_tokenizer(records, path):
     path.write_bytes(written.getvalue())
 
 
+def run(script, *flags, **settings):
+    """Runs a script of the project; where it fails, this one ends with its status."""
+    status = subprocess.run([sys.executable, *map(str, (script, *flags))], **settings).returncode
+    if status:
+        sys.exit(status)
+
+
 def read_primer(args, number, start, folder, again=0):
     """One stage: train.py reads the primer from the checkpoint at start; returns where it ended.
     `again` counts further readings, each of other texts."""
@@ -65,15 +72,11 @@ def read_primer(args, number, start, folder, again=0):
     # facts come again and again in the primer; what is held out are texts that do not
     held_out = make_primer(seed + 1, args.records[number] // 80, STAGES[number], left_out)
     write_records(without_duplicates(held_out, records), place / "held_out.jsonl")
-    status = subprocess.run([
-        sys.executable, str(TRAIN), "--method", "full", "--weights", str(start),
-        "--data", str(place / "primer.jsonl"), "--val-data", str(place / "held_out.jsonl"),
-        "--out", str(place / "run"), "--epochs", str(args.epochs[number]),
-        "--lr", str(args.lr[number]), "--batch-size", str(args.batch_size[number]),
-        "--grad-accum", "1", "--seed", str(args.seed), "--save-every", "0",
-        "--max-seq-len", str(ARGS.max_seq_len), "--dtype", "fp32"]).returncode
-    if status:
-        sys.exit(status)
+    run(TRAIN, "--method", "full", "--weights", start, "--data", place / "primer.jsonl",
+        "--val-data", place / "held_out.jsonl", "--out", place / "run",
+        "--epochs", args.epochs[number], "--lr", args.lr[number],
+        "--batch-size", args.batch_size[number], "--grad-accum", 1, "--seed", args.seed,
+        "--save-every", 0, "--max-seq-len", ARGS.max_seq_len, "--dtype", "fp32")
     model, _ = load_llama(place / "run", dtype=torch.bfloat16)
     save_llama(model, start / "tokenizer.model", place / "end")
     return place / "end"
@@ -92,12 +95,8 @@ def other_questions(seed):
 
 def share_right(weights, folder):
     """The share of the questions in folder/quiz that the model answers with the right letter."""
-    status = subprocess.run([
-        sys.executable, str(EVAL), "--shots", "0", "--weights", str(weights),
-        "--data", str(folder / "quiz"), "--out", str(folder / "mmlu.json"), "--dtype", "fp32"],
-        stdout=subprocess.DEVNULL).returncode
-    if status:
-        sys.exit(status)
+    run(EVAL, "--shots", 0, "--weights", weights, "--data", folder / "quiz",
+        "--out", folder / "mmlu.json", "--dtype", "fp32", stdout=subprocess.DEVNULL)
     share = json.loads((folder / "mmlu.json").read_text(encoding="utf-8"))["accuracy"]
     print(f"{weights}: {share:.0%} of the questions answered with the right letter", flush=True)
     return share
