@@ -25,11 +25,11 @@ from data import WORLD
 from data.corpus import encode_prompts, length_batches, pad, prompt_text, read_records
 from hydralora import base_fingerprint
 from model import Tokenizer, read_params
-from support.cli import Parser, add_strict_flag, check_least, progress, run_script
-from support.cluster_scores import ari, contingency, nmi, silhouette, telling_words
+from support.cli import Parser, add_strict_flag, check_min, progress, run_script
+from support.cluster_scores import ari, contingency, keywords, nmi, silhouette
 from support.device import DTYPES, pick_device, pick_dtype
-from support.distributed import add_shard_flag, joined, load, told
-from support.explain import explained, print_default_length
+from support.diagnose import explained, print_default_length
+from support.distributed import add_shard_flag, load, process_group, run_on_rank0
 from support.files import check_tensors, read_torch, write_file, write_text
 
 MAX_PIECES = 4096  # TF-IDF columns: 15,000 records stay below 250 MB
@@ -94,7 +94,7 @@ def cached(path, key, compute):
     if path is None:
         return compute()
     key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    if told(lambda: Path(path).exists()):
+    if run_on_rank0(lambda: Path(path).exists()):
         content = read_torch(path, "a feature file")
     else:
         content = {"key": key, "features": compute()}
@@ -274,7 +274,7 @@ def describe(records, x, centroids, labels):
         order = far[members].argsort(stable=True)[:3]
         clusters.append({
             "size": len(members),
-            "words": telling_words(words, (labels == j).tolist()) if len(members) else [],
+            "words": keywords(words, (labels == j).tolist()) if len(members) else [],
             "central": [{"record": i, "instruction": shorten(records[i]["instruction"])}
                         for i in members[order].tolist()]})
     return clusters
@@ -377,7 +377,7 @@ def parse_args(argv):
 
 def check_paths_and_numbers(args):
     """Refuses what would only fail after the long part."""
-    check_least(args, k_max=1, batch_size=1, max_seq_len=2)
+    check_min(args, k_max=1, batch_size=1, max_seq_len=2)
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
     for path in (args.out, args.cache):
@@ -388,7 +388,7 @@ def check_paths_and_numbers(args):
 def cluster_records(args):
     check_paths_and_numbers(args)
     args.device = pick_device(args.device)
-    with joined(args), explained(weights=args.weights, data=[args.data]):
+    with process_group(args), explained(weights=args.weights, data=[args.data]):
         records = read_records(args.data, strict=args.strict)
         max_seq_len = read_params(args.weights, args.max_seq_len).max_seq_len
         if args.features == "hidden":

@@ -25,14 +25,14 @@ from torch.nn.utils.rnn import pad_sequence
 from data import WORLD
 from data.mmlu import LETTERS, encode_prompt, letter_ids, read_questions
 from hydralora import base_fingerprint
-from support.cli import Parser, check_least, progress, run_script
+from support.cli import Parser, check_min, progress, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
-from support.distributed import add_shard_flag, joined
-from support.explain import explained, print_default_length, stated_length
+from support.diagnose import explained, print_default_length, stated_length
+from support.distributed import add_shard_flag, process_group
 from support.files import digest, write_json
-from support.hold import holding
-from support.partial import add_line, open_partial, read_partial, remove_partial
-from support.run_folder import load_tuned
+from support.jsonl_resume import append_row, open_partial, read_partial, remove_partial
+from support.lock import file_lock
+from support.run_folder import load_model_and_adapter
 from support.scores import compare, print_summary, summarise
 
 QUESTION = {"subject": str, "index": int, "prediction": str, "answer": str, "logprobs": list}
@@ -114,7 +114,7 @@ def answer_questions(model, tokenizer, questions, examples, *, batch_size, done,
                     prediction = LETTERS[four.index(max(four))]
                     done[subject, i] = {"subject": subject, "index": i, "prediction": prediction,
                                         "answer": rows[i][5], "logprobs": four}
-                    add_line(file, done[subject, i])
+                    append_row(file, done[subject, i])
                 file.flush()
                 right = sum(q["prediction"] == q["answer"] for q in done.values())
                 bar.set_postfix_str(f"accuracy {right / len(done):.2%}", refresh=False)
@@ -139,7 +139,7 @@ def score_questions(args):
     with explained(data=args.data.rglob("*.csv")):
         questions, examples = read_questions(args.data, subjects=args.subjects, shots=args.shots,
                                              limit=args.limit)
-    model, tokenizer = load_tuned(args)
+    model, tokenizer = load_model_and_adapter(args)
     # what the answers depend on: a run goes on from a partial file only if all of it is the same
     deciding = {
         "weights_digest": digest(base_fingerprint(model)),
@@ -196,7 +196,7 @@ def parse_args(argv):
     args.dtype = pick_dtype(args.dtype, args.device)
     args.subjects = None if args.subjects is None else args.subjects.split(",")
     args.out = args.out or (args.adapter.parent if args.adapter else Path("runs")) / "mmlu.json"
-    check_least(args, shots=0, limit=1, max_seq_len=2, batch_size=1)
+    check_min(args, shots=0, limit=1, max_seq_len=2, batch_size=1)
     if args.out.is_dir():
         raise ValueError(f"--out {args.out} is a folder: name a file in it")
     return args
@@ -207,7 +207,7 @@ def score_or_compare(argv):
     if args.compare:
         compare(*args.compare)
     else:
-        with joined(args), holding(f"{args.out}.lock", args.out):
+        with process_group(args), file_lock(f"{args.out}.lock", args.out):
             score_questions(args)
 
 

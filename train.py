@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 
 from data import WORLD
-from data.corpus import collate, encode_records, encode_texts, length_batches, read_split
+from data.corpus import collate, encode_records, encode_texts, length_batches, load_train_val
 from hydralora import GATES, TARGETS, HydraSettings, adapters_disabled, add_hydralora
-from support import distributed, evaluation, explain, run_folder
+from support import diagnose, distributed, evaluation, run_folder
 from support.cli import Parser, add_strict_flag, flag, progress, run_script, signal_number
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
 from support.evaluation import HEAD_CHUNK
-from support.hold import holding
+from support.lock import file_lock
 from support.refusals import refuse_impossible, refuse_misfit
 
 # without --weights: the embedded world
@@ -87,8 +87,8 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """The flags, with what is not given filled in. None of it changes later; settle() adds what
-    only the model and the clustering can tell."""
+    """The flags, with defaults filled in; resolve_args() adds what only the model and the
+    clustering can tell."""
     p = make_parser()
     args = p.parse_args(argv)
     if args.weights and not args.data and not args.dry_run:
@@ -116,12 +116,12 @@ def parse_args(argv=None):
         p.error(str(error))
     # --gpu-memory asks about a GPU, whatever this machine has
     args.dtype = pick_dtype(args.dtype, "cuda" if args.gpu_memory else args.device)
-    args.processes = distributed.processes()
+    args.processes = distributed.world_size()
     refuse_impossible(args, p)
     return args
 
 
-def settle(args, model, clusters):
+def resolve_args(args, model, clusters):
     """The settings of the run, as they are printed and saved: args, with the longest record that
     the model allows and the number of heads that the clustering chose."""
     longest = args.max_seq_len or min(MAX_SEQ_LEN, model.args.max_seq_len)
@@ -147,7 +147,7 @@ def load_base(args):
     # full: the weights that train are fp32, only their products are in --dtype
     dtype = torch.float32 if args.method == "full" else DTYPES[args.dtype]
     model, tokenizer = distributed.load(args.weights, args, dtype=dtype)
-    explain.warn_of_spare_rows(model, tokenizer, args.weights)
+    diagnose.warn_of_spare_rows(model, tokenizer, args.weights)
     refuse_misfit(args, model)
     model.checkpoint_activations = args.checkpoint_activations
     return model, tokenizer
@@ -197,7 +197,7 @@ def backward(model, sequences, count, scaler, args):
     forward and back chunk by chunk, so that logits of every label never exist at once."""
     batch = collate(sequences, args.device)
     with autocast(args):
-        h = model.hidden_states(batch.tokens).flatten(0, 1)[batch.places]  # (M, D)
+        h = model.hidden_states(batch.tokens).flatten(0, 1)[batch.target_index]  # (M, D)
     parts = [part.detach().requires_grad_(h.requires_grad) for part in h.split(HEAD_CHUNK)]
     total = 0.0
     for part, labels in zip(parts, batch.labels.split(HEAD_CHUNK)):
@@ -213,10 +213,10 @@ def backward(model, sequences, count, scaler, args):
 def train_step(model, batches, optimizer, scaler, args):
     """One optimiser step; returns (loss, gradient norm) as tensors. The loss is the mean over every
     label of the accumulated batches, not the mean of the batches' means."""
-    count = sum(len(s.ids) - s.start for batch in batches for s in batch)
+    count = sum(s.n_targets for batch in batches for s in batch)
     loss = sum(backward(model, batch, over, scaler, args)
-               for batch, over in distributed.share(batches, count))
-    loss = distributed.sum_gradients(trainable(model), loss)
+               for batch, over in distributed.local_batches(batches, count))
+    loss = distributed.all_reduce_gradients(trainable(model), loss)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(trainable(model), CLIP)
     scaler.step(optimizer)  # skipped by fp16's scaler when a gradient overflowed
@@ -246,7 +246,7 @@ def fit(model, plan, optimizer, scaler, args, out, start, save):
             step = row["step"]
             log.add(row, plan[step - 1])
             bar.update()
-            stop = distributed.share_signals(signals)
+            stop = distributed.all_reduce_signals(signals)
             saves = stop or step == len(plan) or args.save_every and step % args.save_every == 0
             if step % LOG_EVERY == 0 or saves:
                 row = log.flush()
@@ -257,7 +257,7 @@ def fit(model, plan, optimizer, scaler, args, out, start, save):
                 save(step)
             if stop:
                 break
-        if stop := distributed.share_signals(signals):
+        if stop := distributed.all_reduce_signals(signals):
             raise KeyboardInterrupt(stop[0])
 
 
@@ -268,7 +268,7 @@ def prepare(args, out):
     """(settled args, model, training sequences, {"val", and "kept" where there are any: sequences
     to measure on}, clusters, what run.json says of the data)."""
     model, tokenizer = load_base(args)
-    train, val = read_split(args.data, args.val_data, share=VAL_SHARE, seed=args.seed,
+    train, val = load_train_val(args.data, args.val_data, share=VAL_SHARE, seed=args.seed,
                             strict=args.strict)
     clusters = None
     if args.resume:  # its heads are not chosen again
@@ -276,10 +276,10 @@ def prepare(args, out):
     if args.heads == "auto":
         from cluster import choose_heads, print_report
         clusters = clusters or choose_heads(train, model, tokenizer, seed=args.seed)
-        clusters = distributed.told(lambda: clusters)  # one answer for all processes
-        explain.print_default_length(args.weights, model.args.max_seq_len)
+        clusters = distributed.run_on_rank0(lambda: clusters)  # one answer for all processes
+        diagnose.print_default_length(args.weights, model.args.max_seq_len)
         print_report(clusters)
-    args = settle(args, model, clusters)
+    args = resolve_args(args, model, clusters)
     add_adapters(model, args)
     held, data = {}, {}
     train, data["train"] = encode_records(train, tokenizer, args.max_seq_len)
@@ -307,14 +307,14 @@ def run_training(args):
         from support.memory import print_needs
         print_needs(args, adapter_settings(args), MAX_SEQ_LEN)
         return 0, None
-    with distributed.joined(args), holding(f"{args.out}/.lock", args.out):
-        return train_and_write(args, distributed.told(lambda: run_folder.check_out(args)))
+    with distributed.process_group(args), file_lock(f"{args.out}/.lock", args.out):
+        return train_and_write(args, distributed.run_on_rank0(lambda: run_folder.check_out(args)))
 
 
 def train_and_write(args, out):
     """run_training in its folder, which no other process writes to."""
     torch.manual_seed(args.seed)
-    with explain.explained(weights=args.weights, data=(args.data, args.val_data, args.keep_data)):
+    with diagnose.explained(weights=args.weights, data=(args.data, args.val_data, args.keep_data)):
         args, model, train, held, clusters, data = prepare(args, out)
     counts, prints = evaluation.count_parameters(model), run_folder.fingerprints(args)
     evaluation.print_start(args, counts, data)
@@ -334,17 +334,17 @@ def train_and_write(args, out):
     clock = time.perf_counter()
     try:
         run_folder.prepare_out(out, args)
-        with distributed.answered():
+        with distributed.detect_lost_ranks():
             fit(model, plan_steps(train, args), optimizer, scaler, args, out, start, save)
             return 0, finish(args, out, model, held, before, {
                 "settings": vars(args), "versions": run_folder.versions(), "fingerprints": prints,
                 "parameters": counts, "data": data, "clusters": clusters,
                 "seconds": time.perf_counter() - clock, "peak_gib": peak_memory(args.device)})
     except KeyboardInterrupt as error:  # the checkpoint of the last step stands
-        print(f"stopped; {run_folder.how_to_go_on(out)}")
+        print(f"stopped; {run_folder.resume_hint(out)}")
         return 128 + signal_number(error), None
     except (ValueError, OSError) as error:
-        raise ValueError(f"{error}; {run_folder.how_to_go_on(out)}") from error
+        raise ValueError(f"{error}; {run_folder.resume_hint(out)}") from error
 
 
 def main(argv=None):

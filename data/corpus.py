@@ -30,10 +30,15 @@ def prompt_text(record):
 @dataclass
 class Sequence:
     ids: list  # BOS, prompt, EOS, response, EOS
-    start: int  # index in ids of the response's first token
+    response_start: int  # index in ids of its first token
     record: int  # which record it came from, in file order
     category: str
     place: str = ""  # of the record in its file, for messages
+
+    @property
+    def n_targets(self):
+        """How many tokens are to be predicted: the response and its EOS."""
+        return len(self.ids) - self.response_start
 
 
 def encode_record(record, tokenizer, max_seq_len):
@@ -103,7 +108,7 @@ def encode_prompts(records, tokenizer, max_seq_len):
     return sequences, shortened
 
 
-def hold_out(records, share, seed):
+def train_val_split(records, share, seed):
     """(training, validation): a share of the records, drawn by seed, at least one of each."""
     if len(records) < 2:
         raise ValueError("one record cannot be split: give more, or a file with --val-data")
@@ -120,7 +125,7 @@ def without_duplicates(records, others):
     return [r for r in records if (prompt_text(r), r["response"]) not in seen]
 
 
-def read_split(path, val_path, *, share, seed, strict):
+def load_train_val(path, val_path, *, share, seed, strict):
     """(training Records, validation Records) of the file at path and that at val_path; without one,
     a share of the first is held out. Training records that stand in both are removed. Prints what
     was removed, skipped or not used. Raises ValueError where none is left."""
@@ -128,7 +133,7 @@ def read_split(path, val_path, *, share, seed, strict):
     if val_path:
         val = read_records(val_path, strict=strict)
     else:
-        records, held = hold_out(records, share, seed)
+        records, held = train_val_split(records, share, seed)
         val = Records(held)
     whole.print_remarks(path)
     val.print_remarks(val_path)
@@ -184,9 +189,9 @@ def pad(rows, device="cpu"):
 
 class Batch(NamedTuple):
     tokens: torch.Tensor  # (B, T)
-    real: torch.Tensor  # (B, T): which tokens are not padding
-    places: torch.Tensor  # (M,): those in the flattened (B * T) whose next token is to be predicted
-    labels: torch.Tensor  # (M,): these next tokens
+    attention_mask: torch.Tensor  # (B, T): which tokens are not padding
+    target_index: torch.Tensor  # (M,): indices into the flattened (B * T); what follows is a target
+    labels: torch.Tensor  # (M,): the target tokens
 
 
 def collate(sequences, device="cpu"):
@@ -195,6 +200,6 @@ def collate(sequences, device="cpu"):
     tokens, real = pad([s.ids[:-1] for s in sequences], device)
     width = tokens.shape[1]
     places = [row * width + i for row, s in enumerate(sequences)
-              for i in range(s.start - 1, len(s.ids) - 1)]
-    labels = [token for s in sequences for token in s.ids[s.start:]]
+              for i in range(s.response_start - 1, len(s.ids) - 1)]
+    labels = [token for s in sequences for token in s.ids[s.response_start:]]
     return Batch(tokens, real, to_device(places, device), to_device(labels, device))

@@ -39,12 +39,12 @@ class Records(list):
     def print_remarks(self, path):
         """Says what of the file does not reach the model; nothing where all of it does."""
         if reasons := self.report.get("unusable"):
-            print(f"{path}: skipped: {counted(reasons)}; the first: {'; '.join(self.first)}")
+            print(f"{path}: skipped: {format_counts(reasons)}; the first: {'; '.join(self.first)}")
         if unused := self.report.get("not_used"):
-            print(f"{path}: not used: {counted(unused)}")
+            print(f"{path}: not used: {format_counts(unused)}")
 
 
-def counted(counts):
+def format_counts(counts):
     """"history (12 records), system (12)"."""
     (first, n), *rest = counts.items()
     return ", ".join([f"{first} ({n} record{'s' * (n != 1)})", *(f"{k} ({v})" for k, v in rest)])
@@ -78,7 +78,8 @@ def read_records(path, *, strict=False):
         unused.update(others)
     if reasons.total() > MOST_UNUSABLE * len(rows):
         raise ValueError(f"{path}: {reasons.total()} of {len(rows)} records cannot be used "
-                         f"({counted(reasons)}), more than a tenth; the first: {'; '.join(first)}")
+                         f"({format_counts(reasons)}), more than a tenth; the first: "
+                         f"{'; '.join(first)}")
     return Records(records, {"unusable": dict(reasons), "not_used": dict(unused)}, first)
 
 
@@ -94,7 +95,7 @@ def read_rows(path):
         rows = [(f"record {i}", row) for i, row in enumerate(parse(text, path), start=1)]
     else:  # split at newlines only: str.splitlines would cut inside a string at U+2028
         lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        refuse_one_object(text, lines, path)
+        reject_wrapped_json(text, lines, path)
         rows = [(f"line {i}", parse(line, f"{path}, line {i}")) for i, line in lines]
     if not rows:
         raise ValueError(f"{path} holds no records: it needs JSON lines or one JSON array")
@@ -108,7 +109,7 @@ def parse(text, place):
         raise ValueError(f"{place} is not valid JSON: {error}") from None
 
 
-def refuse_one_object(text, lines, path):
+def reject_wrapped_json(text, lines, path):
     """Raises ValueError where the whole file is one JSON object around the records, or over
     several lines: it is valid JSON, and no broken line."""
     try:
@@ -151,7 +152,7 @@ def read_record(row, place):
         used |= {n for n, text in given.items() if text in ("", record[name]) or not text.strip()}
         if name in ("instruction", "response") and not record[name].strip():
             raise Unusable(f"empty {name}", f"{place} has an empty {name}")
-    unused += [name for name, value in texts.items() if name not in used and holds_text(value)]
+    unused += [name for name, value in texts.items() if name not in used and has_text(value)]
     return record, unused
 
 
@@ -166,12 +167,12 @@ def text_of(value, name, place):
     return value
 
 
-def holds_text(value):
+def has_text(value):
     """Whether a JSON value is a text, or holds one, that is not empty."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
-        return any(map(holds_text, value))
+        return any(map(has_text, value))
     return isinstance(value, str) and bool(value.strip())
 
 
@@ -195,4 +196,4 @@ def read_chat(turns, place):
     if [role for role, _ in spoken] != ["user", "assistant"]:
         refuse(f"a chat of {len(spoken)} turn{'s' * (len(spoken) != 1)}")
     return ({"instruction": spoken[0][1], "response": spoken[1][1]},
-            ["system"] if any(role == "system" and holds_text(text) for role, text in said) else [])
+            ["system"] if any(role == "system" and has_text(text) for role, text in said) else [])

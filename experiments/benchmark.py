@@ -153,7 +153,8 @@ def random_batch(rows, tokens, seed=0):
 def measure_steps(base, tokens, repeats):
     """{method: seconds of each round}; a first round of each is not counted."""
     batch = random_batch(2, tokens)
-    whole = [Sequence(s.ids[:-1], s.start, s.record, "") for s in batch]  # transformers shifts
+    # without the last token: transformers shifts the labels itself
+    whole = [Sequence(s.ids[:-1], s.response_start, s.record, "") for s in batch]
     seconds = {}
     found = methods(base)
     for turn in range(repeats + 1):

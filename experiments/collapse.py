@@ -46,7 +46,7 @@ def watch(flags, records, start, every):
     args = train.parse_args(flags)
     torch.manual_seed(args.seed)
     model, tokenizer = train.load_base(args)
-    args = train.settle(args, model, clusters=None)
+    args = train.resolve_args(args, model, clusters=None)
     train.add_adapters(model, args)
     router, b = STARTS[start]
     with torch.no_grad():

@@ -24,7 +24,7 @@ import torch
 import eval_mmlu
 import train
 from data import QUIZ_SHOTS, WORLD
-from data.corpus import hold_out, read_records, without_duplicates
+from data.corpus import read_records, train_val_split, without_duplicates
 from data.mmlu import read_questions
 from experiments.report import markdown
 from hydralora import TARGETS, add_hydralora, hydra_layers, load_adapter
@@ -38,8 +38,8 @@ from support.files import (
     write_json,
     write_text,
 )
-from support.hold import holding
-from support.run_folder import fingerprints, lasting_settings
+from support.lock import file_lock
+from support.run_folder import fingerprints, resume_key
 from support.scores import summarise
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -111,7 +111,7 @@ def prepare(p, argv):
     if args.val_data:
         val = read_records(args.val_data)
     else:
-        records, val = hold_out(records, SHARE, seed=0)
+        records, val = train_val_split(records, SHARE, seed=0)
     return args, without_duplicates(records, val), val
 
 
@@ -126,7 +126,7 @@ def keep_records(records, args):
     text = "".join(json.dumps(record) + "\n" for record in records)
     path = args.runs / "data" / f"{digest(text)}.jsonl"
     if not path.exists():
-        with holding(f"{path}.lock", path):
+        with file_lock(f"{path}.lock", path):
             write_text(path, text)
     return path
 
@@ -139,7 +139,7 @@ def remember(path, key, compute):
         return path.exists() and read_json(path)["key"] == key
 
     if not known():
-        with holding(f"{path}.lock", path):
+        with file_lock(f"{path}.lock", path):
             if not known():  # another process may have ended just now
                 write_json(path, {"key": key, "value": compute()})
     return read_json(path)["value"]  # as it is read next time: keys are strings
@@ -200,7 +200,7 @@ def train_flags(args, config, *, rate, seed, epochs, data, val, keep=False):
 def run_folder(flags, runs):
     """Where this run is kept: every setting and the content of every file that it reads decide."""
     args = train.parse_args(flags)
-    chosen = {key: value for key, value in sorted(lasting_settings(args).items())
+    chosen = {key: value for key, value in sorted(resume_key(args).items())
               if key not in ("weights", "data", "val_data", "keep_data")}  # by content alone
     return runs / f"{args.method}-{digest(chosen, sorted(fingerprints(args).items()))}"
 
@@ -214,7 +214,7 @@ def train_once(flags, folder):
     if ended():
         return
     silence, status = io.StringIO(), 0
-    with holding(f"{folder}.lock", folder):
+    with file_lock(f"{folder}.lock", folder):
         try:
             if not ended():  # another process may have done it just now
                 with redirect_stdout(silence), redirect_stderr(silence):
@@ -400,7 +400,7 @@ def tune(arms, args):
     """{name: {rate: [mean held-out loss of each seed]}} of arms {name: (config, [records, ...])}.
     Each list of training records is split alike for all arms; the validation set is not among the
     arguments."""
-    parts = {name: [hold_out(records, SHARE, seed=0) for records in lists]
+    parts = {name: [train_val_split(records, SHARE, seed=0) for records in lists]
              for name, (_, lists) in arms.items()}
     tried = {name: {} for name in arms}
 

@@ -82,7 +82,7 @@ def padded(batch):
     labels = torch.full_like(ids, -100)
     mask = torch.zeros_like(ids)
     for row, s in enumerate(batch):
-        labels[row, s.start:len(s.ids)] = ids[row, s.start:len(s.ids)]
+        labels[row, s.response_start:len(s.ids)] = ids[row, s.response_start:len(s.ids)]
         mask[row, :len(s.ids)] = 1
     return dict(input_ids=ids, labels=labels, attention_mask=None if mask.all() else mask)
 

@@ -28,7 +28,7 @@ from experiments.report import markdown
 from support.cli import Parser, one_line, run_script
 from support.device import pick_device
 from support.files import read_json, write_json, write_text
-from support.hold import holding
+from support.lock import file_lock
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 600  # seconds of all parts together
@@ -204,7 +204,7 @@ def measure(argv):
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part:
         return run_part(args)
-    with holding(args.out / "gpu.lock", args.out / "gpu.json"):
+    with file_lock(args.out / "gpu.lock", args.out / "gpu.json"):
         return run_parts(args)
 
 

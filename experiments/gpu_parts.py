@@ -105,7 +105,7 @@ def dolly_rows(scale):
     """Batches of one record each, whose lengths are spread like Dolly's."""
     sequences = dolly_sequences(SimpleNamespace(data=None, tokenizer=None))
     rows = stand_ins(length_batches(sequences, 1), scale.dolly, 0.5)
-    return [[Sequence(s.ids[:scale.tokens + 1], min(s.start, scale.tokens), s.record, "")]
+    return [[Sequence(s.ids[:scale.tokens + 1], min(s.response_start, scale.tokens), s.record, "")]
             for (s,) in rows]
 
 
@@ -228,7 +228,7 @@ def take(method, batches):
     """
     for batch in batches:
         if isinstance(method, Framework):
-            batch = [Sequence(s.ids[:-1], min(s.start, len(s.ids) - 2), s.record, "")
+            batch = [Sequence(s.ids[:-1], min(s.response_start, len(s.ids) - 2), s.record, "")
                      for s in batch]
         method.step(batch)
 
@@ -347,7 +347,7 @@ def measure_profile(report, scale, device):
     if base is None:
         return
     exact = dolly_rows(scale)
-    up = [[Sequence(s.ids + [5] * (-(len(s.ids) - 1) % 64), s.start, s.record, "")
+    up = [[Sequence(s.ids + [5] * (-(len(s.ids) - 1) % 64), s.response_start, s.record, "")
            for s in batch] for batch in exact]  # positions in multiples of 64
     cases = {f"1 x {scale.tokens} tokens": [row_of(scale.tokens, base.args.vocab_size)],
              "Dolly's lengths": exact, "Dolly's lengths up to multiples of 64": up}

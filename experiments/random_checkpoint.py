@@ -74,7 +74,7 @@ def fill(part, pool, offset):
 
 def load(args):
     args.device = "cpu"
-    with distributed.joined(args):
+    with distributed.process_group(args):
         model, _ = distributed.load(args.weights, args)
         report(args)
 
@@ -84,7 +84,7 @@ def step(args):
     settings = train.parse_args(["--weights", args.weights, "--data", "-", "--dtype", "bf16",
                                  "--device", "cpu", "--checkpoint-activations"])
     settings.shard_base = args.shard_base
-    with distributed.joined(settings):
+    with distributed.process_group(settings):
         take_steps(args, settings)
 
 
@@ -96,7 +96,7 @@ def take_steps(args, settings):
     batch = [Sequence(list(range(5, 6 + args.tokens)), args.tokens // 2, 0, "")]
     for _ in range(2):
         started = time.perf_counter()
-        loss, norm = train.train_step(model, [batch] * distributed.processes(), optimizer, scaler,
+        loss, norm = train.train_step(model, [batch] * distributed.world_size(), optimizer, scaler,
                                       settings)
         print(f"{args.tokens} tokens, loss {loss.item():.3f}, gradient norm {norm.item():.3f}, "
               f"{time.perf_counter() - started:.1f} s", flush=True)
@@ -106,8 +106,8 @@ def take_steps(args, settings):
 def report(args):
     shards = list(Path(args.weights).glob("consolidated.*.pth"))
     size, peaks = sum(path.stat().st_size for path in shards), [peak_resident()]
-    if distributed.launched():
-        peaks *= distributed.processes()
+    if distributed.under_torchrun():
+        peaks *= distributed.world_size()
         dist.all_gather_object(peaks, peak_resident())
     for peak in peaks:
         print(f"{args.command}: {len(shards)} shards of {size / 1e9:.2f} GB in all, peak resident "

@@ -151,7 +151,8 @@ def update_size(model, batches):
         with ExitStack() as after:
             for layer in layers:
                 after.callback(layer.register_forward_pre_hook(
-                    lambda layer, inputs, real=batch.real: note(layer, inputs, real)).remove)
+                    lambda layer, inputs, mask=batch.attention_mask:
+                    note(layer, inputs, mask)).remove)
             model.hidden_states(batch.tokens)
     return statistics.fmean((update / whole).sqrt().item() for whole, update in sums.values())
 

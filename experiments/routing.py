@@ -66,7 +66,7 @@ def loss_with(model, batches, args, change):
     """Mean loss per target token; change(layer name, gate, real (B, T)) is the gate that acts."""
     total, count = 0.0, 0
     for batch in batches:
-        real = collate(batch).real
+        real = collate(batch).attention_mask
         with changed_gates(model, lambda name, w, real=real: change(name, w, real)):
             losses, _ = label_losses(model, batch, args)
         total += losses.sum().item()

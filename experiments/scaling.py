@@ -37,7 +37,7 @@ def measure(options, args):
     model.init_weights(0)
     add_hydralora(model)
     optimizer, _ = train.make_optimizer(model.train(), args)
-    rows = torch.randint(5, SIZE["vocab_size"], (2 * distributed.processes(), options.tokens))
+    rows = torch.randint(5, SIZE["vocab_size"], (2 * distributed.world_size(), options.tokens))
     # targets are the second half of a row
     batches = [[Sequence(row.tolist(), options.tokens // 2, 0, "")] for row in rows]
     found = {"one": [], "all": []}
@@ -47,7 +47,7 @@ def measure(options, args):
             with mock.patch.object(distributed, "processes", lambda: 1):
                 found["one"].append(timed_step(model, batches, optimizer, args))
         dist.barrier()
-        times = [None] * distributed.processes()
+        times = [None] * distributed.world_size()
         dist.all_gather_object(times, timed_step(model, batches, optimizer, args))
         found["all"].append(tuple(map(max, zip(*times))))
     return {name: rows[1:] for name, rows in found.items()}, rows.numel()  # the first warms up
@@ -60,7 +60,7 @@ def main(argv=None):
     p.add_argument("--tokens", type=int, default=256, help="of a row (256)")
     options = p.parse_args(argv)
     args = train.parse_args(["--weights", "-", "--data", "-", "--device", "cpu", "--dtype", "fp32"])
-    with distributed.joined(args):
+    with distributed.process_group(args):
         found, tokens = measure(options, args)
         if distributed.rank():
             return
@@ -68,7 +68,7 @@ def main(argv=None):
         medians = {}
         for name, rows in found.items():
             wall, processor = medians[name] = [statistics.median(column) for column in zip(*rows)]
-            count = 1 if name == "one" else distributed.processes()
+            count = 1 if name == "one" else distributed.world_size()
             print(f"{count:2} {'process' if count == 1 else 'processes':13}{wall:9.3f}"
                   f"{tokens / wall:10.0f}{processor:13.3f}")
         wall, processor = (one / several for one, several in zip(medians["one"], medians["all"]))

@@ -13,7 +13,7 @@ import warnings
 import torch
 from tqdm import tqdm
 
-from support.distributed import end_now, launched, let_first_speak, rank
+from support.distributed import ignore_signals, rank, under_torchrun, wait_for_rank0_error
 
 LINE_SECONDS = 30  # between two lines of progress where there is no terminal
 
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
                           help="print the traceback of what is refused as well (off)")
 
     def error(self, message):
-        let_first_speak()
+        wait_for_rank0_error()
         self.exit(2, f"{self.prog}: {one_line(message)}; --help lists the flags\n")
 
 
@@ -41,7 +41,7 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
-def check_least(args, **least):
+def check_min(args, **least):
     """Raises ValueError where a setting that is given is less than its least value."""
     for name, smallest in least.items():
         if (value := getattr(args, name)) is not None and value < smallest:
@@ -73,7 +73,7 @@ def progress(*args, **settings):
 
 
 def interrupt(number, _):
-    end_now()
+    ignore_signals()
     raise KeyboardInterrupt(number)
 
 
@@ -96,14 +96,14 @@ def run_script(name, work, argv, *, stopped, memory):
     # what torch remarks on a file that it is about to refuse
     warnings.filterwarnings("ignore", message="Detected pickle protocol")
     before = signal.signal(signal.SIGTERM, interrupt)
-    if launched():
+    if under_torchrun():
         signal.signal(signal.SIGINT, interrupt)
     try:
         return work() or 0
     except (ValueError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
-        end_now()
+        ignore_signals()
         if "--debug" in (sys.argv[1:] if argv is None else argv):
             traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
@@ -114,10 +114,10 @@ def run_script(name, work, argv, *, stopped, memory):
             status, text = 2, error
         if rank() and isinstance(error, KeyboardInterrupt):
             return status
-        let_first_speak()
+        wait_for_rank0_error()
         name += f", process {rank()}" if rank() else ""
         print(f"{name}: {one_line(text)}", file=sys.stderr)
         return status
     finally:
-        if not launched():
+        if not under_torchrun():
             signal.signal(signal.SIGTERM, before)

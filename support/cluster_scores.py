@@ -58,7 +58,7 @@ def silhouette(distances, labels):
     return score.masked_fill(sizes[label] == 1, 0).mean().item()
 
 
-def telling_words(words, inside, count=8):
+def keywords(words, inside, count=8):
     """The words with the largest p log(p / q), p their share of the records inside a cluster, q of
     those outside it (one record more there, so that q is not zero)."""
     here = Counter(word for own, i in zip(words, inside) if i for word in own)

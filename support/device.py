@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from support.distributed import own_device
+from support.distributed import set_local_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -19,7 +19,7 @@ def pick_device(name):
     """The device by that name, or without one a CUDA GPU where there is one. Raises ValueError when
     nothing can be computed on it."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    own_device(name)
+    set_local_device(name)
     try:
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise RuntimeError("torch finds no CUDA device here")

@@ -29,23 +29,23 @@ def add_shard_flag(parser):
                         help="under torchrun, each process holds its share of the base (off)")
 
 
-def launched():
+def under_torchrun():
     """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def processes():
-    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+def world_size():
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
 
 
 def rank():
     """This process's number, from 0."""
-    return int(os.environ["RANK"]) if launched() else 0
+    return int(os.environ["RANK"]) if under_torchrun() else 0
 
 
-def own_device(name):
+def set_local_device(name):
     """Makes "cuda" mean this process's own GPU. ValueError where there are not enough."""
-    if launched() and name.startswith("cuda"):
+    if under_torchrun() and name.startswith("cuda"):
         wanted, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if name != "cuda" or wanted > found:
             raise ValueError(f"--nproc-per-node {wanted} needs {wanted} GPUs, one a process, and "
@@ -54,10 +54,10 @@ def own_device(name):
 
 
 @contextmanager
-def joined(args):
+def process_group(args):
     """Inside, the processes of torchrun can reach one another: by NCCL what is on GPUs, by gloo the
     rest. All but process 0 print nothing. ValueError for --shard-base without torchrun."""
-    if not launched():
+    if not under_torchrun():
         if args.shard_base:
             raise ValueError("--shard-base shares the base among processes: start them with "
                              "torchrun --nproc-per-node N in place of python")
@@ -66,24 +66,25 @@ def joined(args):
     gpu = args.device.startswith("cuda")
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=WAIT)
     with (open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout),
-          answered()):
-        idle = processes() - getattr(args, "grad_accum", processes())
+          detect_lost_ranks()):
+        idle = world_size() - getattr(args, "grad_accum", world_size())
         if idle > 0:
-            print(f"--grad-accum {args.grad_accum}: {idle} of {processes()} processes have nothing "
-                  f"to do; with --grad-accum {processes()} and a smaller --batch-size they have")
+            print(f"--grad-accum {args.grad_accum}: {idle} of {world_size()} processes have "
+                  f"nothing to do; with --grad-accum {world_size()} and a smaller --batch-size "
+                  "they have")
         yield
     dist.destroy_process_group()
 
 
 @contextmanager
-def answered():
+def detect_lost_ranks():
     """Inside, a process that is lost is a ConnectionError in process 0, and the end of others."""
     try:
         yield
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        end_now()
+        ignore_signals()
         if rank():
             sys.exit(1)
         raise ConnectionError("another process of this run has ended, or did not answer for "
@@ -93,27 +94,27 @@ def answered():
 # ---------------------------------------------------------------- a step
 
 
-def share(batches, count):
+def local_batches(batches, count):
     """Yields (batch, count) of this process's batches of a step: every n-th of them, as many as
     every other process has, since the processes of a shared base run in step. One that has no batch
     left repeats the last, divided by infinity in place of count. Dropout's generator is seeded for
     every batch, so that the masks depend neither on the number of processes nor on who does what.
     """
-    if processes() == 1:
+    if world_size() == 1:
         yield from ((batch, count) for batch in batches)
         return
     seeds, common = torch.randint(2**62, [len(batches)]).tolist(), torch.get_rng_state()
-    for i in range(rank(), rank() + len(batches), processes()):
+    for i in range(rank(), rank() + len(batches), world_size()):
         last = min(i, len(batches) - 1)
         torch.manual_seed(seeds[last])
         yield batches[last], count if i == last else float("inf")
     torch.set_rng_state(common)
 
 
-def sum_gradients(parameters, loss):
+def all_reduce_gradients(parameters, loss):
     """Puts the sum of all processes' gradients in place, by one flat buffer; returns that of their
     losses. An overflow in one of them, which fp16's scaler looks for, is in all of them then."""
-    if processes() == 1:
+    if world_size() == 1:
         return loss
     flat = torch.cat([loss[None], *(p.grad.flatten() for p in parameters)])
     dist.all_reduce(flat)
@@ -123,21 +124,21 @@ def sum_gradients(parameters, loss):
     return loss[0]
 
 
-def each(batches, compute):
+def map_across_ranks(batches, compute):
     """Yields (batch, compute(batch)) for every batch in order, the same to all processes, of which
     each has computed every n-th."""
-    if processes() == 1:
+    if world_size() == 1:
         yield from ((batch, compute(batch)) for batch in batches)
         return
-    for i in range(0, len(batches), processes()):
-        results = [None] * processes()
+    for i in range(0, len(batches), world_size()):
+        results = [None] * world_size()
         dist.all_gather_object(results, compute(batches[min(i + rank(), len(batches) - 1)]))
-        yield from zip(batches[i:i + processes()], results)
+        yield from zip(batches[i:i + world_size()], results)
 
 
-def told(work):
+def run_on_rank0(work):
     """What work() returns in process 0, which alone calls it; what it refuses, all refuse."""
-    if processes() == 1:
+    if world_size() == 1:
         return work()
     answer = [None, None]
     if rank() == 0:
@@ -154,10 +155,10 @@ def told(work):
 # ---------------------------------------------------------------- the end
 
 
-def share_signals(signals):
+def all_reduce_signals(signals):
     """The signals that this process, or another one, had caught when all were asked, so that all
     stop after the same step. They are added to the list of what this one has caught."""
-    if processes() == 1:
+    if world_size() == 1:
         return signals
     number = torch.tensor(signals[0] if signals else 0)
     dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -166,15 +167,15 @@ def share_signals(signals):
     return shared
 
 
-def end_now():
+def ignore_signals():
     """Ignores further signals: torchrun sends one to all once a process has ended, and one more
     after Ctrl-C, to processes that are ending already."""
-    if launched():
+    if under_torchrun():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
 
 
-def let_first_speak():
+def wait_for_rank0_error():
     """Of the processes that end for one and the same reason, process 0 says it. Another one waits
     here, and torchrun ends it once process 0 has ended; else the reason is its own."""
     if rank():
@@ -205,7 +206,7 @@ def shard(model, copy):
     from torch.distributed.tensor import DTensor
 
     kind = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
-    mesh = init_device_mesh(kind, (processes(),))
+    mesh = init_device_mesh(kind, (world_size(),))
     for block in model.layers:
         fully_shard(block, mesh=mesh)
     wanted = dict(model.named_parameters())
@@ -217,7 +218,7 @@ def shard(model, copy):
         weight = wanted[name]
         if weight in whole:
             return tensor
-        rows = -(-len(tensor) // processes())  # the last processes may have fewer
+        rows = -(-len(tensor) // world_size())  # the last processes may have fewer
         part = tensor[rank() * rows:(rank() + 1) * rows]
         return DTensor.from_local(part.clone() if copy else part, mesh, weight.placements,
                                   run_check=False, shape=weight.shape, stride=weight.stride())

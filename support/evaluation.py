@@ -18,7 +18,7 @@ from data.corpus import collate, length_batches
 from hydralora import adapter_parameters, hydra_layers, record_gates
 from support.cli import progress
 from support.device import autocast
-from support.distributed import each
+from support.distributed import map_across_ranks
 
 EVAL_BATCH = 16  # most records at a time
 HEAD_CHUNK = 256  # labels whose logits exist at a time: (256, 32000) in fp32 are 33 MB
@@ -34,7 +34,7 @@ def label_losses(model, sequences, args):
     at the labels' places only, chunk by chunk, so that logits of (M, V) never exist."""
     batch = collate(sequences, args.device)
     with autocast(args):
-        h = model.hidden_states(batch.tokens).flatten(0, 1)[batch.places]  # (M, D)
+        h = model.hidden_states(batch.tokens).flatten(0, 1)[batch.target_index]  # (M, D)
     losses, hits = [], []
     for part, labels in zip(h.split(HEAD_CHUNK), batch.labels.split(HEAD_CHUNK)):
         with autocast(args):
@@ -53,9 +53,10 @@ def evaluate(model, sequences, args, name):
     model.eval()
     sums = {}
     batches = eval_batches(sequences, args)
-    scored = each(batches, lambda batch: [x.cpu() for x in label_losses(model, batch, args)])
+    scored = map_across_ranks(
+        batches, lambda batch: [x.cpu() for x in label_losses(model, batch, args)])
     for batch, (losses, hits) in progress(scored, total=len(batches), desc=name, leave=False):
-        sizes = [len(s.ids) - s.start for s in batch]
+        sizes = [s.n_targets for s in batch]
         for s, loss, hit in zip(batch, losses.split(sizes), hits.split(sizes)):
             for category in {"", s.category}:
                 row = sums.setdefault(category, dict(loss=0.0, exact=0, records=0, tokens=0))
@@ -89,7 +90,7 @@ def batch_gates(model, sequences, args):
         h = model.hidden_states(batch.tokens)
         if "output" in hydra_layers(model):  # the head costs much: only where it is adapted
             model.output(h)
-    return {name: w.cpu() for name, w in gates.items()}, batch.real.cpu()
+    return {name: w.cpu() for name, w in gates.items()}, batch.attention_mask.cpu()
 
 
 def gate_entropy(w):
@@ -108,7 +109,7 @@ def row_gates(model, sequences, args):
     return sums
 
 
-def most_divided(gates):
+def most_specialised_layer(gates):
     """The layer of {layer: gates (rows, N)} whose rows differ most. Heads of different layers have
     nothing to do with each other, so a table or a picture is of one layer."""
     return max(gates, key=lambda name: gates[name].std(0, correction=0).mean().item())
@@ -123,7 +124,7 @@ def routing_report(model, sequences, args):
     heads = next(iter(layers.values())).settings.heads
     gate, entropy, tokens = {name: {} for name in layers}, dict.fromkeys(layers, 0.0), {}
     batches = eval_batches(sequences, args)
-    summed = each(batches, lambda batch: row_gates(model, batch, args))
+    summed = map_across_ranks(batches, lambda batch: row_gates(model, batch, args))
     for batch, rows in progress(summed, total=len(batches), desc="routing", leave=False):
         for s, (count, gates) in zip(batch, rows):
             tokens[s.category] = tokens.get(s.category, 0) + count
@@ -208,7 +209,8 @@ def print_routing(report):
         return sum(values.values()) / len(values)
 
     gate = report["gate"]
-    name = most_divided({layer: torch.tensor(list(by.values())) for layer, by in gate.items()})
+    name = most_specialised_layer({layer: torch.tensor(list(by.values()))
+                                   for layer, by in gate.items()})
     heads = len(next(iter(gate[name].values())))
     print(f"\nweight of each head, in the layer where it differs most ({name})")
     print(f"{'category':24}" + "".join(f"{f'head {i + 1}':>9}" for i in range(heads)))

@@ -28,7 +28,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @contextmanager
-def writing(path):
+def wrap_disk_errors(path):
     """Inside, an error of the disk becomes an OSError that names the path and what to do."""
     try:
         yield
@@ -53,11 +53,11 @@ def write_file(path, write):
         return
     temporary = f"{path}.tmp"
     try:
-        with writing(path), open(temporary, "wb") as file:
+        with wrap_disk_errors(path), open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        with writing(path):
+        with wrap_disk_errors(path):
             os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -94,7 +94,7 @@ def write_llama(model, tokenizer_path, folder, dtype=None):
     OSError where it cannot be written. What a kill left behind, the next call removes."""
     folder = Path(folder)
     unfinished = folder / "unfinished.tmp"
-    with writing(folder):
+    with wrap_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
@@ -110,7 +110,7 @@ def write_llama(model, tokenizer_path, folder, dtype=None):
 
 
 @contextmanager
-def new_folder(path):
+def atomic_dir(path):
     """Yields an empty folder that becomes `path` if all goes well inside, and is gone otherwise.
     Raises ValueError where path exists already, or cannot be made."""
     path = Path(path)
@@ -128,7 +128,7 @@ def new_folder(path):
 # ---------------------------------------------------------------- reading
 
 
-def not_itself(path):
+def placeholder_reason(path):
     """Why a file is not what its name says, whatever that is: a Git LFS pointer, a web page, or
     unreadable. None where it is none of these, or no file."""
     path = Path(path)
@@ -156,7 +156,8 @@ def read_torch(path, kind, mmap=False):
     try:
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # a damaged file raises half a dozen types
-        reason = not_itself(path) or "it holds more than tensors and plain values, or is damaged"
+        reason = (placeholder_reason(path)
+                  or "it holds more than tensors and plain values, or is damaged")
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         raise ValueError(f"{path} is not {kind}: {reason}") from error
@@ -186,7 +187,7 @@ def read_json(path):
     """The JSON object in a file. Raises ValueError where there is none."""
     if not Path(path).is_file():
         raise ValueError(f"there is no {path}")
-    if reason := not_itself(path):
+    if reason := placeholder_reason(path):
         raise ValueError(reason)
     return parse_json(Path(path).read_bytes(), path)
 
@@ -205,7 +206,7 @@ def check_tensors(tensors):
             raise ValueError(f"{name} is not a plain tensor of floating-point numbers")
 
 
-def misfits(shapes, tensors):
+def shape_mismatches(shapes, tensors):
     """Names that are missing from {name: tensor}, extra, or of another shape than {name: shape}."""
     return sorted(name for name in shapes.keys() | tensors.keys()
                   if name not in shapes or name not in tensors

@@ -17,8 +17,8 @@ import torch
 
 from hydralora import add_hydralora, hydra_layers
 from model import Tokenizer, Transformer, read_params
+from support.diagnose import explained, model_length
 from support.evaluation import HEAD_CHUNK
-from support.explain import explained, model_length
 
 GIB = 2**30
 # Assumed, not computed: CUDA's context and libraries, and the allocator's loss to fragmentation.

@@ -2,14 +2,14 @@
 
 import math
 
-from support.cli import check_least
-from support.explain import model_length
+from support.cli import check_min
+from support.diagnose import model_length
 
 
 def refuse_impossible(args, parser):
     """Ends in one line for settings that cannot be, before anything is read."""
     try:
-        check_least(args, rank=1, epochs=1, batch_size=1, grad_accum=1, max_seq_len=1, max_steps=0,
+        check_min(args, rank=1, epochs=1, batch_size=1, grad_accum=1, max_seq_len=1, max_steps=0,
                     save_every=0)
     except ValueError as error:
         parser.error(str(error))

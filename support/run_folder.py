@@ -28,15 +28,15 @@ import torch
 
 from hydralora import HydraSettings, load_adapter, save_adapter
 from support.device import DTYPES, get_rng_state, set_rng_state
-from support.distributed import end_now, load, rank
-from support.explain import explained, stated_length, warn_of_spare_rows
+from support.diagnose import explained, stated_length, warn_of_spare_rows
+from support.distributed import ignore_signals, load, rank
 from support.files import (
     check_finite,
     check_tensors,
     file_fingerprint,
-    misfits,
     read_json,
     read_torch,
+    shape_mismatches,
     weights_fingerprint,
     write_file,
     write_json,
@@ -49,7 +49,7 @@ RUN_FILES = ("run.json", "checkpoint.pt", "log.csv", "adapter.pt", "params.json"
 SIGNS_OF_A_RUN = RUN_FILES[:3]  # train.py alone writes these; --overwrite needs to see one of them
 # settings that may differ between a run and its continuation: no weight depends on them, but for
 # the order of sums
-MAY_CHANGE = ("resume", "overwrite", "out", "save_every", "debug", "checkpoint_activations",
+RESUME_MAY_DIFFER = ("resume", "overwrite", "out", "save_every", "debug", "checkpoint_activations",
               "strict", "shard_base", "processes")
 CHECKPOINT_KEYS = {"settings", "fingerprints", "step", "before", "clusters", "tensors", "optimizer",
                    "scaler", "rng", "cuda_rng"}
@@ -150,7 +150,7 @@ def compare_runs(weights, adapter):
               "with the same weights as far as load_adapter compares them")
 
 
-def load_tuned(args):
+def load_model_and_adapter(args):
     """(model with its adapter, ready for evaluation, tokenizer), each compared with the run.json
     that describes it. args has weights, adapter (or None), device, dtype and max_seq_len."""
     with explained(weights=args.weights, adapter=args.adapter):
@@ -195,9 +195,9 @@ def write_tuned(model, weights, out):
 # ---------------------------------------------------------------- the checkpoint
 
 
-def lasting_settings(args):
+def resume_key(args):
     """{name: value} of the settings that a run and its continuation must share."""
-    return {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
+    return {key: value for key, value in vars(args).items() if key not in RESUME_MAY_DIFFER}
 
 
 def recorded_setting(recorded, key):
@@ -211,7 +211,7 @@ def save_checkpoint(path, args, prints, model, optimizer, scaler, step, before, 
     follow from the step and the seed, and no generator but torch's is used. A run keeps its last
     weights, not its best, so the only metrics to keep are the base's, `before`."""
     tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"settings": {**lasting_settings(args), "processes": args.processes},
+    state = {"settings": {**resume_key(args), "processes": args.processes},
              "fingerprints": prints, "step": step, "before": before, "clusters": clusters,
              "tensors": tensors, "optimizer": optimizer.state_dict(),
              "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
@@ -256,7 +256,7 @@ def check_state(state, path, wanted, held):
     check_losses(state["before"], held)
     check_tensors(state["tensors"])
     check_finite(state["tensors"], path)
-    if misfits({name: p.shape for name, p in wanted.items()}, state["tensors"]):
+    if shape_mismatches({name: p.shape for name, p in wanted.items()}, state["tensors"]):
         raise ValueError("its tensors are not those that train here")
     trained = list(wanted.values())
     if [len(group["params"]) for group in state["optimizer"]["param_groups"]] != [len(trained)]:
@@ -272,7 +272,7 @@ def restore(path, args, prints, model, optimizer, scaler, held):
     """(steps done, losses of the base on what is held) of an interrupted run, whose state is put in
     place when its settings, data and weights were these; raises ValueError that names each
     difference."""
-    state, now = read_checkpoint(path), lasting_settings(args)
+    state, now = read_checkpoint(path), resume_key(args)
     before = {key: recorded_setting(state["settings"], key) for key in now}
     changed = [f"{key} was {before[key]}, is {now[key]}" for key in sorted(now)
                if now[key] != before[key] and (now[key] or before[key])]
@@ -303,7 +303,7 @@ def restore(path, args, prints, model, optimizer, scaler, held):
     return state["step"], state["before"]
 
 
-def how_to_go_on(out):
+def resume_hint(out):
     """What a run that ends early says: the checkpoint that stands, read from the file itself."""
     path = out / "checkpoint.pt"
     if not path.exists():
@@ -326,7 +326,7 @@ def catch_signals():
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if signals:  # under torchrun more of them follow
-            end_now()
+            ignore_signals()
 
 
 # ---------------------------------------------------------------- log.csv
@@ -371,7 +371,7 @@ class Log:
         if not self.rows:
             return None
         tokens = sum(len(s.ids) for _, batches in self.rows for batch in batches for s in batch)
-        rows = numbers([row for row, _ in self.rows])
+        rows = to_python([row for row, _ in self.rows])
         speed = round(tokens / (time.perf_counter() - self.clock))
         writer = csv.DictWriter(self.file, self.columns or [*rows[0], "tokens_per_second"])
         if not self.columns:
@@ -385,11 +385,11 @@ class Log:
             skipped = self.fp16 and self.skipped
             if skipped >= MOST_SKIPPED:
                 problem = (f"step {row['step']}: fp16 has skipped {skipped} steps in a row, the "
-                           f"last on {places(batches)}: use --dtype bf16 or fp32")
+                           f"last on {describe_records(batches)}: use --dtype bf16 or fp32")
             elif not skipped and not all(map(math.isfinite, row.values())):
                 problem = (f"step {row['step']}: loss {row['loss']}, gradient norm "
-                           f"{row['grad_norm']} on {places(batches)}: look at these records, or "
-                           "start anew with a lower --lr")
+                           f"{row['grad_norm']} on {describe_records(batches)}: look at these "
+                           "records, or start anew with a lower --lr")
             if problem:
                 break
         self.file.flush()
@@ -401,7 +401,7 @@ class Log:
         return latest
 
 
-def numbers(rows):
+def to_python(rows):
     """The rows with numbers in place of tensors; each column is read back from the device once."""
     columns = {}
     for key in rows[0]:
@@ -410,7 +410,7 @@ def numbers(rows):
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-def places(batches):
+def describe_records(batches):
     """Where in the data file the records of a step stand."""
     named = [s.place for batch in batches for s in batch]
     more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""

@@ -43,7 +43,7 @@ def run(script, *argv):
 
 def last():
     """Whether this is the last of the processes."""
-    return distributed.rank() == distributed.processes() - 1
+    return distributed.rank() == distributed.world_size() - 1
 
 
 def run_stopped_at(step, *argv):
@@ -66,7 +66,7 @@ def look(weights, data):
     """Of a shared base: which bytes this process holds, and whether the model is that of one
     process in what it computes, in what it is known by, and with and without adapters."""
     args = SimpleNamespace(device="cpu", shard_base=True, dtype="fp32", batch_size=4)
-    with distributed.joined(args):
+    with distributed.process_group(args):
         model, tokenizer = distributed.load(weights, args, dtype=torch.float32)
         whole, _ = distributed.load(weights, SimpleNamespace(device="cpu"), dtype=torch.float32)
         held = {name: p.to_local() if hasattr(p, "to_local") else p
@@ -99,7 +99,7 @@ def meet(name, backend, *, timeout, init=dist.init_process_group):
     """init_process_group, at a place of its own for every run."""
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     init(backend, timeout=timeout, store=dist.PrefixStore(name, store), rank=distributed.rank(),
-         world_size=distributed.processes())
+         world_size=distributed.world_size())
 
 
 def main():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from data.corpus import encode_records, hold_out, read_records, without_duplicates
+from data.corpus import encode_records, read_records, train_val_split, without_duplicates
 from experiments import (
     collapse,
     common,
@@ -650,7 +650,7 @@ def tampered(tokenizer):
     with torch.no_grad():
         for layer in hydra_layers(model).values():
             layer.lora_B.normal_(std=0.3)
-    records = hold_out(read_records(WORLD / "val.jsonl"), 0.03, seed=0)[1]
+    records = train_val_split(read_records(WORLD / "val.jsonl"), 0.03, seed=0)[1]
     sequences, _ = encode_records(records, tokenizer, 128)
     for place, sequence in enumerate(sequences):
         sequence.record = place

@@ -15,11 +15,11 @@ from cluster import (
     contingency,
     find_elbow,
     hidden_features,
+    keywords,
     kmeans,
     lloyd,
     nmi,
     silhouette,
-    telling_words,
     tfidf_features,
 )
 from data.corpus import encode_prompts, read_records
@@ -334,8 +334,8 @@ def test_bends_of_a_hand_computed_curve():
 def test_telling_words_are_those_of_the_cluster():
     words = [{"the", "cat"}, {"the", "cat"}, {"the", "dog"}, {"the", "fox"}]
     # cat: p 1, q (0 + 1) / (2 + 1); the: p 1, q (2 + 1) / 3, so log(p / q) is 0
-    assert telling_words(words, [True, True, False, False]) == ["cat"]
-    assert telling_words(words, [True] * 4) == []
+    assert keywords(words, [True, True, False, False]) == ["cat"]
+    assert keywords(words, [True] * 4) == []
 
 
 # ---------------------------------------------------------------- the choice

@@ -11,11 +11,11 @@ from data.corpus import (
     collate,
     encode_record,
     encode_records,
-    hold_out,
     length_batches,
+    load_train_val,
     prompt_text,
     read_records,
-    read_split,
+    train_val_split,
     without_duplicates,
 )
 from tests.conftest import asset
@@ -120,12 +120,13 @@ def test_a_record_whose_instruction_and_response_do_not_fit_is_skipped_and_count
 
 def test_held_out_records_are_drawn_by_seed_and_leave_the_rest():
     records = [{"id": i} for i in range(100)]
-    train, val = hold_out(records, 0.05, seed=3)
+    train, val = train_val_split(records, 0.05, seed=3)
     assert len(val) == 5 and sorted(r["id"] for r in train + val) == list(range(100))
-    assert hold_out(records, 0.05, seed=3) == (train, val) != hold_out(records, 0.05, seed=4)
-    assert [len(part) for part in hold_out(records[:2], 0.05, seed=0)] == [1, 1]
+    assert train_val_split(records, 0.05, seed=3) == (train, val)
+    assert train_val_split(records, 0.05, seed=4) != (train, val)
+    assert [len(part) for part in train_val_split(records[:2], 0.05, seed=0)] == [1, 1]
     with pytest.raises(ValueError, match="cannot be split"):
-        hold_out(records[:1], 0.05, seed=0)
+        train_val_split(records[:1], 0.05, seed=0)
 
 
 def test_duplicates_across_the_split_are_found_by_prompt_and_response():
@@ -160,7 +161,7 @@ def test_labels_are_the_response_and_its_eos_at_the_places_before_them(tokenizer
     for row, s in enumerate(batch):  # the slow twin
         for i in range(len(s.ids) - 1):
             assert tokens[row, i] == s.ids[i]
-            if i + 1 >= s.start:
+            if i + 1 >= s.response_start:
                 want_places.append(row * width + i)
                 want_labels.append(s.ids[i + 1])
         assert real[row].tolist() == [i < len(s.ids) - 1 for i in range(width)]
@@ -204,7 +205,7 @@ def test_no_text_of_a_record_is_lost_in_silence(tmp_path, row, context, response
 
 def test_fields_that_are_not_used_are_named_once_with_their_counts(tmp_path, capsys):
     rows = plain(12, history=[["Hi.", "Hello."]]) + plain(30) + plain(1, system="Be brief.")
-    train, _ = read_split(write_rows(tmp_path / "a.jsonl", rows), None, share=0.1, seed=0,
+    train, _ = load_train_val(write_rows(tmp_path / "a.jsonl", rows), None, share=0.1, seed=0,
                           strict=False)
     out = capsys.readouterr().out
     assert out.count("not used: history (12 records), system (1)") == 1

@@ -25,7 +25,7 @@ from model import ModelArgs, Transformer, generate
 from support import evaluation
 from support.device import DTYPES
 from support.memory import needs
-from support.run_folder import load_tuned
+from support.run_folder import load_model_and_adapter
 from tests.conftest import WORLD, Watch, in_step, interrupt
 
 CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card here")
@@ -338,7 +338,7 @@ def adapter(records, tmp_path_factory):
 def tuned(adapter, device, dtype="fp32"):
     args = SimpleNamespace(weights=WORLD / "base", adapter=adapter, device=device, dtype=dtype,
                            max_seq_len=None, batch_size=8)
-    return *load_tuned(args), args
+    return *load_model_and_adapter(args), args
 
 
 @pytest.mark.slow

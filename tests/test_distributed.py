@@ -382,9 +382,9 @@ def test_every_process_takes_the_gpu_of_its_number(monkeypatch, name, local, mes
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     if message:
         with pytest.raises(ValueError, match=message):
-            distributed.own_device(name)
+            distributed.set_local_device(name)
     else:
-        distributed.own_device(name)
+        distributed.set_local_device(name)
     assert taken == ([1] if name == "cuda" and not message else [])
 
 
@@ -414,7 +414,7 @@ def test_a_step_is_shared_so_that_every_batch_counts_once_and_all_take_as_many(
             monkeypatch.setenv("RANK", str(rank))
             torch.manual_seed(0)
             taken = [(batch, over, torch.rand(1).item())
-                     for batch, over in distributed.share(list(range(length)), 7)]
+                     for batch, over in distributed.local_batches(list(range(length)), 7)]
             passes.append(len(taken))
             assert {over for _, over, _ in taken} <= {7, float("inf")}
             for batch, over, draw in taken:
@@ -430,9 +430,9 @@ def test_a_step_is_shared_so_that_every_batch_counts_once_and_all_take_as_many(
 
 
 def test_one_process_shares_nothing_and_waits_for_nobody():
-    assert list(distributed.share([1, 2], 5)) == [(1, 5), (2, 5)]
-    assert list(distributed.each([1, 2], str)) == [(1, "1"), (2, "2")]
-    assert distributed.told(lambda: 3) == 3
+    assert list(distributed.local_batches([1, 2], 5)) == [(1, 5), (2, 5)]
+    assert list(distributed.map_across_ranks([1, 2], str)) == [(1, "1"), (2, "2")]
+    assert distributed.run_on_rank0(lambda: 3) == 3
     loss = torch.tensor(1.0)
-    assert distributed.sum_gradients([], loss) is loss
-    assert pick_device("cpu") == "cpu" and distributed.processes() == 1 and distributed.rank() == 0
+    assert distributed.all_reduce_gradients([], loss) is loss
+    assert pick_device("cpu") == "cpu" and distributed.world_size() == 1 and distributed.rank() == 0

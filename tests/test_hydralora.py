@@ -127,7 +127,7 @@ def test_step_0_moves_every_b_almost_in_parallel_and_nothing_else():
     add_hydralora(model)
     records = read_records(WORLD / "train.jsonl")[:16]
     batch = collate(encode_records(records, tokenizer, 256)[0])
-    F.cross_entropy(model(batch.tokens).flatten(0, 1)[batch.places], batch.labels).backward()
+    F.cross_entropy(model(batch.tokens).flatten(0, 1)[batch.target_index], batch.labels).backward()
     cosines = []
     for layer in hydra_layers(model).values():
         assert not layer.lora_A.grad.any() and not layer.router.grad.any()

@@ -56,7 +56,7 @@ def hidden_states_of(model, sequences, args):
     """The forward pass of a step up to the head, at the labels' places."""
     batch = collate(sequences, args.device)
     with autocast(args):
-        return model.hidden_states(batch.tokens).flatten(0, 1)[batch.places], batch.labels
+        return model.hidden_states(batch.tokens).flatten(0, 1)[batch.target_index], batch.labels
 
 
 def batch_of(rows, tokens):
@@ -367,7 +367,8 @@ def test_a_mask_on_x_and_one_on_a_x_are_the_same_layer_without_dropout():
 @pytest.mark.slow
 def test_the_masks_are_compared_on_the_world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "read_split", lambda *args, read=train.read_split, **settings: tuple(
+    read = train.load_train_val
+    monkeypatch.setattr(train, "load_train_val", lambda *args, **settings: tuple(
         part[:8] for part in read(*args, **settings)))
     losses = compare_dropout.main(["--dropout", "0.2", "--epochs", "1", "--max-steps", "1",
                                    "--seeds", "1"])

@@ -23,7 +23,7 @@ import torch
 import cluster
 import eval_mmlu
 import train
-from data.corpus import encode_records, hold_out, read_records
+from data.corpus import encode_records, read_records, train_val_split
 from data.mmlu import encode_prompt, read_questions
 from hydralora import add_hydralora, load_adapter, save_adapter
 from model import SPLIT_DIM, load_llama, save_llama
@@ -429,7 +429,7 @@ def test_a_nan_stops_the_run_naming_step_records_and_checkpoint_and_is_never_sav
     line = error_line(capsys)
     assert "step 6: loss nan, gradient norm nan" in line and "start anew with a lower --lr" in line
     assert f"the last good checkpoint is {out / 'checkpoint.pt'}, of step 4" in line
-    kept, _ = hold_out(read_records(data), train.VAL_SHARE, 0)
+    kept, _ = train_val_split(read_records(data), train.VAL_SHARE, 0)
     numbers = [read_records(data).index(kept[s.record]) + 2 for b in steps[5] for s in b]
     assert f"on {', '.join(f'line {i}' for i in numbers)} of the training data: " in line
     state = torch.load(out / "checkpoint.pt", weights_only=True)

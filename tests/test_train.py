@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data.corpus import encode_records, read_records, read_split
+from data.corpus import encode_records, load_train_val, read_records
 from hydralora import adapter_parameters, add_hydralora, hydra_layers, load_adapter
 from model import ModelArgs, Transformer, load_llama, save_llama
 from support import evaluation
@@ -69,10 +69,10 @@ def test_without_weights_the_worlds_defaults_hold_and_with_weights_the_papers():
 
 def test_records_may_be_as_long_as_the_recipes_unless_the_model_is_shorter(weights, tmp_path):
     args = train.parse_args(["--weights", str(weights), "--data", "d", "--device", "cpu"])
-    assert train.settle(args, train.load_base(args)[0], None).max_seq_len == 128
+    assert train.resolve_args(args, train.load_base(args)[0], None).max_seq_len == 128
     save_llama(tiny_model(max_seq_len=4096), WORLD / "base" / "tokenizer.model", tmp_path / "long")
     args = train.parse_args(["--weights", str(tmp_path / "long"), "--data", "d", "--device", "cpu"])
-    assert train.settle(args, train.load_base(args)[0], None).max_seq_len == 1024
+    assert train.resolve_args(args, train.load_base(args)[0], None).max_seq_len == 1024
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -158,7 +158,7 @@ def test_every_method_trains_and_writes_its_files(command, flags, tmp_path, caps
     assert f"python -m tools.plot {tmp_path / 'out'} --out " in out.splitlines()[-1]
     # what was saved is what was measured
     args = train.parse_args(command + flags)
-    val = read_split(args.data, args.val_data, share=train.VAL_SHARE, seed=args.seed,
+    val = load_train_val(args.data, args.val_data, share=train.VAL_SHARE, seed=args.seed,
                      strict=False)[1]
     val = encode_records(val, tokenizer, args.max_seq_len)[0]
     again = evaluation.evaluate(model, val, args, "")
@@ -421,13 +421,13 @@ def test_the_head_runs_at_the_labels_only_and_gives_what_the_whole_forward_gives
     model.output.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0].shape[0]))
     losses, hits = evaluation.label_losses(model, sequences, args)
     mean = train.backward(model, sequences, len(losses), NO_SCALER, args)
-    count = sum(len(s.ids) - s.start for s in sequences)
+    count = sum(s.n_targets for s in sequences)
     assert sum(seen) == 2 * count and len(losses) == count and max(seen) <= evaluation.HEAD_CHUNK
     assert mean.item() == pytest.approx(losses.mean().item(), rel=1e-5)
     row = 0
     for s in sequences:  # the slow twin: one sequence, every position
         whole = model(torch.tensor([s.ids]))[0]
-        for i in range(s.start, len(s.ids)):
+        for i in range(s.response_start, len(s.ids)):
             want = F.cross_entropy(whole[i - 1], torch.tensor(s.ids[i]))
             assert losses[row].item() == pytest.approx(want.item(), abs=1e-3)
             assert hits[row] == (whole[i - 1].argmax() == s.ids[i])
@@ -450,7 +450,7 @@ def test_accumulation_equals_one_batch_though_the_parts_differ_in_targets(comman
     updates = []
     for parts in (1, 4):
         args, model, batch, _ = prepared(command, data)
-        batch = sorted(batch, key=lambda s: len(s.ids) - s.start)
+        batch = sorted(batch, key=lambda s: s.n_targets)
         size = len(batch) // parts
         optimizer = torch.optim.SGD(train.trainable(model), lr=1.0)
         loss, norm = train.train_step(model, [batch[i:i + size] for i in range(0, 16, size)],
@@ -507,7 +507,7 @@ def test_exact_match_is_what_greedy_decoding_would_give(command, data):
     right = 0
     with torch.no_grad():
         for s in batch:
-            ids = s.ids[:s.start]
+            ids = s.ids[:s.response_start]
             while len(ids) < len(s.ids) and ids == s.ids[:len(ids)]:
                 ids = ids + [model(torch.tensor([ids]))[0, -1].argmax().item()]
             right += ids == s.ids

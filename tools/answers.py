@@ -15,9 +15,9 @@ from data.corpus import Sequence, length_batches, prompt_text, read_records
 from hydralora import adapters_disabled, base_fingerprint
 from model import generate_tokens
 from support.cli import progress
-from support.explain import model_length
+from support.diagnose import model_length
 from support.files import digest, write_text
-from support.partial import add_line, open_partial, read_partial, remove_partial
+from support.jsonl_resume import append_row, open_partial, read_partial, remove_partial
 
 # ---------------------------------------------------------------- a prompt, a batch
 
@@ -97,7 +97,7 @@ def answer_batches(model, tokenizer, sequences, args, done, file):
             for i, s in enumerate(batch):
                 row = {"index": s.record, **{name: texts[i] for name, texts in found.items()}}
                 if (s.record,) not in done:
-                    add_line(file, row)
+                    append_row(file, row)
                 done[s.record,] = row
             file.flush()
             bar.update(len(done) - bar.n)

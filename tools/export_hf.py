@@ -17,8 +17,8 @@ import torch
 
 from model import load_llama
 from support.cli import Parser, run_script
-from support.explain import explained, model_length, stated_length
-from support.files import new_folder, write_json
+from support.diagnose import explained, model_length, stated_length
+from support.files import atomic_dir, write_json
 from tools.hf_layout import hf_rows, rotary_heads, tensor_names, write_safetensors
 
 
@@ -47,7 +47,7 @@ def tokenizer_config_of(tokenizer):
 def export_folder(source, out):
     """Writes the checkpoint in `source` to the new folder `out` in Hugging Face's layout, every
     number in its dtype. Raises ValueError or OSError, leaving nothing behind."""
-    with new_folder(out) as folder:
+    with atomic_dir(out) as folder:
         with explained(weights=source):
             model, tokenizer = load_llama(source)
         state = dict(model.named_parameters())

@@ -22,12 +22,12 @@ from data import WORLD
 from data.corpus import prompt_text, read_records
 from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_tokens
-from support.cli import Parser, check_least, flag, run_script
+from support.cli import Parser, check_min, flag, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
-from support.distributed import add_shard_flag, joined
-from support.evaluation import most_divided
-from support.hold import holding
-from support.run_folder import load_tuned
+from support.distributed import add_shard_flag, process_group
+from support.evaluation import most_specialised_layer
+from support.lock import file_lock
+from support.run_folder import load_model_and_adapter
 from tools.answers import answer_file, encode_prompt, sampling, text_pieces
 
 ADAPTER, MADE_BY = Path("runs/hydralora/adapter.pt"), "python train.py --heads 3 --rank 8"
@@ -78,7 +78,7 @@ def show_routing(model, tokenizer, prompt, new, coloured):
     that divides these tokens most. A token's gate is the one with which it was read."""
     ids = prompt + new
     gates = gates_of(model, ids)
-    name = most_divided(gates)
+    name = most_specialised_layer(gates)
     strongest = gates[name].argmax(-1).tolist()
     paint, count = painter(coloured), gates[name].shape[1]
     print(f"the strongest head of each token in {name}, which divides them most: "
@@ -130,17 +130,17 @@ def world_prompts():
 
 
 def settle_and_answer(args):
-    settle(args, args.prompts or args.data)
+    resolve_args(args, args.prompts or args.data)
     settle_data(args)
-    with joined(args):
+    with process_group(args):
         if not args.data:
             return answer_prompts(args)
-        with holding(f"{args.out}.lock", args.out):
-            return answer_file(*load_tuned(args), args)
+        with file_lock(f"{args.out}.lock", args.out):
+            return answer_file(*load_model_and_adapter(args), args)
 
 
 def answer_prompts(args):
-    model, tokenizer = load_tuned(args)
+    model, tokenizer = load_model_and_adapter(args)
     if args.show_routing and not has_router(model):
         raise ValueError(f"--show-routing: {args.adapter} {NO_ROUTER}")
     prompts = [(prompt, None, None) for prompt in args.prompts]
@@ -152,7 +152,7 @@ def answer_prompts(args):
         print()
 
 
-def settle(args, asked):
+def resolve_args(args, asked):
     """Fills in the adapter, the device and the dtype, and refuses what cannot be meant; `asked`
     says whether there is anything to answer but the world's own records."""
     args.device = pick_device(args.device)
@@ -172,7 +172,7 @@ def settle(args, asked):
 
 def settle_data(args):
     """Refuses flags of this script that do not go together."""
-    check_least(args, batch_size=1)
+    check_min(args, batch_size=1)
     for name in ("compare", "show_routing"):
         if getattr(args, name) and not args.adapter:
             raise ValueError(f"{flag(name)} needs --adapter FILE")

@@ -19,7 +19,7 @@ import struct
 import torch
 
 from hydralora import HydraSettings
-from support.files import not_itself, parse_json
+from support.files import parse_json, placeholder_reason
 
 # ---------------------------------------------------------------- names
 
@@ -111,7 +111,7 @@ def read_safetensors(path):
     with open(path, "rb") as file:
         length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
         if size < 8 or length > size - 8:
-            raise ValueError(not_itself(path) or f"{path} ({size} bytes) is not a whole "
+            raise ValueError(placeholder_reason(path) or f"{path} ({size} bytes) is not a whole "
                              "safetensors file: it is something else, or cut short; get it again")
         header = parse_json(file.read(length), f"the header of {path}")
         header.pop("__metadata__", None)

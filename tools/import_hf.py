@@ -18,8 +18,8 @@ import torch
 
 from model import ModelArgs, Tokenizer, Transformer, save_llama
 from support.cli import Parser, run_script
-from support.explain import explained
-from support.files import new_folder, not_itself, read_json, writing
+from support.diagnose import explained
+from support.files import atomic_dir, placeholder_reason, read_json, wrap_disk_errors
 from tools.hf_layout import (
     DTYPE_NAMES,
     meta_rows,
@@ -106,7 +106,7 @@ def read_bin(path):
         tensors = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=zipfile.is_zipfile(path))
     except Exception as error:  # half a dozen types, whose texts advise to trust the file
-        reason = not_itself(path) or "it holds something else, or is damaged or cut short"
+        reason = placeholder_reason(path) or "it holds something else, or is damaged or cut short"
         raise ValueError(f"{path} is not a file of tensors alone: {reason}") from error
     if not isinstance(tensors, dict):
         raise ValueError(f"{path} holds a {type(tensors).__name__}, not a dict of tensors")
@@ -212,7 +212,7 @@ def find_tokenizer(source, given):
 def check_tokenizer(path, rows):
     """The tokenizer of an embedding with so many rows; load_llama refuses the same. Rows without a
     piece are allowed, in any number."""
-    if reason := not_itself(path):
+    if reason := placeholder_reason(path):
         raise ValueError(reason)
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size > rows:
@@ -260,7 +260,7 @@ def import_folder(source, out, tokenizer=None):
     """Writes the checkpoint of the folder `source` to the new folder `out` in Meta's layout; every
     number stays as it is, in its dtype. Raises ValueError or OSError, leaving nothing behind."""
     source = Path(source)
-    with explained(source=source), new_folder(out) as folder:
+    with explained(source=source), atomic_dir(out) as folder:
         if not (source / "config.json").is_file():
             raise ValueError(f"{source} has no config.json: give the folder of a Hugging Face "
                              "checkpoint (config.json, model*.safetensors, tokenizer.model)")
@@ -275,7 +275,7 @@ def import_folder(source, out, tokenizer=None):
             model = Transformer(args)
         state = in_meta_order(state, args, tied, folder.parent / "scratch")
         model.load_state_dict(state, assign=True)
-        with writing(out):
+        with wrap_disk_errors(out):
             save_llama(model, tokenizer, folder)
     print(f"wrote {out}: give it to --weights")
 

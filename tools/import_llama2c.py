@@ -19,7 +19,14 @@ import torch
 
 from model import ModelArgs, Transformer, save_llama
 from support.cli import Parser, run_script
-from support.files import check_tensors, misfits, new_folder, not_itself, read_torch, writing
+from support.files import (
+    atomic_dir,
+    check_tensors,
+    placeholder_reason,
+    read_torch,
+    shape_mismatches,
+    wrap_disk_errors,
+)
 from tools.hf_layout import read_number
 from tools.import_hf import check_tokenizer, feed_forward
 
@@ -73,7 +80,7 @@ def read_pt(path):
         raise ValueError(f"the tensors in {path} do not fit its model_args: a layer is missing")
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Transformer(args).named_parameters()}
-    if wrong := misfits(shapes, state):
+    if wrong := shape_mismatches(shapes, state):
         raise ValueError(f"the tensors in {path} do not fit its model_args: {wrong[:4]} missing, "
                          "extra or mis-shaped")
     return args, state
@@ -138,20 +145,20 @@ def read_bin(path):
 def import_checkpoint(source, tokenizer, out):
     """Writes the checkpoint `source` to the new folder `out` in Meta's layout; every number stays
     as it is. Raises ValueError or OSError, leaving nothing behind."""
-    with new_folder(out) as folder:
+    with atomic_dir(out) as folder:
         for path in (source, tokenizer):
             if not path.is_file():
                 raise ValueError(f"there is no file {path}: download it first")
         if tokenizer.suffix == ".bin":
             raise ValueError(f"{tokenizer} is run.c's form of a tokenizer: give the .model file")
-        if reason := not_itself(source):
+        if reason := placeholder_reason(source):
             raise ValueError(reason)
         args, state = (read_bin if source.suffix == ".bin" else read_pt)(source)
         check_tokenizer(tokenizer, args.vocab_size)
         with torch.device("meta"):
             model = Transformer(args)
         model.load_state_dict(state, assign=True)
-        with writing(out):
+        with wrap_disk_errors(out):
             save_llama(model, tokenizer, folder)
     print(f"{source}: {args.n_layers} layers, width {args.dim}, feed-forward {args.ffn_dim}, "
           f"{args.n_heads} heads on {args.n_kv_heads}, vocabulary {args.vocab_size}, made for "

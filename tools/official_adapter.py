@@ -20,8 +20,8 @@ from data import WORLD
 from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
 from model import load_llama
 from support.cli import Parser, run_script
-from support.explain import explained
-from support.files import misfits, new_folder, read_json, write_file, write_json
+from support.diagnose import explained
+from support.files import atomic_dir, read_json, shape_mismatches, write_file, write_json
 from tools.hf_layout import (
     TARGETS,
     check_settings,
@@ -94,7 +94,7 @@ def read_settings(path, tensors):
 def fill(model, tensors, source):
     """Copies their tensors into the model's adapter; one missing, extra or mis-shaped raises."""
     wanted = {name: t.shape for name, t in official_tensors(model).items()}
-    if wrong := misfits(wanted, tensors):
+    if wrong := shape_mismatches(wanted, tensors):
         raise ValueError(f"{source} does not fit its config and the base model: {wrong[:4]} "
                          "missing, extra or mis-shaped")
     for name, layer in hydra_layers(model).items():
@@ -128,7 +128,7 @@ def to_ours(args):
 
 def to_official(args):
     """adapter.pt -> their folder, in fp32."""
-    with new_folder(args.out) as folder:
+    with atomic_dir(args.out) as folder:
         with explained(weights=args.weights, adapter=args.source):
             model, _ = load_llama(args.weights)
             config = load_adapter(model, args.source)

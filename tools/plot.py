@@ -20,9 +20,9 @@ import torch
 
 from hydralora import HydraSettings
 from support.cli import Parser, run_script
-from support.evaluation import most_divided
+from support.evaluation import most_specialised_layer
 from support.files import read_json, write_file
-from support.run_folder import MAY_CHANGE
+from support.run_folder import RESUME_MAY_DIFFER
 
 WIDTH, DPI = 8.3, 100  # 830 pixels, the width of a README
 MEANS = 50  # the smoothed loss is a mean over a 50th of the longest run
@@ -32,7 +32,7 @@ MARKERS, HATCHES = "os^Dv<>", ["///", "\\\\\\", "xxx", "...", "---", "+++", "|||
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 3))]
 ALL = "all"
 # of no weight, or without a meaning where --method full trains the base
-UNTOLD = {*MAY_CHANGE, "dry_run", "gpu_memory", "max_steps"}
+UNTOLD = {*RESUME_MAY_DIFFER, "dry_run", "gpu_memory", "max_steps"}
 ADAPTERS_ONLY = {"targets", *(field.name for field in fields(HydraSettings))}
 
 
@@ -142,7 +142,7 @@ def families(runs):
 
 def divided(run):
     """The layer whose gate tells the families apart most."""
-    return most_divided({layer: torch.tensor(list(by.values()))
+    return most_specialised_layer({layer: torch.tensor(list(by.values()))
                          for layer, by in run.gate.items()})
 
 

@@ -19,12 +19,19 @@ from pathlib import Path
 import torch
 
 from support.cli import Parser, run_script
-from support.distributed import joined
-from support.evaluation import most_divided
+from support.distributed import process_group
+from support.evaluation import most_specialised_layer
 from support.files import read_json, write_text
-from support.run_folder import load_tuned
+from support.run_folder import load_model_and_adapter
 from tools.answers import answer_tokens, encode_prompt, text_pieces
-from tools.generate import NO_ROUTER, add_talk_flags, gates_of, has_router, settle, world_prompts
+from tools.generate import (
+    NO_ROUTER,
+    add_talk_flags,
+    gates_of,
+    has_router,
+    resolve_args,
+    world_prompts,
+)
 
 TEMPLATE, PLACE = Path(__file__).with_suffix(".html"), "@DATA@"
 
@@ -84,7 +91,7 @@ def page_data(texts, all_gates, more=None):
     tables = [{"title": "mean over the tokens above", "rows": [text["name"] for text in texts],
                "gates": packed(means)}]
     return {"layers": layers, "heads": together[layers[0]].shape[1],
-            "divided": layers.index(most_divided(together)),
+            "divided": layers.index(most_specialised_layer(together)),
             "texts": [{**text, "gates": packed(stacked(gates))}
                       for text, gates in zip(texts, all_gates)],
             "all": packed(stacked(together).mean(0, keepdim=True)),
@@ -100,13 +107,13 @@ def page(data):
 
 
 def write_page(args):
-    settle(args, args.prompts)
-    with joined(args):
+    resolve_args(args, args.prompts)
+    with process_group(args):
         write_gates(args)
 
 
 def write_gates(args):
-    model, tokenizer = load_tuned(args)
+    model, tokenizer = load_model_and_adapter(args)
     if not has_router(model):
         raise ValueError(f"{args.adapter or args.weights} {NO_ROUTER}")
     given = [(prompt, None, f"prompt {i}") for i, prompt in enumerate(args.prompts, start=1)]

@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 
 from data import WORLD
-from data.corpus import encode_records, hold_out, read_records
+from data.corpus import encode_records, read_records, train_val_split
 from hydralora import HydraLinear, adapters_disabled, hydra_layers, load_adapter
 from model import load_llama
 from support.cli import Parser, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
+from support.diagnose import explained
 from support.evaluation import EVAL_BATCH, evaluate, routing_report
-from support.explain import explained
-from support.files import new_folder, write_json
-from support.run_folder import load_tuned
+from support.files import atomic_dir, write_json
+from support.run_folder import load_model_and_adapter
 from tools.hf_layout import (
     TARGETS,
     check_settings,
@@ -88,7 +88,7 @@ def read_sequences(args, tokenizer, longest):
     if args.val_data:
         val = read_records(args.val_data)
     elif data:
-        data, val = hold_out(data, VAL_SHARE, seed=0)
+        data, val = train_val_split(data, VAL_SHARE, seed=0)
     elif args.weights.resolve() == WORLD / "base":
         val = read_records(WORLD / "val.jsonl")
     else:
@@ -114,7 +114,7 @@ def constant_gates(model, calibration, args):
 
 def approximate(args):
     """(model with one head in place of several, the line that says what that cost)."""
-    model, tokenizer = load_tuned(args)
+    model, tokenizer = load_model_and_adapter(args)
     longest = min(MAX_SEQ_LEN, model.args.max_seq_len)
     calibration, val = read_sequences(args, tokenizer, longest)
 
@@ -138,7 +138,7 @@ def export(args):
                          "gate on")
     args.device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, args.device)
-    with new_folder(args.out) as folder:
+    with atomic_dir(args.out) as folder:
         with explained(weights=args.weights, adapter=args.adapter):
             model, _ = load_llama(args.weights)
             config = load_adapter(model, args.adapter)

@@ -2,7 +2,7 @@
 
     done = read_partial(path, settings, columns={"index": int, "answer": str}, name=("index",))
     with open_partial(path, settings, done) as file:
-        add_line(file, {"index": 3, "answer": "four"})
+        append_row(file, {"index": 3, "answer": "four"})
     ...                                 # write the result
     remove_partial(path)
 
@@ -13,7 +13,7 @@ processes the first reads, writes and removes the file, and the others are told 
 import json
 import os
 
-from support.distributed import rank, told
+from support.distributed import rank, run_on_rank0
 from support.files import write_text
 
 
@@ -21,7 +21,7 @@ def read_partial(path, settings, *, columns, name):
     """{tuple of the columns in `name`: row} as a stopped run left them, a torn last line dropped.
     Raises ValueError when its settings were others, since its rows would not be this run's, and
     for a row that has not exactly these columns {name: type}."""
-    return told(lambda: parse_partial(path, settings, columns, name))
+    return run_on_rank0(lambda: parse_partial(path, settings, columns, name))
 
 
 def parse_partial(path, settings, columns, name):
@@ -53,7 +53,7 @@ def open_partial(path, settings, done):
     return open(path, "a", encoding="utf-8")
 
 
-def add_line(file, row):
+def append_row(file, row):
     file.write(json.dumps(row) + "\n")
 
 

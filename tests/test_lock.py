@@ -15,8 +15,8 @@ import eval_mmlu
 import train
 from experiments import common
 from model import save_llama
-from support import hold
-from support.hold import began, holding, lives
+from support import lock as lock_module
+from support.lock import began, file_lock, lives
 from tests.conftest import ROOT, WORLD, tiny_model
 from tests.test_robust import flags_of, snapshot
 
@@ -26,7 +26,7 @@ THREE = ["adapter.pt", "log.csv", "run.json"]
 
 
 def held(lock):
-    return holding(lock, "it")
+    return file_lock(lock, "it")
 
 
 def names(folder):
@@ -35,7 +35,7 @@ def names(folder):
 
 def dead_process():
     """The holder that a killed process would have left: its id, and when it began."""
-    code = "import os; from support.hold import began; print(os.getpid(), began(os.getpid()))"
+    code = "import os; from support.lock import began; print(os.getpid(), began(os.getpid()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     return "{}-{}-{}".format(*done.stdout.split(), HOST)
 
@@ -98,8 +98,8 @@ def test_a_process_of_another_user_lives():
 
 @pytest.mark.slow
 def test_a_killed_process_that_nobody_has_waited_for_yet_holds_nothing(tmp_path):
-    code = (f"import time; from support.hold import holding\n"
-            f"with holding({str(tmp_path / 'lock')!r}, 'it'):\n"
+    code = (f"import time; from support.lock import file_lock\n"
+            f"with file_lock({str(tmp_path / 'lock')!r}, 'it'):\n"
             f"    print(1, flush=True); time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     holder.stdout.readline()
@@ -128,13 +128,13 @@ def test_a_lock_of_another_host_is_named_with_the_way_on(tmp_path, dead):
 def test_where_an_open_file_cannot_be_renamed_its_holder_is_named(tmp_path, monkeypatch):
     """As on Windows, where no process is asked for."""
     path = left_by("12-unknown-" + HOST, tmp_path / "lock")
-    monkeypatch.setattr(hold, "lives", lambda holder: False)
-    monkeypatch.setattr(hold, "PAUSE", 0)
+    monkeypatch.setattr(lock_module, "lives", lambda holder: False)
+    monkeypatch.setattr(lock_module, "PAUSE", 0)
 
     def rename(*_):
         raise PermissionError(13, "Access is denied")
 
-    monkeypatch.setattr(hold.os, "rename", rename)
+    monkeypatch.setattr(lock_module.os, "rename", rename)
     with pytest.raises(ValueError, match=f"held by process 12 on {HOST}"), held(path):
         pass
     assert names(path) == ["12-unknown-" + HOST]
@@ -151,7 +151,7 @@ def test_where_no_lock_can_be_the_folder_is_named(tmp_path, place):
 RACE = """
 import os, signal, sys
 from pathlib import Path
-from support import hold
+from support import lock as lock_module
 folder, dead, many, rounds = Path(sys.argv[1]), sys.argv[2], 6, 40
 
 def each(act):
@@ -176,7 +176,7 @@ kept = []
 
 def takes(number):  # and holds for ever: the next round has another lock
     try:
-        kept.append(hold.holding(folder / f"{number}" / "lock", "it"))
+        kept.append(lock.file_lock(folder / f"{number}" / "lock", "it"))
         kept[-1].__enter__()
         return b"1"
     except ValueError:
@@ -186,7 +186,7 @@ def meets(number):  # takes and lets go, again and again; is anybody else inside
     wins = 0
     for _ in range(30):
         try:
-            with hold.holding(folder / "churn" / "lock", "it"):
+            with lock.file_lock(folder / "churn" / "lock", "it"):
                 os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))
                 os.unlink(folder / "inside")
                 wins += 1
@@ -390,7 +390,7 @@ def test_what_another_process_has_just_ended_is_not_computed_again(tmp_path, mon
         (folder / "run.json").touch()
         yield
 
-    monkeypatch.setattr(common, "holding", late)
+    monkeypatch.setattr(common, "file_lock", late)
     monkeypatch.setattr(train, "run_training", lambda args: pytest.fail("computed again"))
     assert common.remember(path, "k", lambda: pytest.fail("computed again")) == 3
     common.train_once([], folder)

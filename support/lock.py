@@ -1,6 +1,6 @@
 """One folder, one run: a process holds what it writes, and a second one is told who that is.
 
-    with holding(out / ".lock", out):
+    with file_lock(out / ".lock", out):
         ...                             # a second run into `out` is refused in one line
 
 A lock is a folder with one empty file, whose name is its holder: process, when it began, host. One
@@ -16,8 +16,8 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from support.distributed import told
-from support.files import writing
+from support.distributed import run_on_rank0
+from support.files import wrap_disk_errors
 
 TRIES, PAUSE = 20, 0.01  # others may come and go meanwhile; seconds
 
@@ -90,16 +90,16 @@ def take(lock, what, me):
 
 
 @contextmanager
-def holding(lock, what):
-    """holding_alone; of several processes the first does it for all, and what it refuses, all
+def file_lock(lock, what):
+    """file_lock_alone; of several processes the first does it for all, and what it refuses, all
     refuse."""
     with ExitStack() as stack:
-        told(lambda: stack.enter_context(holding_alone(lock, what)))
+        run_on_rank0(lambda: stack.enter_context(file_lock_alone(lock, what)))
         yield
 
 
 @contextmanager
-def holding_alone(lock, what):
+def file_lock_alone(lock, what):
     """Inside, this process alone holds the lock, and with it `what`, the path that it writes to.
     The folder that the lock lies in is made where there is none, and goes again if nothing else was
     put in it. Raises ValueError where another process holds the lock, OSError where none can be.
@@ -107,7 +107,7 @@ def holding_alone(lock, what):
     lock, me = Path(lock), f"{os.getpid()}-{began(os.getpid())}-{socket.gethostname()}"
     made, file = [], None
     try:
-        with writing(lock.parent):
+        with wrap_disk_errors(lock.parent):
             made = [path for path in lock.parents if not path.exists()]
             file = take(lock, what, me)
         for path in lock.parent.iterdir():  # claims of processes that were killed within take()

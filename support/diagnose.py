@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from model import SPLIT_DIM, Transformer, open_shard, read_params
-from support.files import not_itself, read_json, read_torch
+from support.files import placeholder_reason, read_json, read_torch
 
 HUB = "names of a hub are not fetched: download it, and give its folder"
 # how files of PyTorch begin: an archive, and before 1.6 a pickled number
@@ -34,8 +34,8 @@ def explained(*, weights=None, adapter=None, source=None, data=()):
     try:
         yield
     except ValueError as error:
-        looks = [(weights_reason, weights), (adapter_reason, adapter), (source_reason, source),
-                 *((not_itself, path) for path in data)]
+        looks = [(diagnose_weights, weights), (diagnose_adapter, adapter),
+                 (diagnose_source, source), *((placeholder_reason, path) for path in data)]
         reasons = (look(Path(path)) for look, path in looks if path)
         reason = next(filter(None, reasons), None)
         if (not reason and str(error).startswith(f"{adapter} ")
@@ -49,7 +49,7 @@ def explained(*, weights=None, adapter=None, source=None, data=()):
 # ---------------------------------------------------------------- a folder in Meta's layout
 
 
-def weights_reason(folder):
+def diagnose_weights(folder):
     """Why load_llama refuses the folder, or None where its own words are the best."""
     if not folder.is_dir():
         return file_for_folder(folder) if folder.exists() else f"there is no folder {folder}; {HUB}"
@@ -58,7 +58,7 @@ def weights_reason(folder):
         return other_layout(folder, names)
     shards = sorted(folder.glob("consolidated.*.pth"))
     for path in [folder / "params.json", folder / "tokenizer.model", *shards]:
-        if reason := not_itself(path):
+        if reason := placeholder_reason(path):
             return reason
     return tokenizer_reason(folder, names) or shards_reason(folder, shards)
 
@@ -197,7 +197,7 @@ def warn_of_spare_rows(model, tokenizer, folder):
 # ---------------------------------------------------------------- an adapter
 
 
-def adapter_reason(path):
+def diagnose_adapter(path):
     """Why load_adapter refuses the path, or None where its own words are the best."""
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
@@ -210,7 +210,7 @@ def adapter_reason(path):
         return f"there is no adapter at {path}" + (
             ": its run has not ended, train.py goes on with it with --resume" if stopped else
             "; " + HUB.replace("its folder", "the file"))
-    if reason := not_itself(path):
+    if reason := placeholder_reason(path):
         return reason
     if path.suffix == ".safetensors" or path.name == "adapter_model.bin":
         return peft_reason(path.parent)
@@ -228,7 +228,7 @@ def adapter_reason(path):
 def peft_reason(folder):
     """What can be done with an adapter in PEFT's layout: HydraLoRA's own code writes it too."""
     path = folder / "adapter_config.json"
-    plain = path.is_file() and not not_itself(path) and "lora_nums" not in read_json(path)
+    plain = path.is_file() and not placeholder_reason(path) and "lora_nums" not in read_json(path)
     return (f"{folder} holds an adapter in PEFT's layout: " + (
         "an ordinary LoRA (no lora_nums), which is not read here; tools.official_adapter converts "
         "those of HydraLoRA's code" if plain else
@@ -239,7 +239,7 @@ def peft_reason(folder):
 # ---------------------------------------------------------------- a folder of Hugging Face
 
 
-def source_reason(folder):
+def diagnose_source(folder):
     """Why import_hf.py refuses the folder, or None where its own words are the best."""
     if not folder.is_dir():
         return (f"{folder} is a file: give its folder" if folder.exists() else
@@ -248,7 +248,7 @@ def source_reason(folder):
     read = [path for path in files if path.suffix in (".safetensors", ".bin")
             or path.name in ("config.json", "tokenizer.model")]
     for path in read:
-        if reason := not_itself(path):
+        if reason := placeholder_reason(path):
             return reason
     names = {path.name for path in files}
     if "config.json" not in names:
