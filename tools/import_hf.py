@@ -18,6 +18,7 @@ import torch
 
 from model import Tokenizer, save_llama
 from support.cli import Parser, report_failure, start_script
+from support.diagnose import is_cut_short
 from support.files import (
     atomic_dir,
     check_tensors,
@@ -101,10 +102,17 @@ def check_architecture(config, path):
 # ---------------------------------------------------------------- weights
 
 
+def read_pickle(path, kind):
+    """The content of a file of torch.save, memory-mapped unless it was written before PyTorch 1.6.
+    Raises ValueError for a file that is not of this kind, and runs nothing in it."""
+    if is_cut_short(path):
+        raise ValueError(f"{path} is not {kind}: it is cut short, get it again")
+    return read_torch(path, kind, mmap=zipfile.is_zipfile(path))
+
+
 def read_bin(path):
-    """{name: tensor} of a pytorch_model.bin, memory-mapped unless it was written before PyTorch
-    1.6. Raises ValueError for a pickle that holds more than tensors, and runs nothing in it."""
-    tensors = read_torch(path, "a file of tensors alone", mmap=zipfile.is_zipfile(path))
+    """{name: tensor} of a pytorch_model.bin."""
+    tensors = read_pickle(path, "a file of tensors alone")
     try:
         check_tensors(tensors)
     except ValueError as error:
@@ -166,8 +174,8 @@ def untie(weights, source):
 
 
 def in_meta_order(state, args, tied, scratch):
-    """The state with wq and wk in Meta's order. Tensors that cannot be written as they are in a file
-    are copied to a scratch file and mapped from there, so that their pages can leave memory."""
+    """The state with wq and wk in Meta's order. Tensors that cannot be written as their files hold
+    them are copied to a scratch file and mapped from there, so their pages can leave memory."""
     def must_copy(name, tensor):
         whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         # a tied output layer becomes a tensor of its own: here nothing ties it

@@ -11,7 +11,6 @@ becomes a tensor of its own, since nothing ties it here. The model is held in me
 import os
 import struct
 import sys
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +18,9 @@ import torch
 
 from model import save_llama
 from support.cli import Parser, report_failure, start_script
-from support.files import (
-    atomic_dir,
-    check_tensors,
-    placeholder_reason,
-    read_torch,
-    wrap_disk_errors,
-)
+from support.files import atomic_dir, check_tensors, placeholder_reason, wrap_disk_errors
 from tools.hf_layout import check_shapes, empty_model, make_args, read_number
-from tools.import_hf import check_tokenizer, describe
+from tools.import_hf import check_tokenizer, describe, read_pickle
 
 COMPILED = "_orig_mod."  # torch.compile puts it before every name
 TABLES = ("freqs_cos", "freqs_sin")  # of rotary embedding, computed here
@@ -57,7 +50,7 @@ def model_args(params, width, path):
 def read_pt(path):
     """(ModelArgs, {name: tensor}) of a .pt: a dict with model, model_args, and the state of
     training."""
-    content = read_torch(path, "a checkpoint of llama2.c", mmap=zipfile.is_zipfile(path))
+    content = read_pickle(path, "a checkpoint of llama2.c")
     found = content if isinstance(content, dict) else {}
     if not isinstance(found.get("model"), dict) or not isinstance(found.get("model_args"), dict):
         raise ValueError(f"{path} is not a checkpoint of llama2.c: it has no model and model_args")

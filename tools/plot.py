@@ -8,7 +8,6 @@ well as in colour. The heat map is the router of HydraLoRA, section 3.2.1: the m
 head per family, in the layer where the families differ most. Needs matplotlib.
 """
 
-import csv
 import math
 import re
 import sys
@@ -22,7 +21,7 @@ from hydralora import HydraSettings
 from support.cli import Parser, report_failure, start_script
 from support.evaluation import most_specialised_layer
 from support.files import read_json, write_file
-from support.run_folder import RESUME_MAY_DIFFER
+from support.run_folder import RESUME_MAY_DIFFER, read_log
 
 WIDTH, DPI = 8.3, 100  # 830 pixels, the width of a README
 WINDOWS = 50  # the smoothed loss is a mean over a 50th of the longest run
@@ -35,7 +34,8 @@ BASE_STYLES = [("#8a8a8a", "P", ""), ("#bbbbbb", "*", "oo"), ("#666666", "X", "O
 TOTAL = "all"
 EVALUATIONS = ("val_loss", "exact_match", "kept_loss")  # columns of log.csv, of --eval-every
 # settings that are not worth a label, and those that have no meaning for --method full
-NO_LABEL = {*RESUME_MAY_DIFFER, "dry_run", "gpu_memory", "max_steps"}
+NO_LABEL = {*RESUME_MAY_DIFFER, "dry_run", "gpu_memory", "max_steps"} - {
+    "weights", "data", "val_data", "keep_data"}
 ADAPTERS_ONLY = {"targets", *(field.name for field in fields(HydraSettings))}
 
 
@@ -64,14 +64,13 @@ def read_run(folder):
                          "has ended")
     result = read_json(folder / "run.json")
     try:
-        with open(folder / "log.csv", encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_log(folder / "log.csv")
         steps = [int(row["step"]) for row in rows]
         losses = [float(row["loss"]) for row in rows]
         if not rows:
             raise ValueError("log.csv has no rows")
         evaluations = {column: [(step, float(row[column])) for step, row in zip(steps, rows)
-                                if row.get(column)] for column in EVALUATIONS}
+                                if row[column]] for column in EVALUATIONS}
         settings, metrics = dict(result["settings"]), result["metrics"]
         table = {**metrics["categories"], TOTAL: metrics}
         base, tuned = ({name: (float(row["val_loss" + end]), float(row["exact_match" + end]))
@@ -81,7 +80,7 @@ def read_run(folder):
         gate, entropy = (routing["gate"], routing["entropy"]) if routing else ({}, {})
         return Run(folder.resolve().name, settings, steps, losses, evaluations, base, tuned, gate,
                    entropy)
-    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is not the folder of a whole run: run.json or log.csv is "
                          f"damaged ({error!r})") from error
 
@@ -304,7 +303,7 @@ def draw(runs):
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     if any(run.evaluations["exact_match"] for run in runs):
-        left, right = parts[0].subplots(1, 2, width_ratios=[2, 1])
+        left, right = parts[0].subplots(1, 2, width_ratios=[2, 1], sharex=True)
         draw_training(left, runs)
         draw_exact_match(right, runs)
     else:

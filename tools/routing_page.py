@@ -61,7 +61,7 @@ def answer_and_gates(model, tokenizer, prompt, args):
 
 
 def run_table(adapter, layers):
-    """The mean gates per family from the run.json beside an adapter.pt, as a table of the page; None
+    """The mean gates per family in the run.json beside an adapter.pt, as a table of the page. None
     if there is no such run, or if its router has other layers."""
     path = adapter.parent / "run.json"
     if adapter.name != "adapter.pt" or not path.is_file():

@@ -22,7 +22,7 @@ from hydralora import HydraLinear, adapters_disabled, hydra_layers, load_adapter
 from model import load_llama
 from support.cli import Parser, report_failure, start_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
-from support.evaluation import EVAL_BATCH, evaluate, routing_report
+from support.evaluation import EVAL_BATCH, TOTAL, evaluate, routing_report
 from support.files import atomic_dir, write_json
 from support.run_folder import load_model_and_adapter
 from tools.generate import has_router
@@ -84,7 +84,7 @@ def read_sequences(args, tokenizer, longest):
 
     def encode(records):
         # one category, so that routing_report gives one mean gate for all
-        return [replace(s, category="") for s in encode_records(records, tokenizer, longest)[0]]
+        return [replace(s, category=TOTAL) for s in encode_records(records, tokenizer, longest)[0]]
 
     return data and encode(data), encode(val)
 
@@ -104,15 +104,15 @@ def approximate(args):
     settings = {"batch_size": EVAL_BATCH, "precision": autocast(args.device, args.dtype)}
 
     def loss(name):
-        return evaluate(model, val, **settings, name=name)[""]["loss"]
+        return evaluate(model, val, **settings, name=name)[TOTAL]["loss"]
 
     with adapters_disabled(model):
         base = loss("base")
     before = loss("HydraLoRA")
     gates = uniform_gates(model)
     if args.constant == "calibrated":
-        report = routing_report(model, calibration, **settings)
-        gates = {name: gate.new_tensor(report["gate"][name][""]) for name, gate in gates.items()}
+        for name, means in routing_report(model, calibration, **settings)["gate"].items():
+            gates[name] = gates[name].new_tensor(means[TOTAL])
     flatten(model, gates)
     after = loss("one LoRA")
     return model, (f"validation loss on {len(val)} records: base {base:.4f}, HydraLoRA "
