@@ -62,7 +62,7 @@ def save(model, folder, files=1, kind="safetensors"):
     state = safetensors.load_file(folder / "model.safetensors")
     if files > 1 or kind == "bin":
         (folder / "model.safetensors").unlink()
-        write_weights(folder, state, files, files > 1, kind)
+        write_weights(folder, state, files, kind)
     return state
 
 

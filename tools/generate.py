@@ -43,14 +43,14 @@ COLOURS = [31, 32, 34, 33, 35, 36, 91, 92, 94, 93, 95, 96]  # ANSI: red, green, 
 # ---------------------------------------------------------------- text and tokens
 
 
-def encode_prompt(model, tokenizer, prompt, args):
-    """The tokens of a prompt: BOS, prompt, EOS; with --raw no EOS. Raises ValueError if the longest
-    answer does not fit after them."""
+def encode_prompt(model, tokenizer, prompt, args, place=""):
+    """The tokens of a prompt: BOS, prompt, EOS; with --raw no EOS. Raises ValueError, which begins
+    with `place`, if the longest answer does not fit after them."""
     ids = tokenizer.encode(prompt, eos=not args.raw)
     limit = model.args.max_seq_len
     if len(ids) + args.max_new_tokens > limit:
         length = f"--max-seq-len {limit}" if args.max_seq_len else model_length(args.weights, limit)
-        raise ValueError(f"the prompt's {len(ids)} tokens and --max-new-tokens "
+        raise ValueError(f"{place}the prompt's {len(ids)} tokens and --max-new-tokens "
                          f"{args.max_new_tokens} exceed {length}: shorten one of them")
     return ids
 
@@ -183,14 +183,12 @@ def show_routing(model, tokenizer, prompt, new, coloured):
 
 
 def encode_file(model, tokenizer, records, args):
-    """A Sequence of every record's prompt. Raises ValueError for one that is too long, before any
-    time is spent on answers."""
+    """A Sequence of every record's prompt; one that is too long is refused before the first
+    answer."""
     sequences = []
     for index, record in enumerate(records):
-        try:
-            ids = encode_prompt(model, tokenizer, prompt_text(record), args)
-        except ValueError as error:
-            raise ValueError(f"{args.data}, {record.place}: {error}") from None
+        ids = encode_prompt(model, tokenizer, prompt_text(record), args,
+                            place=f"{args.data}, {record.place}: ")
         sequences.append(Sequence(ids, len(ids), index, record["category"], record.place))
     return sequences
 

@@ -15,7 +15,6 @@ import math
 import mmap
 import os
 import struct
-from typing import NamedTuple
 
 import torch
 
@@ -142,15 +141,6 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
-class Entry(NamedTuple):
-    """A tensor's place in the file; start and stop count from the first tensor's first byte."""
-    start: int
-    stop: int
-    name: str
-    dtype: torch.dtype
-    shape: list
-
-
 def read_safetensors(path):
     """{name: tensor} of a safetensors file, each memory-mapped: nothing is read before it is used.
 
@@ -167,9 +157,9 @@ def read_safetensors(path):
         header = parse_json(file.read(length), f"the header of {path}")
         header.pop("__metadata__", None)
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if header else b""
-    entries = sorted(check_entry(name, entry, path) for name, entry in header.items())
-    starts = [entry.start for entry in entries]
-    stops = [entry.stop for entry in entries]
+    entries = sorted(parse_entry(name, entry, path) for name, entry in header.items())
+    starts = [start for start, *_ in entries]
+    stops = [stop for _, stop, *_ in entries]
     if [*starts, size - 8 - length] != [0, *stops]:
         raise ValueError(f"{path} is damaged or cut short: its tensors do not fill its "
                          f"{size - 8 - length} bytes without gap or overlap; get it again")
@@ -188,9 +178,9 @@ def is_sizes(value):
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def check_entry(name, entry, path):
-    """The Entry that a safetensors header has for a tensor. Raises ValueError if it contradicts
-    itself."""
+def parse_entry(name, entry, path):
+    """(first byte, last byte, name, dtype, shape) of a tensor, from its entry in a safetensors
+    header. Raises ValueError for an entry that contradicts itself."""
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not is_sizes(shape) or not is_sizes(offsets):
@@ -202,7 +192,8 @@ def check_entry(name, entry, path):
     if len(offsets) != 2 or offsets[1] - offsets[0] != count:
         raise ValueError(f"{path} is damaged: {name!r} with {count} bytes of {dtype} {shape} has "
                          f"the offsets {offsets}")
-    return Entry(*offsets, name, SAFETENSORS_DTYPES[dtype], shape)
+    start, stop = offsets
+    return start, stop, name, SAFETENSORS_DTYPES[dtype], shape
 
 
 def write_safetensors(path, tensors, convert=lambda name, tensor: tensor):

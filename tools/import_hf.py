@@ -121,36 +121,15 @@ def read_bin(path):
     return tensors
 
 
-def weight_files(source):
-    """(paths, function that reads one) of the weights in a folder, safetensors before pickles."""
-    for index, pattern, read in [
-            ("model.safetensors.index.json", "model*.safetensors", read_safetensors),
-            ("pytorch_model.bin.index.json", "pytorch_model*.bin", read_bin)]:
-        names = {path.name for path in source.glob(pattern)}
-        if (source / index).is_file():
-            wanted = indexed_files(source / index)
-            missing = sorted(wanted - names)
-            if missing:
-                raise ValueError(f"{source} lacks {missing[:4]}, which its index names: get them")
-            names = wanted
-        if names:
-            return [source / name for name in sorted(names)], read
-    raise ValueError(f"{source} holds no model*.safetensors and no pytorch_model*.bin: give the "
-                     "folder of a Hugging Face checkpoint")
-
-
-def indexed_files(path):
-    """The names of the files that an index lists. Raises ValueError for a path to elsewhere."""
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
-        raise ValueError(f"{path} has no weight_map of plain file names")
-    return set(weight_map.values())
-
-
 def read_weights(source):
-    """{Hugging Face's name: tensor} of all files of a folder, memory-mapped."""
-    paths, read = weight_files(source)
+    """{Hugging Face's name: tensor} of the files of a folder, memory-mapped: of its safetensors, or
+    if it has none of its pickles. Their names and shapes are checked, so no index is needed."""
+    paths, read = sorted(source.glob("model*.safetensors")), read_safetensors
+    if not paths:
+        paths, read = sorted(source.glob("pytorch_model*.bin")), read_bin
+    if not paths:
+        raise ValueError(f"{source} holds no model*.safetensors and no pytorch_model*.bin: give "
+                         "the folder of a Hugging Face checkpoint")
     weights = {}
     for path in paths:
         tensors = read(path)

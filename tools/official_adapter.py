@@ -33,10 +33,16 @@ from tools.hf_layout import (
 )
 from tools.import_hf import read_bin
 
-BASE_HELP = ("where PEFT finds the base, in Hugging Face's layout: base_model_name_or_path (the "
-             "name of the --weights folder)")
 PREFIX = "base_model.model."  # PEFT puts it before the names of the model that it wraps
 SUPPORTED = ("targets", "rank", "heads", "alpha", "dropout", "gate")  # by the authors' format
+
+
+def add_base_flags(p):
+    """--weights, and --base for peft_config."""
+    p.add_argument("--weights", type=Path, default=WORLD / "base",
+                   help="folder of the base model in Meta's layout (the embedded world's)")
+    p.add_argument("--base", help="where PEFT finds the base, in Hugging Face's layout: "
+                   "base_model_name_or_path (the name of the --weights folder)")
 
 
 def peft_config(config, base, **others):
@@ -144,9 +150,7 @@ def parse_args(argv):
     p.add_argument("given", metavar="SRC", type=Path,
                    help="a folder in their format, or an adapter.pt of ours")
     p.add_argument("out", metavar="DST", type=Path, help="what to make: the other of the two")
-    p.add_argument("--weights", type=Path, default=WORLD / "base",
-                   help="folder of the base model in Meta's layout (the embedded world's)")
-    p.add_argument("--base", help=BASE_HELP)
+    add_base_flags(p)
     args = p.parse_args(argv)
     if args.given.is_dir() and args.base:
         p.error(f"--base is written into their format; {args.out} has no place for it")

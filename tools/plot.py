@@ -165,12 +165,8 @@ def style(i):
     return STYLES[i % len(STYLES)]
 
 
-def tick_label(value, _=None):
-    return f"{value:g}"
-
-
 def minor_tick_label(value, _=None):
-    """On a logarithmic axis only 2 and 5 are named between the powers of ten."""
+    """On a logarithmic axis, between the powers of ten, only 2 and 5 have labels."""
     return f"{value:g}" if f"{value:.3e}"[:5] in ("2.000", "5.000") else ""
 
 
@@ -193,7 +189,7 @@ def draw_training(axes, runs):
     losses = [loss for run in runs for loss in run.losses if math.isfinite(loss) and loss > 0]
     if losses and max(losses) > 5 * min(losses):
         axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(tick_label)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(minor_tick_label)
     axes.set(title=title, xlabel="step", ylabel="nats per token")
     axes.grid(alpha=0.3)
@@ -241,7 +237,7 @@ def draw_families(loss_axes, exact_axes, runs):
     losses = [loss for _, rows, *_ in series for loss, _ in rows.values()]
     if min(losses) > 0 and max(losses) > 10 * min(losses):
         loss_axes.set_xscale("log")
-        loss_axes.xaxis.set_major_formatter(tick_label)
+        loss_axes.xaxis.set_major_formatter("{x:g}")
     loss_axes.margins(x=0.15)
     loss_axes.set(title="validation loss", xlabel="nats per token")
     exact_axes.set(title="exact match", xlabel="% of records", xlim=(0, 115))

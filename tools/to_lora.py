@@ -27,7 +27,7 @@ from support.files import atomic_dir, write_json
 from support.run_folder import load_model_and_adapter
 from tools.generate import has_router
 from tools.hf_layout import check_settings, hf_name, hf_rows, rotary_heads, write_safetensors
-from tools.official_adapter import BASE_HELP, PREFIX, peft_config
+from tools.official_adapter import PREFIX, add_base_flags, peft_config
 from train import MAX_SEQ_LEN, VAL_SHARE
 
 # what flatten turns into one LoRA
@@ -149,11 +149,9 @@ def parse_args(argv):
     p = Parser("to_lora.py", __doc__)
     p.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter.pt of train.py")
     p.add_argument("out", metavar="DST", type=Path, help="folder to make, in PEFT's format")
-    p.add_argument("--weights", type=Path, default=WORLD / "base",
-                   help="folder of the base model in Meta's layout (the embedded world's)")
+    add_base_flags(p)
     p.add_argument("--constant", choices=["uniform", "calibrated"],
                    help="constant gate: 1/N, or the mean on --data (none: refuse if needed)")
-    p.add_argument("--base", help=BASE_HELP)
     p.add_argument("--data", type=Path, help="records to calibrate the gate on (none)")
     p.add_argument("--val-data", type=Path,
                    help="records for the loss (5 %% of --data, else the embedded world's)")
