@@ -267,7 +267,7 @@ for i, moment in enumerate([*moments, *exact]):
         assert wait(child(out, "--resume")) == 0, (i, held)
     elif "run.json" in held:  # killed after all was written
         done["whole"] += 1
-        if ".lock" in held:  # just before it let go: that holds nothing
+        if ".lock.pid" in held:  # just before it released the lock, which locks nothing
             assert wait(child(out, "--overwrite")) == 0, (i, held)
     else:
         done["none"] += 1
