@@ -41,7 +41,7 @@ def assert_held(path, holder=ME):
 
 @pytest.fixture(params=["Unix", "Windows"])
 def either_system(request, monkeypatch):
-    """Windows as far as Linux can show it: its own call, and no file is removed while it is open."""
+    """Windows as far as Linux can show it: its own call, and no open file can be removed."""
     monkeypatch.setattr(lock_module, "PAUSE", 0)
     if request.param == "Unix":
         return
