@@ -246,13 +246,7 @@ def diagnose_source(folder):
         return f"there is no folder {folder}; {HUB} its folder"
     if not folder.is_dir():
         return f"{folder} is a file: give its folder"
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    for path in files:
-        if (path.suffix in (".safetensors", ".bin")
-                or path.name in ("config.json", "tokenizer.model")):
-            if reason := placeholder_reason(path):
-                return reason
-    names = {path.name for path in files}
+    names = {path.name for path in folder.iterdir()}
     if "config.json" not in names:
         if "adapter_config.json" in names:
             return peft_reason(folder)

@@ -1,6 +1,5 @@
 """One folder, one run: support/lock.py, and the scripts that lock what they write."""
 
-import contextlib
 import errno
 import json
 import os
@@ -14,7 +13,6 @@ import pytest
 
 import eval_mmlu
 import train
-from experiments import common
 from model import save_llama
 from support import lock as lock_module
 from support.lock import file_lock
@@ -202,7 +200,8 @@ def command(made, tmp_path):
     (train, ["--overwrite"], "out", "out/.lock"),
     (train, ["--resume"], "alias", "out/.lock"),  # one folder under two names is one folder
     (eval_mmlu, [], "out", "out.lock"),
-    (generate, ["--data", "a.jsonl", "--weights", "w"], "out", "out.lock")])
+    (generate, ["--data", str(WORLD / "val.jsonl"), "--weights", str(WORLD / "base")], "out",
+     "out.lock")])
 def test_every_script_that_writes_refuses_an_output_that_is_held(
         tmp_path, capsys, script, flags, out, lock):
     (tmp_path / "alias").symlink_to(tmp_path / "out")
@@ -225,37 +224,3 @@ def test_a_run_that_cannot_start_leaves_no_folder_and_no_file(made, command, tmp
 def test_dry_run_needs_no_lock(command, tmp_path):
     with file_lock(tmp_path / "out" / ".lock", "it"):
         assert train.main([*command, "--dry-run"]) == 0
-
-
-# ---------------------------------------------------------------- experiments
-
-
-def test_a_kept_run_or_value_is_computed_by_one_process(tmp_path):
-    def compute(name):
-        if name == "lora-1":
-            return common.train_once([], tmp_path / name)
-        return common.remember(tmp_path / name, "k", lambda: 3)
-
-    for name in ("lora-1", "value.json"):
-        with file_lock(tmp_path / f"{name}.lock", "it"):
-            with pytest.raises(ValueError, match=f"{name} is held by {ME}"):
-                compute(name)
-        assert names(tmp_path) == []
-    assert compute("value.json") == 3 and names(tmp_path) == ["value.json"]
-    with file_lock(tmp_path / "value.json.lock", "it"):
-        assert compute("value.json") == 3  # reading needs no lock
-
-
-def test_what_another_process_has_just_finished_is_not_computed_again(tmp_path, monkeypatch):
-    path, folder = tmp_path / "value.json", tmp_path / "lora-1"
-
-    @contextlib.contextmanager
-    def late(*_):  # the other process finishes while this one waits for the lock
-        common.write_json(path, {"key": common.digest("k"), "value": 3})
-        folder.mkdir(exist_ok=True)
-        (folder / "run.json").touch()
-        yield
-
-    monkeypatch.setattr(common, "file_lock", late)
-    assert common.remember(path, "k", lambda: pytest.fail("computed again")) == 3
-    common.train_once(["--no-such-flag"], folder)
