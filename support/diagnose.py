@@ -1,11 +1,11 @@
-"""Why a path was refused, found by looking at what is there: one line, with the next step.
+"""Why a path was refused, in one line with the next step, by looking at what is there.
 
     text = diagnose(error, args) or str(error)
 
-model.py and hydralora.py report what they expected. This module looks at what is there instead:
-another layout, a Git LFS pointer, a missing shard. It runs only after a refusal (support/cli.py)
-and answers only if it is certain. It also words the context length of a model, since Meta's
-params.json does not hold one.
+model.py and hydralora.py report what they expected. This module looks at what is there
+instead: another layout, a Git LFS pointer, a missing shard. It runs only after a
+refusal (support/cli.py) and answers only if it is certain. It also words the context
+length of a model, since Meta's params.json does not hold one.
 """
 
 import json
@@ -19,18 +19,19 @@ from support.files import placeholder_reason, read_json, read_torch
 
 HUB = "names of a hub are not fetched: download it, and give"
 IMPORT = "`python -m tools.import_hf {} NEW_FOLDER` makes a folder of it that can be given here"
-# the first bytes of a torch.save file: an archive, or before PyTorch 1.6 a pickled number
+# first bytes of a torch.save file: an archive, before PyTorch 1.6 a pickled number
 ARCHIVE = b"PK"
 BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"
-MANY_SPARE = 0.1  # of an embedding's rows; from here on a warning asks about the tokenizer
+MANY_SPARE = 0.1  # of an embedding's rows: more than that gets a warning
 
 
 def diagnose(error, args):
-    """A better text for a ValueError that names a path of the command line, found by looking at
-    that path; None if the error's own words are the best."""
+    """A better text for a ValueError that names a path of the command line, found by
+    looking at that path; None if the error's own words are the best."""
     if not isinstance(error, ValueError):
         return None
-    looks = {"weights": diagnose_weights, "adapter": diagnose_adapter, "source": diagnose_source,
+    looks = {"weights": diagnose_weights, "adapter": diagnose_adapter,
+             "source": diagnose_source,
              "data": diagnose_data, "val_data": diagnose_data, "keep_data": diagnose_data}
     for name, look in looks.items():
         path = getattr(args, name, None)
@@ -105,7 +106,7 @@ def layout_reason(folder, names):
 
 
 def inner_folder(folder, *names):
-    """Names a folder further down that holds one of the files, as in a cache of the hub."""
+    """Names a folder further down that holds one of the files, as in a hub's cache."""
     for name in names:
         for depth in ("*", "*/*"):
             found = sorted(folder.glob(f"{depth}/{name}"))
@@ -120,7 +121,8 @@ def tokenizer_reason(folder, names):
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", path.read_bytes()[:200]):
             return f"{path} is a tokenizer of Llama 3, which cannot be used here: LLaMA 1 or 2 can"
         return None
-    if (folder.absolute().parent / "tokenizer.model").is_file():  # Meta's download puts it there
+    # Meta's download puts it in the folder above
+    if (folder.absolute().parent / "tokenizer.model").is_file():
         return (f"there is no tokenizer at {path}, but one in the folder above: copy it, if it "
                 "is this model's")
     if "tokenizer.json" in names:
@@ -130,8 +132,8 @@ def tokenizer_reason(folder, names):
 
 
 def shards_reason(folder, shards):
-    """Names the shards that are missing, by a gap in their numbers or because a part of every
-    split tensor is in no shard; or one that is damaged."""
+    """Names the shards that are missing, by a gap in their numbers or because a part of
+    every split tensor is in no shard; or one that is damaged."""
     numbers = [path.name.split(".")[1] for path in shards]
     numbers = {int(number) for number in numbers if number.isdigit()}
     gap = [number for number in range(max(numbers, default=0)) if number not in numbers]
@@ -169,8 +171,8 @@ def shard_names(numbers):
 
 
 def present_part(folder, shards):
-    """The part that all shards together hold of the tensors that Meta splits, as a Fraction, judged
-    by two of shape (dim, dim): wq, split by rows, and wo, split by columns. None if they differ."""
+    """The part of Meta's split tensors that all shards together hold, a Fraction,
+    judged by wq, split by rows, and wo, split by columns. None if they differ."""
     dim, parts = read_params(folder).dim, set()
     for name, split in [("wq", 0), ("wo", 1)]:
         try:
@@ -185,8 +187,8 @@ def present_part(folder, shards):
 
 
 def warn_of_spare_rows(model, tokenizer, folder):
-    """Prints a warning if so many rows of the embedding have no piece that the tokenizer is likely
-    another model's. Such rows are allowed and never sampled."""
+    """Prints a warning if so many rows of the embedding have no piece that the
+    tokenizer is likely another model's. Such rows are allowed and never sampled."""
     spare = model.args.vocab_size - tokenizer.vocab_size
     if spare > MANY_SPARE * model.args.vocab_size:
         print(f"warning: {spare} of the embedding's {model.args.vocab_size} rows have no piece in "
@@ -218,16 +220,17 @@ def diagnose_adapter(path):
     try:
         content = read_torch(path, "an adapter")
     except ValueError as error:
-        if isinstance(error.__cause__, RuntimeError):  # of an archive whose content is damaged
+        if isinstance(error.__cause__, RuntimeError):  # an archive with damaged content
             return f"{path} is not an adapter of this project: it is damaged, copy it again"
         return None
-    if isinstance(content, dict) and any(str(name).startswith("base_model.") for name in content):
+    names = content if isinstance(content, dict) else {}
+    if any(str(name).startswith("base_model.") for name in names):
         return peft_reason(path.parent)
     return None
 
 
 def peft_reason(folder):
-    """What to do with an adapter in PEFT's layout, which HydraLoRA's own code writes too."""
+    """What to do with an adapter in PEFT's layout. HydraLoRA's own code writes it too."""
     path = folder / "adapter_config.json"
     found = f"{folder} holds an adapter in PEFT's layout: "
     if path.is_file() and "lora_nums" not in read_json(path):
@@ -260,7 +263,8 @@ def diagnose_source(folder):
             wanted = [f"{stem}-{i + 1:05d}-of-{count}{end}" for i in range(int(count))]
             missing = [name for name in wanted if name not in names]
             if missing:
-                return f"{folder} lacks {missing[:4]}: get {'it' if len(missing) == 1 else 'them'}"
+                them = "it" if len(missing) == 1 else "them"
+                return f"{folder} lacks {missing[:4]}: get {them}"
     return None
 
 
@@ -269,11 +273,12 @@ def diagnose_source(folder):
 
 def stated_length(weights):
     """max_seq_len of params.json; None if it has none, like Meta's own files."""
-    return json.loads((Path(weights) / "params.json").read_text("utf-8")).get("max_seq_len")
+    text = (Path(weights) / "params.json").read_text("utf-8")
+    return json.loads(text).get("max_seq_len")
 
 
 def model_length(weights, length):
-    """The context length of a model in words: its own, or a default and how to set another."""
+    """A model's context length in words: its own, or a default and how to change it."""
     if stated_length(weights):
         return f"the {length} of the model in {weights}"
     return (f"{length}, a default, since {weights}/params.json has no max_seq_len (add it if the "

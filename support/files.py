@@ -1,4 +1,4 @@
-"""Writes a file whole or not at all, and reads the files of others so that no code in them runs.
+"""Writes a file whole or not at all, and reads any file without running code in it.
 
     write_file("adapter.pt", lambda file: save_adapter(model, file))
     write_json("run.json", result)
@@ -26,8 +26,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @contextmanager
 def wrap_disk_errors(path):
-    """Within this context, an error of the disk becomes an OSError that names the path and what to
-    do."""
+    """Within this context, an error of the disk becomes an OSError that names the path
+    and what to do."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -40,7 +40,7 @@ def wrap_disk_errors(path):
 
 
 def move_into_place(temporary, path):
-    """Renames a finished file, in an order that survives a power cut: content, name, folder."""
+    """Renames a finished file so that a power cut leaves the whole new or old one."""
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -51,10 +51,10 @@ def move_into_place(temporary, path):
 
 
 def write_file(path, write):
-    """Calls write(file) on a temporary file and renames it: whatever happens, path is the whole new
-    file or the old one. What a kill leaves behind is never read, and the next write replaces it.
-    Raises OSError if it cannot be written. Only rank 0 writes; the other ranks call write too,
-    since it may ask each for its part of the base."""
+    """Calls write(file) on a temporary file and renames it: whatever happens, path is
+    the whole new file or the old one. What a kill leaves behind is never read, and the
+    next write replaces it. Raises OSError if it cannot be written. Only rank 0 writes;
+    the other ranks call write too, since it may ask each for its part of the base."""
     if rank():
         with open(os.devnull, "wb") as nowhere:
             write(nowhere)
@@ -82,10 +82,10 @@ def write_json(path, value):
 
 
 def write_llama(model, tokenizer_path, folder):
-    """save_llama into a folder that may hold other files. Each of its three files is whole, new or
-    old, and params.json is there only if all three are new, so a mixture is never loaded. Raises
-    what save_llama raises, and OSError if it cannot be written. The next call removes what a kill
-    left behind."""
+    """save_llama into a folder that may hold other files. Each of its three files is
+    whole, new or old, and params.json is there only if all three are new, so a mixture
+    is never loaded. Raises what save_llama raises, and OSError if it cannot be written.
+    The next call removes what a kill left behind."""
     from model import save_llama  # here alone: it loads sentencepiece
     folder = Path(folder)
     unfinished = folder / "unfinished.tmp"
@@ -103,8 +103,8 @@ def write_llama(model, tokenizer_path, folder):
 
 @contextmanager
 def atomic_dir(path):
-    """Yields an empty folder, which becomes `path` at the end and is removed after an error. Raises
-    ValueError if path exists already, or its parent does not."""
+    """Yields an empty folder, which becomes `path` at the end and is removed after an
+    error. Raises ValueError if path exists already, or its parent does not."""
     path = Path(path)
     if os.path.lexists(path):
         raise ValueError(f"{path} exists already: name another folder, or move it away")
@@ -121,8 +121,8 @@ def atomic_dir(path):
 
 
 def placeholder_reason(path):
-    """Why a file is not what its name promises, whatever that is: it is a Git LFS pointer, a web
-    page, or unreadable. None if it is none of these, or no file."""
+    """Why a file is not what its name promises, whatever that is: it is a Git LFS
+    pointer, a web page, or unreadable. None if it is none of these, or no file."""
     path = Path(path)
     if not path.is_file():
         return None
@@ -142,9 +142,9 @@ def placeholder_reason(path):
 
 
 def read_torch(path, kind, mmap=False):
-    """What torch.save wrote: tensors and plain values, nothing else, so no code in it can run.
-    Raises ValueError, "PATH is not `kind`", for any other file. torch's own words are not passed
-    on: they advise to trust the file, or to save it again."""
+    """What torch.save wrote: tensors and plain values, nothing else, so no code in it
+    can run. Raises ValueError, "PATH is not `kind`", for any other file. torch's own
+    words are not passed on: they advise to trust the file, or to save it again."""
     try:
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # a damaged file raises half a dozen types
@@ -156,8 +156,8 @@ def read_torch(path, kind, mmap=False):
 
 
 def parse_json(text, place):
-    """The JSON object in a text. Raises ValueError, naming the place, for NaN, Infinity, a repeated
-    name and anything but an object."""
+    """The JSON object in a text. Raises ValueError, naming the place, for NaN,
+    Infinity, a repeated name and anything but an object."""
     def no_constant(name):
         raise ValueError(f"it holds {name}")
 
@@ -185,8 +185,8 @@ def read_json(path):
 
 
 def check_tensors(tensors):
-    """Raises ValueError unless this is {name: plain floating-point tensor} whose values are all in
-    the file: a tensor with strides of zero can claim a terabyte and hold one number."""
+    """Raises ValueError unless this is {name: plain floating-point tensor} with all of
+    its values in the file: strides of zero can claim a terabyte and hold one number."""
     if not isinstance(tensors, dict):
         raise ValueError(f"tensors by name were wanted, found {type(tensors).__name__}")
     for name, tensor in tensors.items():
@@ -199,8 +199,8 @@ def check_tensors(tensors):
 
 
 def check_finite(tensors, path):
-    """Raises ValueError if {name: tensor} has a value that is not finite. The path, which it would
-    be written to or was read from, is for the message."""
+    """Raises ValueError if {name: tensor} has a value that is not finite. The path,
+    which it would be written to or was read from, is for the message."""
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise ValueError(f"{path}: {len(bad)} of {len(tensors)} tensors hold values that are not "
@@ -208,7 +208,7 @@ def check_finite(tensors, path):
 
 
 def shape_mismatches(shapes, tensors):
-    """Names that are missing from {name: tensor}, extra, or of another shape than {name: shape}."""
+    """Names in {name: tensor} that are missing, extra, or not of {name: shape}."""
     return sorted(name for name in shapes.keys() | tensors.keys()
                   if name not in shapes or name not in tensors
                   or shapes[name] != tensors[name].shape)
@@ -237,9 +237,9 @@ def file_fingerprint(path):
 
 
 def weights_fingerprint(folder):
-    """sha256 of params.json and the shards in a folder in Meta's layout. A shard over 16 MiB counts
-    by its size and 64 evenly spaced blocks, the last of which is the archive's directory with a
-    checksum of every tensor: seconds, not minutes, for 7B."""
+    """sha256 of params.json and the shards in a folder in Meta's layout. A shard over
+    16 MiB counts by its size and 64 evenly spaced blocks, the last of which is the
+    archive's directory with a checksum of every tensor. 7B takes seconds."""
     found = hashlib.sha256((Path(folder) / "params.json").read_bytes())
     for path in sorted(Path(folder).glob("consolidated.*.pth")):
         size = path.stat().st_size

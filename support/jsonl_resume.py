@@ -1,4 +1,4 @@
-"""The rows of a long run, saved line by line, so that a stopped run resumes where it was.
+"""The rows of a long run, saved line by line, so that a stopped run can be resumed.
 
     done = read_partial(path, settings, columns={"index": int, "answer": str}, name=("index",))
     with open_partial(path, settings, done) as file:
@@ -6,8 +6,8 @@
     ...                                 # write the result
     remove_partial(path)
 
-The first line holds the settings that the rows depend on; every other line is a row. Only rank 0
-reads, writes and removes the file; it broadcasts what it read.
+The first line holds the settings that the rows depend on; every other line is a row.
+Only rank 0 reads, writes and removes the file; it broadcasts what it read.
 """
 
 import json
@@ -18,9 +18,9 @@ from support.files import write_text
 
 
 def read_partial(path, settings, *, columns, name):
-    """{values of the columns in `name`: row} of a stopped run, without a line that was cut short.
-    Raises ValueError if its settings were others, since its rows would be wrong here, and for a row
-    that does not have exactly these columns, {name: type}."""
+    """{values of the columns in `name`: row} of a stopped run, without a line that was
+    cut short. Raises ValueError if its settings were others, since its rows would be
+    wrong here, and for a row that does not have exactly these columns, {name: type}."""
     return run_on_rank0(lambda: parse_partial(path, settings, columns, name))
 
 
@@ -45,7 +45,7 @@ def parse_partial(path, settings, columns, name):
 
 
 def open_partial(path, settings, done):
-    """The file, open for further rows, after the settings and the rows that are done."""
+    """The file, open for more rows, after the settings and the rows that are done."""
     if rank():
         return open(os.devnull, "w", encoding="utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,9 @@
     with file_lock(f"{out}/.lock", out):
         ...                             # no other process is in such a block for the same path
 
-The kernel holds the lock, on a file that names the process, and releases it when that process ends,
-even by a kill: a file that was left behind locks nothing. The file is PATH.pid, since older
-versions made a folder at PATH; such a folder is ignored.
+The kernel holds the lock, on a file that names the process, and releases it when that
+process ends, even by a kill: a file that was left behind locks nothing. The file is
+PATH.pid, since older versions made a folder at PATH; such a folder is ignored.
 """
 
 import os
@@ -24,14 +24,15 @@ except ImportError:  # Windows
     fcntl = None
 
 PAUSE = 0.2  # seconds in which a process that has just taken the lock writes its name
-FAR = 2**30  # Windows lets nobody else read the byte that is locked: one beyond the name
+FAR = 2**30  # on Windows nobody else can read the locked byte: one beyond the name
 
 
 @contextmanager
 def file_lock(path, what):
-    """Holds the lock of `what`, the path that a refusal names; under torchrun, rank 0 holds it for
-    all ranks. Folders made for the file are removed at the end if nothing else was put in them.
-    Raises ValueError if another process holds the lock, OSError if the file cannot be written."""
+    """Holds the lock of `what`, the path that a refusal names; under torchrun, rank 0
+    holds it for all ranks. Folders made for the file are removed at the end if nothing
+    else was put in them. Raises ValueError if another process holds the lock, OSError
+    if the file cannot be written."""
     with ExitStack() as stack:
         run_on_rank0(lambda: stack.enter_context(process_lock(Path(f"{path}.pid"), what)))
         yield
@@ -47,7 +48,7 @@ def process_lock(path, what):
         yield
     finally:
         if file and not fcntl:
-            file.close()  # Windows removes no open file, so never one that another process locks
+            file.close()  # Windows removes no open file, so none that another one locks
         if file:
             with suppress(OSError):
                 path.unlink()
@@ -61,7 +62,7 @@ def open_locked(path, what):
     """The file, open and locked, with this process's name in it."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # its last holder has just removed the file or its folder
+        with suppress(FileNotFoundError):  # the last holder just removed file or folder
             file = open(path, "ab+", buffering=0)
             take_lock(file, what)
             if os.path.samefile(file.fileno(), path):
