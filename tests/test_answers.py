@@ -73,8 +73,11 @@ def test_without_an_adapter_the_base_answers_and_there_is_no_second_column(
     base = load_llama(weights)[0]
     assert [row["answer"] for row in lines][:3] == [slow_answer(base, tokenizer, words)
                                                     for words in WORDS[:3]]
-    assert answer("--raw", base=True)[1][0]["answer"] == slow_answer(base, tokenizer, WORDS[0],
-                                                                     raw=True)
+
+
+def test_raw_continues_the_prompt(answer, weights, adapter, tokenizer):
+    want = slow_answer(tuned(weights, adapter), tokenizer, WORDS[0], raw=True)
+    assert answer("--raw")[1][0]["answer"] == want and want.startswith(" ")
 
 
 def test_a_batch_holds_records_of_like_length_and_does_not_change_the_answers(
@@ -127,9 +130,12 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_file(answer, tmp_path
     text = partial.read_text()
     assert len(text.splitlines()) == 1 + 4
     partial.write_text(text[:-9])  # torn: one record of the second batch is lost
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        assert answer(*flags)[0] == 130
     calls = stop_after(monkeypatch, 9)
     status, _, printed = answer(*flags)
-    assert status == 0 and len(calls) == 2 and "wrote" in printed
+    assert status == 0 and len(calls) == 1 and "wrote" in printed
     assert (tmp_path / "answers.jsonl").read_bytes() == whole and not partial.exists()
 
 

@@ -147,13 +147,14 @@ def test_runs_with_other_families_or_none_share_a_picture(tmp_path):
     a, _, _ = write_run(tmp_path / "a", families=("art", "law"))
     b, other, _ = write_run(tmp_path / "bb", families=("law", "sea"), base=2.0)
     c, _, _ = write_run(tmp_path / "ccc", families=())
-    axes, runs = drawn(a, b, c)
+    axes, runs = drawn(c, a, b)
     (loss,) = axes["validation loss"]
     assert [text.get_text() for text in loss.get_yticklabels()] == ["art", "law", "sea", "all"]
     marks = {line.get_label(): line for line in loss.get_lines() if line.get_marker() != "None"}
     bases = [label for label in marks if label.startswith("base of ")]
-    assert len(bases) == 2  # theirs differ; the base of the third is that of the first
-    assert list(marks[plot.escape(runs[1].label, 40)].get_xdata()) == [
+    # those of a and b differ; c's is that of a, which adds its families
+    assert [len(marks[label].get_xdata()) for label in bases] == [3, 3]
+    assert list(marks[plot.escape(runs[2].label, 40)].get_xdata()) == [
         other["metrics"]["categories"]["law"]["val_loss"],
         other["metrics"]["categories"]["sea"]["val_loss"], other["metrics"]["val_loss"]]
     (alone,) = drawn(c)[0]["validation loss"]

@@ -147,7 +147,8 @@ def test_one_head_and_the_uniform_gate_are_exported_exactly(weights, tmp_path, c
     assert torch.allclose(got, want, atol=1e-4 * want.abs().max().item())
 
 
-RECORDS = [{"instruction": f"What is {i} plus {i}?", "response": f"It is {2 * i}."}
+RECORDS = [{"instruction": f"What is {i} plus {i}?", "response": f"It is {2 * i}.",
+            "category": "ab"[i % 2]}
            for i in range(40)]
 
 

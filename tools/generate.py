@@ -137,11 +137,10 @@ def has_router(model):
 
 @torch.no_grad()
 def gates_of(model, ids):
-    """{layer: gate (T, N)} of the layers with a router, from one pass over the tokens ids."""
+    """{layer: gate (T, N)} from one pass over the tokens ids."""
     with record_gates(model) as gates:
         model(torch.tensor([ids], device=model.tok_embeddings.weight.device))
-    layers = hydra_layers(model)
-    return {name: gate[0].cpu() for name, gate in gates.items() if layers[name].router is not None}
+    return {name: gate[0].cpu() for name, gate in gates.items()}
 
 
 def paint(head, text, coloured):

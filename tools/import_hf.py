@@ -146,7 +146,7 @@ def untie(weights, source):
     if shared is None:  # reported with all other missing tensors
         return
     own = weights.get("lm_head.weight", shared)
-    if own.dtype != shared.dtype or not torch.equal(own, shared):
+    if not torch.equal(own, shared):
         raise ValueError(f"{source} ties its output to the embedding (tie_word_embeddings) but "
                          "holds another lm_head.weight: correct config.json")
     weights["lm_head.weight"] = shared
