@@ -1,12 +1,13 @@
-"""A checkpoint in Meta's layout becomes a Hugging Face folder: the way back from import_hf.py.
+"""A checkpoint in Meta's layout becomes a Hugging Face folder: import_hf.py reversed.
 
     python -m tools.export_hf runs/full my-llama       # what train.py --method full wrote
 
-The same model (Touvron et al. 2023, section 2.2) for everything that reads transformers' layout.
-Tensors are written one at a time; what import_hf.py took from a folder comes back byte for byte. An
-output layer that equals the embedding is left out and tied, as Hugging Face does. A checkpoint in
-several shards is merged in memory first. tokenizer_config.json makes AutoTokenizer (which needs
-protobuf to read a tokenizer.model) put BOS in front; without that file it leaves BOS out silently.
+The same model (Touvron et al. 2023, section 2.2) for everything that reads
+transformers' layout. Tensors are written one at a time; what import_hf.py took from a
+folder comes back byte for byte. An output layer that equals the embedding is left out
+and tied, as Hugging Face does. A checkpoint in several shards is merged in memory
+first. tokenizer_config.json makes AutoTokenizer (which needs protobuf to read a
+tokenizer.model) put BOS in front; without that file it leaves BOS out silently.
 """
 
 import shutil
@@ -23,7 +24,7 @@ from tools.hf_layout import hf_rows, rotary_heads, tensor_names, write_safetenso
 
 
 def config_of(args, tokenizer, tied, dtype):
-    """The config.json of a model, in the keys that every version of transformers reads."""
+    """The config.json of a model, with keys that every version of transformers reads."""
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         "hidden_size": args.dim, "intermediate_size": args.ffn_dim,
@@ -36,8 +37,8 @@ def config_of(args, tokenizer, tied, dtype):
 
 
 def tokenizer_config_of(tokenizer):
-    """The tokenizer_config.json by which AutoTokenizer knows the tokenizer. In transformers 5 its
-    ids equal ours, except for texts that begin with a space."""
+    """The tokenizer_config.json by which AutoTokenizer knows the tokenizer. In
+    transformers 5 its ids equal ours, except for texts that begin with a space."""
     piece = tokenizer.model.id_to_piece
     return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
             "bos_token": piece(tokenizer.bos_id), "eos_token": piece(tokenizer.eos_id),
@@ -45,8 +46,8 @@ def tokenizer_config_of(tokenizer):
 
 
 def export_folder(source, out):
-    """Writes the checkpoint in `source` to the new folder `out` in Hugging Face's layout, every
-    number in its dtype. Raises ValueError or OSError and then leaves nothing behind."""
+    """Writes the checkpoint in `source` to the new folder `out`, every number in its
+    dtype. Raises ValueError or OSError and then leaves nothing behind."""
     with atomic_dir(out) as folder:
         model, tokenizer = load_llama(source)
         state = dict(model.named_parameters())

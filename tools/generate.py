@@ -5,9 +5,9 @@
     python -m tools.generate "Give me three ideas." --weights llama-2-7b --adapter adapter.pt
     python -m tools.generate --data FILE --out answers.jsonl           # a whole file of records
 
-A prompt is taken as an instruction, as in training: BOS, prompt, EOS, and the answer follows
-(HydraLoRA, section 4); --raw continues the prompt instead. --show-routing makes section 3.2.2
-visible: the B matrix that the router prefers for each token.
+A prompt is taken as an instruction, as in training: BOS, prompt, EOS, and the answer
+follows (HydraLoRA, section 4); --raw continues the prompt instead. --show-routing makes
+section 3.2.2 visible: the B matrix that the router prefers for each token.
 
 Shapes: T tokens, N heads.
 """
@@ -35,7 +35,7 @@ from support.lock import file_lock
 from support.run_folder import load_model_and_adapter
 
 ADAPTER = Path("runs/hydralora/adapter.pt")  # of the README's first command
-FAMILIES_SHOWN = 8  # families of the embedded world: without a prompt, a record of each is answered
+FAMILIES_SHOWN = 8  # of the embedded world: a record of each is answered without prompts
 NO_ROUTER = "has no router (one head, or the uniform gate)"
 COLOURS = [31, 32, 34, 33, 35, 36, 91, 92, 94, 93, 95, 96]  # ANSI: red, green, blue, ...
 
@@ -44,8 +44,8 @@ COLOURS = [31, 32, 34, 33, 35, 36, 91, 92, 94, 93, 95, 96]  # ANSI: red, green, 
 
 
 def encode_prompt(model, tokenizer, prompt, args, place=""):
-    """The tokens of a prompt: BOS, prompt, EOS; with --raw no EOS. Raises ValueError, which begins
-    with `place`, if the longest answer does not fit after them."""
+    """The tokens of a prompt: BOS, prompt, EOS; with --raw no EOS. Raises ValueError,
+    which begins with `place`, if the longest answer does not fit after them."""
     ids = tokenizer.encode(prompt, eos=not args.raw)
     limit = model.args.max_seq_len
     if len(ids) + args.max_new_tokens > limit:
@@ -56,15 +56,15 @@ def encode_prompt(model, tokenizer, prompt, args, place=""):
 
 
 def text_of(tokenizer, tokens, before=()):
-    """The text that tokens add to the tokens before them, without a last character that still lacks
-    some of its bytes."""
+    """The text that tokens add to the tokens before them, without a last character that
+    still lacks some of its bytes."""
     before = list(before)
     text = tokenizer.decode(before + tokens)
     return text[len(tokenizer.decode(before)):].rstrip("\ufffd")
 
 
 def text_pieces(tokenizer, tokens, before=()):
-    """[text that each token adds]: "" for BOS and EOS, and while a character is incomplete."""
+    """[text that each token adds]: "" for BOS, EOS, and a character's first bytes."""
     texts = [text_of(tokenizer, tokens[:i], before) for i in range(len(tokens) + 1)]
     return [text[len(shown):] for shown, text in zip(texts, texts[1:])]
 
@@ -92,8 +92,8 @@ def stream_answer(model, tokenizer, ids, args):
 
 
 def answer_prompt(model, tokenizer, prompt, args):
-    """Prints the answer to a prompt, with --compare the base's before it, and with --show-routing
-    the gates after it."""
+    """Prints the answer to a prompt, with --compare the base's before it, and with
+    --show-routing the gates after it."""
     ids = encode_prompt(model, tokenizer, prompt, args)
     if args.compare:
         print("base:     ", end="")
@@ -108,7 +108,7 @@ def answer_prompt(model, tokenizer, prompt, args):
 
 
 def world_prompts():
-    """(prompt, expected answer, family) of a validation record of each family of the world."""
+    """(prompt, expected answer, family) of one validation record per family."""
     first = {}
     for record in read_records(WORLD / "val.jsonl"):
         first.setdefault(record["category"], record)
@@ -144,16 +144,17 @@ def gates_of(model, ids):
 
 
 def paint(head, text, coloured):
-    """The text in the colour of a head, or after "[head]" where colours are not wanted."""
+    """The text in the colour of a head, or without colours after "[head]"."""
     if not coloured:
         return f"[{head + 1}]{text}"
     return f"\033[{COLOURS[head % len(COLOURS)]}m{text}\033[0m"
 
 
 def show_routing(model, tokenizer, prompt, new, coloured):
-    """Prints the text with every token marked by its strongest head in one layer, and the mean gate
-    of each layer. Head 1 of one layer has nothing to do with head 1 of another, so it is the layer
-    whose gates differ most between these tokens. A token's gate is the one computed from it."""
+    """Prints the text with every token marked by its strongest head in one layer, and
+    the mean gate of each layer. Head 1 of one layer has nothing to do with head 1 of
+    another, so it is the layer whose gates differ most between these tokens. A token's
+    gate is the one computed from it."""
     gates = gates_of(model, prompt + new)
     name = most_specialised_layer(gates)
     heads = range(gates[name].shape[1])
@@ -182,8 +183,8 @@ def show_routing(model, tokenizer, prompt, new, coloured):
 
 
 def encode_file(model, tokenizer, records, args):
-    """A Sequence of every record's prompt; one that is too long is refused before the first
-    answer."""
+    """A Sequence of every record's prompt; one that is too long is refused before the
+    first answer."""
     sequences = []
     for index, record in enumerate(records):
         ids = encode_prompt(model, tokenizer, prompt_text(record), args,
@@ -201,8 +202,8 @@ def batch_answers(model, tokenizer, batch, args):
 
 
 def answer_missing(model, tokenizer, sequences, args, done, file):
-    """Adds the missing rows to `done`, {record's index: row}, and to the file. An interrupted run
-    has the same batches as a whole one, so that sums are rounded alike."""
+    """Adds the missing rows to `done`, {record's index: row}, and to the file. A
+    resumed run has the batches of a whole one, so that sums are rounded alike."""
     with progress(total=len(sequences), initial=len(done), unit=" records") as bar:
         for batch in length_batches(sequences, args.batch_size):
             if all(s.record in done for s in batch):
@@ -227,7 +228,7 @@ def exact_match(answer, expected):
 
 
 def scored(record, row):
-    """A line of the output: the record, the answers, and which of them match the response."""
+    """A line of the output: the record, the answers, and which of them are right."""
     expected = record["response"]
     line = {**record, "answer": row["answer"], "exact": exact_match(row["answer"], expected)}
     if "base_answer" in row:
@@ -248,7 +249,7 @@ def print_exact(lines):
 
 
 def answer_file(args):
-    """Answers every record of --data and writes --out. An interrupted run is continued."""
+    """Answers every record of --data and writes --out, or resumes that."""
     model, tokenizer = load(args)
     records = read_records(args.data)
     records.print_remarks(args.data)
@@ -281,7 +282,7 @@ def answer_file(args):
 
 
 def add_talk_flags(p):
-    """The flags about the model and how it answers, which tools.routing_page has too."""
+    """The flags of this tool and of routing_page: which model, and how it answers."""
     p.add_argument("prompts", metavar="PROMPT", nargs="*",
                    help="what to answer (records of the embedded world)")
     p.add_argument("--weights", type=Path,
@@ -302,8 +303,8 @@ def add_talk_flags(p):
 
 
 def resolve_talk_args(args, has_input):
-    """Fills in adapter, weights, device and dtype. Raises ValueError for impossible values.
-    has_input: whether there is anything to answer but the embedded world's own records."""
+    """Fills in adapter, weights, device and dtype. Raises ValueError for impossible
+    values. has_input: whether there are prompts or a file."""
     check_min(args, max_new_tokens=1, temperature=0)
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
@@ -342,7 +343,8 @@ def check_file_args(args):
 def parse_args(argv):
     p = Parser("generate.py", __doc__)
     add_talk_flags(p)
-    p.add_argument("--compare", action="store_true", help="print the base's answer as well (off)")
+    p.add_argument("--compare", action="store_true",
+                   help="print the base's answer as well (off)")
     p.add_argument("--show-routing", action="store_true",
                    help="mark each token by its strongest head, in colours on a terminal (off)")
     p.add_argument("--data", type=Path, help="file of records to answer (none)")

@@ -1,9 +1,10 @@
-"""The Hugging Face layout of a LLaMA, as far as the tools need it: names, row order, safetensors.
+"""Hugging Face's layout of a LLaMA: names, the order of rows, safetensors.
 
-The model is the same (Touvron et al. 2023, section 2.2); three things differ from Meta's layout.
-Every tensor has another name. The rows of wq and wk are in another order, because there rotary
-position embedding pairs row i of a head with row i + E/2 instead of its neighbour. The files are
-safetensors, a public format of one JSON header and raw bytes, which is read and written here.
+The model is the same (Touvron et al. 2023, section 2.2); three things differ from
+Meta's layout. Every tensor has another name. The rows of wq and wk are in another
+order, because there rotary position embedding pairs row i of a head with row i + E/2
+instead of its neighbour. The files are safetensors, a public format of one JSON header
+and raw bytes, which is read and written here.
 
     weights = read_safetensors("TinyLlama-1.1B/model.safetensors")     # {name: mapped tensor}
 
@@ -45,7 +46,7 @@ def hf_name(name):
 
 
 def tensor_names(names):
-    """{Meta's name: Hugging Face's name} of weights such as layers.0.attention.wq.weight."""
+    """{Meta's name: Hugging Face's name}, such as layers.0.attention.wq.weight."""
     return {name: hf_name(name.removesuffix(".weight")) + ".weight" for name in names}
 
 
@@ -53,15 +54,15 @@ def tensor_names(names):
 
 
 def rotary_heads(name, args):
-    """The number of heads that the rows of a module or of its weight belong to; None if rotary
-    position embedding does not act on them, so that both layouts agree."""
+    """The number of heads that the rows of a module or of its weight belong to; None if
+    rotary position embedding does not act on them, so that both layouts agree."""
     heads = {"wq": args.n_heads, "wk": args.n_kv_heads or args.n_heads}
     return heads.get(name.removesuffix(".weight").split(".")[-1])
 
 
 def meta_rows(rows, heads):
-    """Puts rows (H * E, ...) from Hugging Face's order into Meta's: row i of a head's first half is
-    followed by row i of its second half. With heads None the rows stay as they are."""
+    """Puts rows (H * E, ...) from Hugging Face's order into Meta's: row i of a head's
+    first half, then row i of its second half. With heads None all stay as they are."""
     if heads is None:
         return rows
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
@@ -78,8 +79,8 @@ def hf_rows(rows, heads):
 
 
 def read_number(config, key, path, *, default=None, whole=True):
-    """A positive number of a config, or the default if the config has none. Raises ValueError for
-    anything else, and for a number that no LLaMA has."""
+    """A positive number of a config, or the default if the config has none. Raises
+    ValueError for anything else, and for a number that no LLaMA has."""
     value = config.get(key)
     if value is None:
         value = default
@@ -90,8 +91,8 @@ def read_number(config, key, path, *, default=None, whole=True):
 
 
 def make_args(path, *, dim, width, n_heads, n_kv_heads, **others):
-    """ModelArgs whose feed-forward layers have this width. Raises ValueError if dim cannot be
-    divided over the heads."""
+    """ModelArgs whose feed-forward layers have this width. Raises ValueError if dim
+    cannot be divided over the heads."""
     if dim % (2 * n_heads) or n_heads % n_kv_heads:
         raise ValueError(f"{path}: {dim} cannot be divided over {n_heads} heads and {n_kv_heads} "
                          "key/value heads")
@@ -102,9 +103,8 @@ def make_args(path, *, dim, width, n_heads, n_kv_heads, **others):
 
 
 def empty_model(args, n_tensors, source):
-    """A Transformer of these ModelArgs on the meta device: names and shapes without storage. Raises
-    ValueError if it has more layers than the source has tensors, before a damaged config makes a
-    million of them."""
+    """A Transformer of these ModelArgs on the meta device. Raises ValueError if it has
+    more layers than the source has tensors: a damaged config can ask for a million."""
     if args.n_layers > n_tensors:
         raise ValueError(f"{source} holds {n_tensors} tensors, too few for the {args.n_layers} "
                          "layers of its config: a file or a layer is missing")
@@ -113,7 +113,7 @@ def empty_model(args, n_tensors, source):
 
 
 def check_shapes(shapes, tensors, source):
-    """Raises ValueError unless {name: tensor} has exactly the names and shapes of {name: shape}."""
+    """Raises ValueError unless the tensors, {name: tensor}, are those of {name: shape}."""
     missing = sorted(shapes.keys() - tensors.keys())
     extra = sorted(tensors.keys() - shapes.keys())
     if missing or extra:
@@ -126,8 +126,8 @@ def check_shapes(shapes, tensors, source):
 
 
 def check_settings(config, supported, form):
-    """Raises ValueError for an adapter's setting that a format cannot hold: one that is not among
-    the supported names and differs from its default."""
+    """Raises ValueError for an adapter's setting that a format cannot hold: one that is
+    not among the supported names and differs from its default."""
     for name, value in config.items():
         if name not in supported and value != getattr(HydraSettings, name, None):
             raise ValueError(f"{name} is {value!r}, which {form} cannot hold; it holds "
@@ -142,11 +142,12 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def read_safetensors(path):
-    """{name: tensor} of a safetensors file, each memory-mapped: nothing is read before it is used.
+    """{name: tensor} of a safetensors file, memory-mapped: read when they are used.
 
-    The file is the header's length (8 bytes, little-endian), the header (JSON: name, dtype, shape,
-    first and last byte of each tensor) and the tensors' bytes, without gap or overlap. Raises
-    ValueError for a file that is anything else, and for any dtype but F64, F32, F16 and BF16.
+    The file is the header's length (8 bytes, little-endian), the header (JSON: name,
+    dtype, shape, first and last byte of each tensor) and the tensors' bytes, without
+    gap or overlap. Raises ValueError for a file that is anything else, and for any
+    dtype but F64, F32, F16 and BF16.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -179,8 +180,8 @@ def is_sizes(value):
 
 
 def parse_entry(name, entry, path):
-    """(first byte, last byte, name, dtype, shape) of a tensor, from its entry in a safetensors
-    header. Raises ValueError for an entry that contradicts itself."""
+    """(first byte, last byte, name, dtype, shape) of a tensor, from its entry in a
+    safetensors header. Raises ValueError for an entry that contradicts itself."""
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not is_sizes(shape) or not is_sizes(offsets):
@@ -197,8 +198,8 @@ def parse_entry(name, entry, path):
 
 
 def write_safetensors(path, tensors, convert=lambda name, tensor: tensor):
-    """Writes convert(name, tensor) of every tensor, of the same shape and dtype, as a safetensors
-    file. They are converted one after another, so that only one converted copy exists at a time."""
+    """Writes convert(name, tensor) of every tensor, of the same shape and dtype, as a
+    safetensors file. Only one converted copy exists at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),

@@ -1,12 +1,13 @@
-"""A LLaMA from Hugging Face becomes a folder in Meta's layout, which everything here reads.
+"""A LLaMA from Hugging Face becomes a folder in Meta's layout, for every --weights.
 
     python -m tools.import_hf TinyLlama-1.1B tinyllama     # then: train.py --weights tinyllama
 
-SRC holds config.json, tokenizer.model and the weights, in one or several model*.safetensors or
-pytorch_model*.bin. It is the same model (Touvron et al. 2023, section 2.2) under other names, with
-one trap: the rows of wq and wk are in another order (hf_layout.py). A model loaded without putting
-them back runs, but generates gibberish. The files are memory-mapped and copies go through a scratch
-file, so a 7B model takes a few hundred MB of memory.
+SRC holds config.json, tokenizer.model and the weights, in one or several
+model*.safetensors or pytorch_model*.bin. It is the same model (Touvron et al. 2023,
+section 2.2) under other names, with one trap: the rows of wq and wk are in another
+order (hf_layout.py). A model loaded without putting them back runs, but generates
+gibberish. The files are memory-mapped and copies go through a scratch file, so a 7B
+model takes a few hundred MB of memory.
 """
 
 import sys
@@ -47,7 +48,7 @@ LLAMA = (["LlamaForCausalLM"], ["LLaMAForCausalLM"])  # the second was the name 
 
 
 def read_config(path):
-    """(ModelArgs, whether the output layer is the embedding) of a Hugging Face config.json. Raises
+    """(ModelArgs, whether the output layer is the embedding) of a config.json. Raises
     ValueError, by name, for a setting that this model does not have."""
     config = read_json(path)
     check_architecture(config, path)
@@ -71,8 +72,8 @@ def read_config(path):
 
 
 def rope(config):
-    """The part of a config about rotary embedding: rope_parameters since transformers 5,
-    rope_scaling before."""
+    """The rotary part of a config: rope_parameters since transformers 5, before that
+    rope_scaling."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return found if isinstance(found, dict) else {"rope_type": found}
 
@@ -103,8 +104,8 @@ def check_architecture(config, path):
 
 
 def read_pickle(path, kind):
-    """The content of a file of torch.save, memory-mapped unless it was written before PyTorch 1.6.
-    Raises ValueError for a file that is not of this kind, and runs nothing in it."""
+    """The content of a file of torch.save, memory-mapped unless it was written before
+    PyTorch 1.6. Raises ValueError for other files, and runs nothing in them."""
     if is_cut_short(path):
         raise ValueError(f"{path} is not {kind}: it is cut short, get it again")
     return read_torch(path, kind, mmap=zipfile.is_zipfile(path))
@@ -122,8 +123,8 @@ def read_bin(path):
 
 
 def read_weights(source):
-    """{Hugging Face's name: tensor} of the files of a folder, memory-mapped: of its safetensors, or
-    if it has none of its pickles. Their names and shapes are checked, so no index is needed."""
+    """{Hugging Face's name: tensor} of a folder's safetensors, or of its pickles if it
+    has none. check_shapes tells whether all are there, so no index is read."""
     paths, read = sorted(source.glob("model*.safetensors")), read_safetensors
     if not paths:
         paths, read = sorted(source.glob("pytorch_model*.bin")), read_bin
@@ -153,8 +154,8 @@ def untie(weights, source):
 
 
 def in_meta_order(state, args, tied, scratch):
-    """The state with wq and wk in Meta's order. Tensors that cannot be written as their files hold
-    them are copied to a scratch file and mapped from there, so their pages can leave memory."""
+    """The state with wq and wk in Meta's order. Tensors that change are copied to a
+    scratch file and mapped from there, so that their pages can leave memory."""
     def must_copy(name, tensor):
         whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         # a tied output layer becomes a tensor of its own: here nothing ties it
@@ -182,8 +183,8 @@ def find_tokenizer(source, given):
 
 
 def check_tokenizer(path, rows):
-    """The tokenizer for an embedding of so many rows. Raises ValueError if it has more pieces;
-    fewer are allowed, as in load_llama."""
+    """The tokenizer for an embedding of so many rows. Raises ValueError if it has more
+    pieces; fewer are allowed, as in load_llama."""
     if reason := placeholder_reason(path):
         raise ValueError(reason)
     tokenizer = Tokenizer(path)
@@ -194,8 +195,8 @@ def check_tokenizer(path, rows):
 
 
 def added_tokens(source):
-    """{id: text} of the tokens that a folder adds to its tokenizer.model. An unreadable file adds
-    none: the import does not depend on it."""
+    """{id: text} of the tokens that a folder adds to its tokenizer.model. An unreadable
+    file adds none: the import does not depend on it."""
     added = {}
     with suppress(ValueError):
         content = read_json(source / "added_tokens.json")
@@ -209,14 +210,14 @@ def added_tokens(source):
 
 
 def print_left_out(source, tokenizer):
-    """Prints which tokens of the folder the tokenizer lacks, and what follows from it."""
+    """Prints which tokens the tokenizer lacks, and what follows from it."""
     pieces = tokenizer.vocab_size
     added = {id: text for id, text in added_tokens(source).items() if id >= pieces}
     if added:
         names = ", ".join(f"{text} {id}" for id, text in sorted(added.items())[:4])
         more = ", ..." if len(added) > 4 else ""
         print(f"not carried over: {len(added)} added tokens without a piece in tokenizer.model "
-              f"({names}{more}): their text is encoded letter by letter here, and they are never "
+              f"({names}{more}): their text is encoded letter by letter, and they are never "
               "generated")
     ends = read_json(source / "config.json").get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
@@ -236,8 +237,8 @@ def describe(args):
 
 
 def import_folder(source, out, tokenizer=None):
-    """Writes the checkpoint of the folder `source` to the new folder `out` in Meta's layout, every
-    number as it is, in its dtype. Raises ValueError or OSError and then leaves nothing behind."""
+    """Writes the checkpoint in `source` to the new folder `out`, every number in its
+    dtype. Raises ValueError or OSError and then leaves nothing behind."""
     source = Path(source)
     with atomic_dir(out) as folder:
         if not (source / "config.json").is_file():

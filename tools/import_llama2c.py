@@ -1,11 +1,12 @@
-"""A checkpoint of karpathy/llama2.c becomes a folder in Meta's layout, which everything here reads.
+"""A checkpoint of llama2.c becomes a folder in Meta's layout, for every --weights.
 
     python -m tools.import_llama2c stories260K.pt tok512.model stories260K
 
-It is the same model (Touvron et al. 2023, section 2.2) under Meta's names. SRC is what llama2.c's
-train.py saves (.pt), or what its export.py writes for run.c (.bin): the legacy file or version 1,
-both in fp32. Version 2 is quantised and refused. An output layer that is tied to the embedding
-becomes a tensor of its own, since nothing ties it here. The model is held in memory once.
+It is the same model (Touvron et al. 2023, section 2.2) under Meta's names. SRC is what
+train.py of karpathy/llama2.c saves (.pt), or its export.py for run.c (.bin): the
+legacy file or version 1, both in fp32. Version 2 is quantised and refused. An output
+layer that is tied to the embedding becomes a tensor of its own, since nothing ties it
+here. The model is held in memory once.
 """
 
 import os
@@ -35,8 +36,8 @@ VERSION_1 = ("attention_norm", "ffn_norm", "norm", "tok_embeddings", *ATTENTION,
 
 
 def model_args(params, width, path):
-    """ModelArgs from {key of llama2.c: value} and the width of the feed-forward layers. Raises
-    ValueError for a value that no LLaMA has."""
+    """ModelArgs from {key of llama2.c: value} and the width of the feed-forward layers.
+    Raises ValueError for a value that no LLaMA has."""
     def number(key, default=None, whole=True):
         return read_number(params, key, path, default=default, whole=whole)
 
@@ -48,8 +49,8 @@ def model_args(params, width, path):
 
 
 def read_pt(path):
-    """(ModelArgs, {name: tensor}) of a .pt: a dict with model, model_args, and the state of
-    training."""
+    """(ModelArgs, {name: tensor}) of a .pt: a dict with model, model_args, and the
+    state of training."""
     content = read_pickle(path, "a checkpoint of llama2.c")
     found = content if isinstance(content, dict) else {}
     if not isinstance(found.get("model"), dict) or not isinstance(found.get("model_args"), dict):
@@ -67,7 +68,7 @@ def read_pt(path):
 
 
 def read_header(path):
-    """(ModelArgs, order of the tensors, whether the output is tied, first byte) of a .bin."""
+    """(ModelArgs, order of the tensors, whether output is tied, first byte) of a .bin."""
     with open(path, "rb") as file:
         head = file.read(256).ljust(256, b"\0")
     magic, version = struct.unpack("<Ii", head[:8])
@@ -117,8 +118,8 @@ def read_bin(path):
 
 
 def import_checkpoint(source, tokenizer, out):
-    """Writes the checkpoint `source` to the new folder `out` in Meta's layout, every number as it
-    is. Raises ValueError or OSError and then leaves nothing behind."""
+    """Writes the checkpoint `source` to the new folder `out`, every number as it is.
+    Raises ValueError or OSError and then leaves nothing behind."""
     with atomic_dir(out) as folder:
         for path in (source, tokenizer):
             if not path.is_file():

@@ -3,10 +3,11 @@
     python -m tools.official_adapter theirs adapter.pt --weights llama-2-7b     # theirs to ours
     python -m tools.official_adapter adapter.pt theirs --weights llama-2-7b     # ours to theirs
 
-Tian et al., NeurIPS 2024, section 3.1. Their folder holds adapter_config.json (r, lora_alpha, and
-lora_nums, the number of heads) and adapter_model.bin with, for every adapted layer, the weights of
-lora_A (R, I), lora_B0 .. (O, R) and the router lora_route (N, I), under Hugging Face's names. On
-q_proj and k_proj the rows of B follow Hugging Face's order (hf_layout.py) and are put into ours.
+Tian et al., NeurIPS 2024, section 3.1. Their folder holds adapter_config.json (r,
+lora_alpha, and lora_nums, the number of heads) and adapter_model.bin with, for every
+adapted layer, the weights of lora_A (R, I), lora_B0 .. (O, R) and the router lora_route
+(N, I), under Hugging Face's names. On q_proj and k_proj the rows of B follow Hugging
+Face's order (hf_layout.py) and are put into ours.
 
 Shapes: N heads, R rank, I width in, O width out.
 """
@@ -46,7 +47,7 @@ def add_base_flags(p):
 
 
 def peft_config(config, base, **others):
-    """The keys of adapter_config.json that PEFT and the authors' code share, and others."""
+    """An adapter_config.json: PEFT's keys, which the authors' code shares, and others."""
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
             "inference_mode": True, "r": config["rank"], "lora_alpha": config["alpha"],
             "lora_dropout": config["dropout"], "bias": "none", "fan_in_fan_out": False,
@@ -54,8 +55,8 @@ def peft_config(config, base, **others):
 
 
 def official_tensors(model):
-    """{their name: tensor} of the model's adapter. An adapter without a router (one head, or the
-    uniform gate) gets a router of zeros, which gives every head the weight 1/N."""
+    """{their name: tensor} of the model's adapter. Without a router (one head, or the
+    uniform gate) it gets one of zeros, which gives every head the weight 1/N."""
     tensors = {}
     for name, layer in hydra_layers(model).items():
         prefix, n_heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
@@ -70,8 +71,8 @@ def official_tensors(model):
 
 
 def read_settings(path, tensors):
-    """The arguments of add_hydralora from an adapter_config.json, checked against the tensors.
-    Raises ValueError for a setting that this project's adapter does not have."""
+    """The arguments of add_hydralora from an adapter_config.json, checked against the
+    tensors. Raises ValueError for a setting that our adapters do not have."""
     config = read_json(path)
     if "lora_nums" not in config:
         raise ValueError(f"{path} has no lora_nums: an ordinary LoRA, not one of HydraLoRA's code")
@@ -102,8 +103,8 @@ def read_settings(path, tensors):
 
 @torch.no_grad()
 def fill(model, tensors, source):
-    """Copies their tensors into the model's adapter. Raises ValueError for one that is missing,
-    extra or of another shape than config and base model ask for."""
+    """Copies their tensors into the model's adapter. Raises ValueError for one that is
+    missing, extra or of another shape than config and base model ask for."""
     check_shapes({name: t.shape for name, t in official_tensors(model).items()}, tensors, source)
     for name, layer in hydra_layers(model).items():
         prefix, n_heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
@@ -115,8 +116,8 @@ def fill(model, tensors, source):
 
 
 def to_ours(source, out, weights):
-    """Their folder -> adapter.pt, in fp32. The base model in Meta's layout is read for its shapes
-    and the fingerprint that load_adapter checks."""
+    """Their folder -> adapter.pt, in fp32. The base model in Meta's layout is read for
+    its shapes and the fingerprint that load_adapter checks."""
     if out.exists():
         raise ValueError(f"{out} exists already: name another file, or move it away")
     if not (source / "adapter_model.bin").is_file():

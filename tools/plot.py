@@ -1,11 +1,12 @@
-"""Runs of train.py as one picture: losses, exact match, and where the router sends what.
+"""Runs of train.py as one picture: losses, exact match, and what the router does.
 
     python -m tools.plot runs/hydralora --out run.png
     python -m tools.plot runs/hydralora runs/lora --out comparison.png
 
-It draws log.csv and run.json of each run folder. Series differ in marker, hatch and line style as
-well as in colour. The heat map is the router of HydraLoRA, section 3.2.1: the mean gate of each
-head per family, in the layer where the families differ most. Needs matplotlib.
+It draws log.csv and run.json of each run folder. Series differ in marker, hatch and
+line style as well as in colour. The heat map is the router of HydraLoRA, section 3.2.1:
+the mean gate of each head per family, in the layer where the families differ most.
+Needs matplotlib.
 """
 
 import math
@@ -57,7 +58,7 @@ class Run:
 
 
 def read_run(folder):
-    """The Run in a folder. Raises ValueError if run.json or log.csv is absent or damaged."""
+    """The Run in a folder. Raises ValueError if run.json or log.csv is not whole."""
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise ValueError(f"{folder} holds no run.json: give the folder of a run of train.py that "
@@ -86,8 +87,8 @@ def read_run(folder):
 
 
 def label_settings(run):
-    """{name: text} of the settings that can distinguish runs: of a path its last part, and the
-    steps that were taken instead of --max-steps, which may be off."""
+    """{name: text} of the settings that can distinguish runs: of a path its last part,
+    and the steps that were taken instead of --max-steps, which may be off."""
     def text(value):
         if isinstance(value, list):
             return ",".join(map(str, value))
@@ -99,8 +100,8 @@ def label_settings(run):
 
 
 def add_labels(runs):
-    """Labels each run with its method and the settings in which it differs from another run; runs
-    that are alike in all of them also get the names of their folders."""
+    """Labels each run with its method and the settings in which it differs from another
+    run; runs that are alike in all of them also get the names of their folders."""
     settings = [label_settings(run) for run in runs]
     for run, mine in zip(runs, settings):
         differing = [name for name in mine if name != "method" and any(
@@ -114,8 +115,8 @@ def add_labels(runs):
 
 
 def moving_mean(losses, reach):
-    """Mean of each loss and of `reach` before and after it, fewer at the ends. Losses that are not
-    finite (fp16 skips such a step) are left out."""
+    """Mean of each loss and of `reach` before and after it, fewer at the ends. Losses
+    that are not finite (fp16 skips such a step) are left out."""
     means = []
     for i in range(len(losses)):
         part = [x for x in losses[max(0, i - reach):i + reach + 1] if math.isfinite(x)]
@@ -130,7 +131,7 @@ def same_base(rows, others):
 
 
 def find_bases(runs):
-    """[(label, {family: (loss, exact match)})] of the bases of all runs, each base once."""
+    """[(label, {family: (loss, exact match)})]: each base of the runs once."""
     bases = []
     for run in runs:
         rows = next((rows for _, rows in bases if same_base(rows, run.base)), None)
@@ -156,7 +157,7 @@ def most_divided_layer(run):
 
 
 def escape(text, width=60):
-    """The text in lines of this width. matplotlib would set text between dollars as mathematics."""
+    """The text in lines of this width; between dollars, matplotlib sets mathematics."""
     return textwrap.fill(text, width).replace("$", r"\$")
 
 
@@ -171,7 +172,7 @@ def minor_tick_label(value, _=None):
 
 
 def draw_training(axes, runs):
-    """The loss of every step and its moving mean; evaluations during the run as diamonds."""
+    """The loss of every step and its moving mean, and evaluations as diamonds."""
     reach = max(len(run.losses) for run in runs) // WINDOWS // 2
     title = "training loss"
     for i, run in enumerate(runs):
@@ -261,7 +262,7 @@ def draw_gate(axes, run):
 
 
 def kind_and_block(layer, n_blocks):
-    """("w1", 5) of layers.5.feed_forward.w1; a layer outside the blocks comes after the last."""
+    """("w1", 5) of layers.5.feed_forward.w1; layers outside the blocks come last."""
     found = re.fullmatch(r"layers\.(\d+)\..*?(\w+)", layer)
     return (found[2], int(found[1])) if found else (layer, n_blocks)
 
@@ -289,7 +290,7 @@ def draw_entropy(axes, run):
 
 
 def draw(runs):
-    """The figure of labelled runs: training loss, families, and a row for each router."""
+    """The figure of labelled runs: training loss, families, a row for each router."""
     from matplotlib.figure import Figure
     routed = [run for run in runs if run.gate]
     n_series = len(find_bases(runs)) + len(runs)

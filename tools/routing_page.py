@@ -4,9 +4,9 @@
     python -m tools.routing_page "What is 3 plus 4?" --weights llama-2-7b --adapter adapter.pt \\
         --out routing.html
 
-HydraLoRA, section 3.2.2: the gates w(x) of every token of prompt and answer. The page is the
-template routing_page.html with the numbers put into it; it needs no network. Gates are rounded to
-thousandths, as the page shows them.
+HydraLoRA, section 3.2.2: the gates w(x) of every token of prompt and answer. The page
+is the template routing_page.html with the numbers put into it; it needs no network.
+Gates are rounded to thousandths, as the page shows them.
 
 Shapes: T tokens, L layers, N heads.
 """
@@ -29,7 +29,7 @@ TEMPLATE, MARK = Path(__file__).with_suffix(".html"), "@DATA@"  # the mark is wh
 
 
 def packed(gates):
-    """Gates (rows, L, N) in thousandths, 16 bits each, as base64: a fifth of the size of digits."""
+    """Gates (rows, L, N) in thousandths as base64: a fifth of the size of digits."""
     return base64.b64encode((gates * 1000).round().short().numpy().astype("<i2").tobytes()).decode()
 
 
@@ -39,8 +39,8 @@ def stacked(gates):
 
 
 def labelled(tokenizer, ids, before=()):
-    """[text, mark] of each token; the mark names a token that has no text of its own, such as the
-    space before the first word."""
+    """[text, mark] of each token; the mark names a token that has no text of its own,
+    such as the space before the first word."""
     names = {tokenizer.bos_id: "BOS", tokenizer.eos_id: "EOS"}
 
     def mark(token):
@@ -51,8 +51,8 @@ def labelled(tokenizer, ids, before=()):
 
 
 def answer_and_gates(model, tokenizer, prompt, args):
-    """({tokens, prompt}, {layer: gate (T, N)}): the labelled tokens of a prompt and its answer, how
-    many of them are the prompt's, and the gates of all."""
+    """({tokens, prompt}, {layer: gate (T, N)}): the labelled tokens of a prompt and its
+    answer, how many of them are the prompt's, and the gates of all."""
     ids = generate.encode_prompt(model, tokenizer, prompt, args)
     new = generate_ids(model, tokenizer, [ids], **generate.sampling(args))[0]
     # prompt and answer are decoded apart, as they were encoded
@@ -61,8 +61,8 @@ def answer_and_gates(model, tokenizer, prompt, args):
 
 
 def run_table(adapter, layers):
-    """The mean gates per family in the run.json beside an adapter.pt, as a table of the page. None
-    if there is no such run, or if its router has other layers."""
+    """The mean gates per family in the run.json beside an adapter.pt, as a table of the
+    page. None if there is no such run, or if its router has other layers."""
     path = adapter.parent / "run.json"
     if adapter.name != "adapter.pt" or not path.is_file():
         return None
@@ -93,8 +93,8 @@ def page_data(texts, gates_of_texts, run_means=None):
 
 
 def page(data):
-    """The template with the data in it. In a script element `<` could end it or open a comment, so
-    JSON writes it as \\u003c."""
+    """The template with the data in it. In a script element `<` could end it or open a
+    comment, so JSON writes it as \\u003c."""
     text = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")
     before, after = TEMPLATE.read_text(encoding="utf-8").split(MARK)
     return before + text + after

@@ -2,10 +2,11 @@
 
     python -m tools.to_lora adapter.pt lora --weights llama-2-7b --constant calibrated --data FILE
 
-Tian et al., NeurIPS 2024, section 3.1: under a gate w that does not depend on the token,
-sum_i w_i B_i A is one LoRA with B = sum_i w_i B_i. So one head and the uniform gate are exported
-exactly. A learned gate can only be approximated: --constant replaces it by 1/N, or by each layer's
-mean gate on the data, and the validation loss before and after shows what that costs.
+Tian et al., NeurIPS 2024, section 3.1: under a gate w that does not depend on the
+token, sum_i w_i B_i A is one LoRA with B = sum_i w_i B_i. So one head and the uniform
+gate are exported exactly. A learned gate can only be approximated: --constant replaces
+it by 1/N, or by each layer's mean gate on the data, and the validation loss before and
+after shows what that costs.
 
 Shapes: N heads, R rank, I width in, O width out.
 """
@@ -36,8 +37,9 @@ SUPPORTED = ("targets", "rank", "heads", "alpha", "dropout", "gate", "share_a")
 
 @torch.no_grad()
 def flatten(model, gates):
-    """Replaces every HydraLinear by the LoRA that it is under the constant gate (N) of its name in
-    gates. LoRA (Split) becomes one of rank N * R: its A stacked, its gated B side by side."""
+    """Replaces every HydraLinear by the LoRA that it is under the constant gate (N) of
+    its name in gates. LoRA (Split) becomes one of rank N * R: its A stacked, its gated
+    B side by side."""
     config = model.hydralora_config
     for name, layer in hydra_layers(model).items():
         b = gates[name][:, None, None] * layer.lora_B  # (N, O, R)
@@ -52,8 +54,8 @@ def flatten(model, gates):
 
 
 def write_lora(model, folder, base):
-    """Writes the adapter of a model with one head as PEFT's adapter_model.safetensors and
-    adapter_config.json."""
+    """Writes the adapter of a model with one head as PEFT's adapter_model.safetensors
+    and adapter_config.json."""
     tensors = {}
     for name, layer in hydra_layers(model).items():
         prefix, n_heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
@@ -70,8 +72,9 @@ def ties_output(model):
 
 
 def read_sequences(args, tokenizer, longest):
-    """(sequences to calibrate on, or None; sequences to validate on). Without --val-data a share of
-    --data is held out as train.py does with seed 0, or the embedded world's are taken."""
+    """(sequences to calibrate on, or None; sequences to validate on). Without
+    --val-data a share of --data is held out as train.py does with seed 0, or the
+    embedded world's are taken."""
     data = read_records(args.data) if args.data else None
     if args.val_data:
         val = read_records(args.val_data)
@@ -80,7 +83,7 @@ def read_sequences(args, tokenizer, longest):
     elif args.weights.resolve() == WORLD / "base":
         val = read_records(WORLD / "val.jsonl")
     else:
-        raise ValueError("the loss before and after is measured on records: give --val-data FILE")
+        raise ValueError("the losses are measured on records: give --val-data FILE")
 
     def encode(records):
         # one category, so that routing_report gives one mean gate for all
@@ -120,7 +123,7 @@ def approximate(args):
 
 
 def run(args):
-    """adapter.pt -> PEFT's folder. Raises ValueError for a learned gate without --constant."""
+    """adapter.pt -> PEFT's folder. A learned gate without --constant is refused."""
     with atomic_dir(args.out) as folder:
         model, _ = load_llama(args.weights)
         config = load_adapter(model, args.adapter)
