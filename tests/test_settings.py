@@ -70,7 +70,16 @@ def test_a_loaded_layer_has_the_settings_of_the_saved_one_and_computes_the_same(
     assert torch.equal(loaded.eval()(x), model.eval()(x))
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "rank"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_adapted_model_is_causal_with_every_setting(name):
+    model, x = tiny_model().eval(), torch.randint(768, (2, 9))
+    add_hydralora(model, **{name: other(name)})
+    for layer in hydra_layers(model).values():
+        layer.lora_B.data.normal_()
+    assert torch.allclose(model(x)[:, :5], model(x[:, :5]), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
 def test_a_setting_that_an_older_file_lacks_has_its_default(name, tmp_path):
     model, loaded = tiny_model(), tiny_model()
     add_hydralora(model)
