@@ -40,7 +40,7 @@ class ModelArgs:
 
     @property
     def ffn_dim(self) -> int:
-        """Two thirds of 4 * dim, so SwiGLU's three matrices cost what two did, rounded up."""
+        """2/3 of 4 * dim, rounded up: SwiGLU's three matrices then cost what two did."""
         hidden = int((self.ffn_dim_multiplier or 1) * int(2 * (4 * self.dim) / 3))
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
@@ -75,8 +75,8 @@ def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = table
     x32 = x.float()
     a, b = x32.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, E/2)
+    # (a, b) cos + (-b, a) sin; number by number, a small model's step takes 4 % longer
     turned = torch.stack([-b, a], -1).flatten(-2)
-    # both numbers at once: by themselves they cost 4 % more of a small model's step
     return (x32 * cos + turned * sin).type_as(x)
 
 
@@ -106,7 +106,7 @@ class Attention(nn.Module):
             rows = torch.arange(len(x), device=x.device)[:, None]
             for stored, new in zip(cache, (k, v)):
                 stored[rows, positions] = new.type_as(stored)
-            k, v = (stored.type_as(k) for stored in cache)
+            k, v = (stored.type_as(k) for stored in cache)  # all slots; the mask picks
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or K, T or S, E)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=self.n_kv_heads < self.n_heads)
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
 
     def init_weights(self, seed: int) -> None:
-        """N(0, 0.02), the two projections into the residual divided by sqrt(2 n_layers)."""
+        """N(0, 0.02); wo and w2, which add to the residual, divided by sqrt(2 n_layers)."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
@@ -264,7 +264,7 @@ def open_shard(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_shards(directory: str | Path) -> dict[Path, dict[str, Tensor]]:
-    """{path: {name: tensor}} of consolidated.00.pth, .01.pth, ...: all of the same names."""
+    """{path: {name: tensor}} of consolidated.00.pth, ... which must hold the same names."""
     paths = sorted(Path(directory).glob("consolidated.*.pth"))
     wanted = [f"consolidated.{i:02d}.pth" for i in range(len(paths))]
     if not paths or [path.name for path in paths] != wanted:
@@ -297,7 +297,7 @@ def empty_model(args, tensors, directory):
     """The Transformer on the meta device. Raises ValueError unless its tensors have the
     names of these."""
     if args.vocab_size == -1:
-        embedding = tensors.get("tok_embeddings.weight", torch.empty(1))  # if missing: see below
+        embedding = tensors.get("tok_embeddings.weight", torch.empty(1))  # refused below
         args.vocab_size = embedding.shape[0] if embedding.ndim else 1
     if args.n_layers > len(tensors):  # before so many layers are made
         raise ValueError(f"params.json in {directory} asks for {args.n_layers} layers, its "
@@ -361,7 +361,8 @@ def save_llama(model: Transformer, tokenizer_path: str | Path, directory: str | 
     (directory / "tokenizer.model").write_bytes(tokenizer)
     with open(directory / "consolidated.00.pth", "wb") as file:
         torch.save(state, file)
-    (directory / "params.json").write_text(json.dumps(params, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(params, indent=1) + "\n"
+    (directory / "params.json").write_text(text, encoding="utf-8")
 
 
 class Tokenizer:
@@ -411,6 +412,8 @@ def generate_tokens(model: Transformer, tokenizer: Tokenizer, ids: list[list[int
     after the row's EOS. Ends when all rows have, or after max_new_tokens. Each row has its
     own generator with the same seed, so the rest of the batch does not matter. Raises
     ValueError if a row and its completion could exceed max_seq_len."""
+    if not ids:
+        return
     device = model.tok_embeddings.weight.device
     lengths = torch.tensor([len(row) for row in ids], device=device)
     width = int(lengths.max())
@@ -429,15 +432,16 @@ def generate_tokens(model: Transformer, tokenizer: Tokenizer, ids: list[list[int
         done |= tokens[:, 0] == tokenizer.eos_id
         if done.all():
             return
-        yield [None if end else token for token, end in zip(tokens[:, 0].tolist(), done.tolist())]
+        yield [None if end else token
+               for token, end in zip(tokens[:, 0].tolist(), done.tolist())]
         positions, last = (lengths + step)[:, None], torch.zeros_like(last)
 
 
 def generate_ids(model: Transformer, tokenizer: Tokenizer, ids: list[list[int]],
                  **sampling) -> list[list[int]]:
-    """The new tokens of each row of ids, without its EOS; sampling as in generate_tokens."""
+    """The new tokens of each row of ids, without its EOS. Takes what generate_tokens takes."""
     new = [[] for _ in ids]
-    for tokens in generate_tokens(model, tokenizer, ids, **sampling) if ids else ():
+    for tokens in generate_tokens(model, tokenizer, ids, **sampling):
         for row, token in zip(new, tokens):
             if token is not None:
                 row.append(token)
@@ -447,7 +451,7 @@ def generate_ids(model: Transformer, tokenizer: Tokenizer, ids: list[list[int]],
 def generate(model: Transformer, tokenizer: Tokenizer, prompts: list[str],
              **sampling) -> list[str]:
     """Completions of prompts of unequal length, each ended by EOS (left out) or by
-    max_new_tokens; sampling (temperature, top_p, seed) as in generate_tokens."""
+    max_new_tokens. Takes what generate_tokens takes."""
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     new = generate_ids(model, tokenizer, ids, **sampling)
     # a piece carries its own leading space: decode the whole and cut the prompt off
