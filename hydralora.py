@@ -105,7 +105,7 @@ class HydraLinear(nn.Module):
         w = self.gate_out(self.gate(scores))  # w(x)
         # w acts on A x, before B: one product with [B_1 .. B_N] then serves all heads,
         # and nothing of size N * O per token is kept for the backward pass
-        z = z.unflatten(-1, (-1, self.settings.rank))  # (..., 1, R), or of N A's (..., N, R)
+        z = z.unflatten(-1, (-1, self.settings.rank))  # (..., 1, R), or (..., N, R)
         u = (self.scale * w[..., None] * z).flatten(-2)  # (alpha / R) w_i A x, (..., N * R)
         b = self.lora_B.transpose(0, 1).flatten(1)  # [B_1 .. B_N], (O, N * R)
         # the sum over i: y + s * einsum("...n,nor,...r->...o", w, B, A x), s = alpha / R. In
@@ -156,8 +156,7 @@ def add_hydralora(model: nn.Module, *, targets: Sequence[str] = TARGETS, **setti
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Puts every base layer back in its place, still frozen; another adapter can then be
-    added or loaded."""
+    """Puts every base layer back, still frozen. Another adapter can then be added."""
     for name, layer in hydra_layers(model).items():
         model.set_submodule(name, layer.base)
     if hasattr(model, "hydralora_config"):
@@ -165,7 +164,7 @@ def remove_adapters(model: nn.Module) -> None:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: parameter} of every lora_A, lora_B and router, found by type: none is missed."""
+    """{name: parameter} of every lora_A, lora_B and router of the model."""
     return {f"{name}.{key}": parameter for name, layer in hydra_layers(model).items()
             for key, parameter in layer.named_parameters(recurse=False)}
 
@@ -218,7 +217,7 @@ def base_fingerprint(model: nn.Module) -> dict[str, list]:
 
 
 def check_adapter(model, config, base, tensors):
-    """Raises ValueError unless these are the tensors that this config adds to this model."""
+    """Raises ValueError unless config adds exactly these tensors to this base model."""
     now = base_fingerprint(model)
     same = {name for name, (shape, values) in now.items() if name in base
             and shape == base[name][0] and torch.allclose(  # to the rounding of bf16, fp16
@@ -240,8 +239,8 @@ def check_adapter(model, config, base, tensors):
 
 
 def save_adapter(model: nn.Module, file: str | Path | BinaryIO) -> None:
-    """Writes config, base_fingerprint and tensors to a path or an open binary file. Raises
-    ValueError, with nothing written, if there is no adapter or a value is not finite."""
+    """Writes config, base_fingerprint and tensors to a path or an open binary file.
+    Raises ValueError, with nothing written, without an adapter or if it is not finite."""
     tensors = {name: p.detach().cpu() for name, p in adapter_parameters(model).items()}
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad or not tensors:

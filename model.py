@@ -40,13 +40,13 @@ class ModelArgs:
 
     @property
     def ffn_dim(self) -> int:
-        """2/3 of 4 * dim, rounded up: SwiGLU's three matrices then cost what two did."""
+        """2/3 of 4 * dim, rounded up, so SwiGLU's three matrices cost what two did."""
         hidden = int((self.ffn_dim_multiplier or 1) * int(2 * (4 * self.dim) / 3))
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, with the division in fp32 for any dtype."""
+    """y = x / sqrt(mean(x^2) + eps) * weight, divided in fp32 whatever x's dtype."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -94,9 +94,9 @@ class Attention(nn.Module):
         self.wo = nn.Linear(self.n_heads * self.head_dim, args.dim, bias=False)
 
     def forward(self, x, rotary, mask=None, cache=None, positions=None) -> Tensor:
-        """(B, T, D) to (B, T, D), causal unless there is a mask. With a cache (keys, values),
-        each (B, S, K, E), new ones go to the slots at positions, and mask (B, 1, T, S) is
-        True for the slots that a token may read."""
+        """(B, T, D) to (B, T, D), causal unless there is a mask. With a cache, (keys,
+        values) of (B, S, K, E), new ones go to the slots at positions, and mask
+        (B, 1, T, S) is True for the slots that a token may read."""
         q = self.wq(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, E)
         k = self.wk(x).unflatten(-1, (self.n_kv_heads, -1))  # (B, T, K, E)
         v = self.wv(x).unflatten(-1, (self.n_kv_heads, -1))
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
 
     def init_weights(self, seed: int) -> None:
-        """N(0, 0.02); wo and w2, which add to the residual, divided by sqrt(2 n_layers)."""
+        """N(0, 0.02), divided by sqrt(2 n_layers) for wo and w2, which add to x."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
@@ -439,7 +439,7 @@ def generate_tokens(model: Transformer, tokenizer: Tokenizer, ids: list[list[int
 
 def generate_ids(model: Transformer, tokenizer: Tokenizer, ids: list[list[int]],
                  **sampling) -> list[list[int]]:
-    """The new tokens of each row of ids, without its EOS. Takes what generate_tokens takes."""
+    """The new tokens of each row of ids, without its EOS; arguments of generate_tokens."""
     new = [[] for _ in ids]
     for tokens in generate_tokens(model, tokenizer, ids, **sampling):
         for row, token in zip(new, tokens):
