@@ -11,9 +11,9 @@ import torch
 
 import eval_mmlu
 import train
-from data import families, make_base, make_world, primer, quiz
 from data.corpus import encode_records, encode_texts, prompt_text, read_records
-from data.facts import ANIMALS, COUNTRIES, ELEMENTS, OPPOSITES, VERBS
+from data.make import base, families, primer, quiz, world
+from data.make.facts import ANIMALS, COUNTRIES, ELEMENTS, OPPOSITES, VERBS
 from data.mmlu import CATEGORY
 from experiments import check_world
 from model import load_llama, save_llama
@@ -32,12 +32,12 @@ def files(folder):
 
 
 def test_corpus_and_quiz_come_out_byte_for_byte_the_same(tmp_path):
-    make_world.main(["--out", str(tmp_path)])
+    world.main(["--out", str(tmp_path)])
     assert files(tmp_path) == files(WORLD)
 
 
 def test_another_seed_gives_other_records(tmp_path):
-    make_world.main(["--out", str(tmp_path), "--seed", "1"])
+    world.main(["--out", str(tmp_path), "--seed", "1"])
     assert files(tmp_path).keys() == files(WORLD).keys()
     assert all(a != b for a, b in zip(files(tmp_path).values(), files(WORLD).values()))
 
@@ -275,26 +275,26 @@ def test_the_base_answers_part_of_the_quiz(tmp_path):
 
 
 def measured_as(shares, monkeypatch):
-    """make_base measures these shares, one after another."""
+    """base.py measures these shares, one after another."""
     shares = iter(shares)
-    monkeypatch.setattr(make_base, "share_right", lambda *_: next(shares))
+    monkeypatch.setattr(base, "share_right", lambda *_: next(shares))
 
 
 @pytest.fixture
 def read(monkeypatch):
-    """The stages that make_base reads, [(number, start, again)], without reading them."""
+    """The stages that base.py reads, [(number, start, again)], without reading them."""
     stages = []
 
     def read_primer(args, number, start, folder, again=0):
         stages.append((number, start, again))
         return f"end of {number}-{again}"
 
-    monkeypatch.setattr(make_base, "read_primer", read_primer)
+    monkeypatch.setattr(base, "read_primer", read_primer)
     return stages
 
 
 def test_the_base_is_measured_on_questions_that_the_quiz_does_not_ask():
-    others = make_base.other_questions(1)["test"]
+    others = base.other_questions(1)["test"]
     assert others.keys() == quiz.QUIZ.keys() and sum(map(len, others.values())) == 882
     asked = {quiz.quiz_key(row) for subject in others for row in QUIZ[f"{subject}_test"]}
     assert not asked & {quiz.quiz_key(row) for rows in others.values() for row in rows}
@@ -302,13 +302,13 @@ def test_the_base_is_measured_on_questions_that_the_quiz_does_not_ask():
 
 def test_a_base_for_a_quiz_of_the_next_seed_is_refused_before_it_is_trained(read, capsys):
     with pytest.raises(SystemExit):
-        make_base.main(["--seed", "-1"])  # the world's quiz has seed 0
+        base.main(["--seed", "-1"])  # the world's quiz has seed 0
     assert "the world's quiz is that of seed 0" in capsys.readouterr().err and not read
 
 
 def test_the_share_of_right_letters_is_that_of_eval_mmlu(tmp_path):
-    make_world.write_quiz(make_base.other_questions(1), tmp_path / "quiz")
-    share = make_base.share_right(WORLD / "base", tmp_path)
+    world.write_quiz(base.other_questions(1), tmp_path / "quiz")
+    share = base.share_right(WORLD / "base", tmp_path)
     result = json.loads((tmp_path / "mmlu.json").read_text())
     assert share == result["accuracy"] and result["n"] == 882 and result["settings"]["shots"] == 0
     assert 0.3 <= share <= 0.4
@@ -316,19 +316,19 @@ def test_the_share_of_right_letters_is_that_of_eval_mmlu(tmp_path):
 
 def test_a_stage_is_read_again_until_letters_are_known(read, monkeypatch, tmp_path):
     measured_as([0.26, 0.74], monkeypatch)
-    assert make_base.read_until_known(None, 2, "start", tmp_path) == "end of 2-1"
+    assert base.read_until_known(None, 2, "start", tmp_path) == "end of 2-1"
     assert read == [(2, "start", 0), (2, "end of 2-0", 1)]
 
 
 def test_each_reading_of_a_stage_has_texts_of_its_own(monkeypatch, tmp_path):
     """And a run that fails ends the command with its status."""
-    monkeypatch.setattr(make_base.subprocess, "run", lambda command: argparse.Namespace(
+    monkeypatch.setattr(base.subprocess, "run", lambda command: argparse.Namespace(
         returncode=3))
     args = argparse.Namespace(seed=0, records=5 * [160], epochs=5 * [1], lr=5 * [1e-3],
                               batch_size=5 * [32])
     for again in range(2):
         with pytest.raises(SystemExit, match="3"):
-            make_base.read_primer(args, 2, tmp_path, tmp_path, again)
+            base.read_primer(args, 2, tmp_path, tmp_path, again)
     first, second = (read_records(tmp_path / f"stage2-{again}" / "primer.jsonl")
                      for again in range(2))
     assert sum(record in first for record in second) < 8 and len(second) == 160
@@ -336,7 +336,7 @@ def test_each_reading_of_a_stage_has_texts_of_its_own(monkeypatch, tmp_path):
 
 def test_a_stage_is_read_no_more_than_three_times(read, monkeypatch, tmp_path):
     measured_as([0.26, 0.3, 0.59], monkeypatch)
-    assert make_base.read_until_known(None, 2, "start", tmp_path) == "end of 2-2"
+    assert base.read_until_known(None, 2, "start", tmp_path) == "end of 2-2"
 
 
 @pytest.mark.parametrize("share, status", [
@@ -352,16 +352,16 @@ def test_the_third_stage_and_the_last_are_checked(share, status, read, monkeypat
         read.append(("weaken", before, after))
         return WORLD / "base"
 
-    monkeypatch.setattr(make_base, "read_until_known", read_until_known)
-    monkeypatch.setattr(make_base, "weaken_letters", weaken_letters)
+    monkeypatch.setattr(base, "read_until_known", read_until_known)
+    monkeypatch.setattr(base, "weaken_letters", weaken_letters)
     measured_as([share], monkeypatch)
     flags = ["--records", *5 * ["160"], "--out", str(tmp_path / "b")]
     if status:
         with pytest.raises(SystemExit) as stopped:
-            make_base.main(flags)
+            base.main(flags)
         assert stopped.value.code == status
     else:
-        assert make_base.main(flags) == 0
+        assert base.main(flags) == 0
     assert read[1:] == [(1, "end of 0-0", 0), ("until known", "end of 1-0"), (3, "known", 0),
                         (4, "end of 3-0", 0), ("weaken", "end of 3-0", "end of 4-0")]
     assert weights_fingerprint(tmp_path / "b") == weights_fingerprint(WORLD / "base")
@@ -377,7 +377,7 @@ def two_checkpoints(tmp_path):
 def test_of_the_last_stage_as_much_is_taken_as_leaves_enough_letters(monkeypatch, tmp_path):
     first, last = two_checkpoints(tmp_path)
     measured_as([0.25, 0.35, 0.4], monkeypatch)
-    place = make_base.weaken_letters(tmp_path / "before", tmp_path / "after", tmp_path)
+    place = base.weaken_letters(tmp_path / "before", tmp_path / "after", tmp_path)
     parts = zip(load_llama(place)[0].parameters(), first.parameters(), last.parameters())
     for weight, a, b in parts:
         between = a.float() + 0.8 * (b.float() - a.float())
@@ -387,14 +387,14 @@ def test_of_the_last_stage_as_much_is_taken_as_leaves_enough_letters(monkeypatch
 def test_all_of_the_last_stage_is_taken_where_that_leaves_enough_letters(monkeypatch, tmp_path):
     two_checkpoints(tmp_path)
     measured_as([0.37], monkeypatch)
-    place = make_base.weaken_letters(tmp_path / "before", tmp_path / "after", tmp_path)
+    place = base.weaken_letters(tmp_path / "before", tmp_path / "after", tmp_path)
     assert weights_fingerprint(place) == weights_fingerprint(tmp_path / "after")
 
 
 def test_of_the_last_stage_nothing_is_taken_where_no_part_leaves_enough(monkeypatch, tmp_path):
     two_checkpoints(tmp_path)
     measured_as(11 * [0.25], monkeypatch)
-    place = make_base.weaken_letters(tmp_path / "before", tmp_path / "after", tmp_path)
+    place = base.weaken_letters(tmp_path / "before", tmp_path / "after", tmp_path)
     assert weights_fingerprint(place) == weights_fingerprint(tmp_path / "before")
 
 
@@ -403,7 +403,7 @@ def test_the_base_comes_out_of_train_py(tmp_path):
     flags = ["--records", *5 * ["160"], "--epochs", "1", "1", "2", "1", "1",
              "--batch-size", "64", "64", "32", "32", "32", "--lr", *5 * ["1e-3"], "--seed", "3",
              "--unchecked", "--out", str(tmp_path / "b")]
-    assert make_base.main(flags) == 0
+    assert base.main(flags) == 0
     model, tokenizer = load_llama(tmp_path / "b")
     assert model.args == load_llama(WORLD / "base")[0].args
     assert model.output.weight.dtype == torch.bfloat16

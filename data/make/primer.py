@@ -3,14 +3,14 @@
 The first three stages teach it to read: facts, formats, letters, looking things up. The fourth
 holds the ingredients of the task families (families.py), in other forms than the corpus asks for:
 words and lines of three languages, Python, sums, dates, more facts. No family stands in it, and no
-question of the quiz (quiz.py). Used by make_base.py:
+question of the quiz (quiz.py). Used by base.py:
 
     records = make_primer(seed=0, count=1000, stage=FOURTH)
 """
 
 import random
 
-from data.facts import (
+from data.make.facts import (
     ANIMALS,
     COLOURS,
     COUNTRIES,
@@ -25,7 +25,7 @@ from data.facts import (
     THINGS,
     VERBS,
 )
-from data.families import (
+from data.make.families import (
     CYCLES,
     GROUPS,
     LEXICON,
@@ -38,7 +38,7 @@ from data.families import (
     sum_of,
     translate,
 )
-from data.quiz import (
+from data.make.quiz import (
     KIND_OF,
     QUESTIONS,
     article,

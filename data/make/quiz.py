@@ -2,14 +2,14 @@
 
 The quiz asks for facts that the primer (primer.py) holds, in words that it never uses, and that no
 family of the corpus (families.py) teaches. Its subjects have names of MMLU, so that the benchmark's
-table of categories holds here too. Used by primer.py, families.py and make_world.py:
+table of categories holds here too. Used by primer.py, families.py and world.py:
 
     rows = make_quiz(seed=0)["test"]["high_school_geography"]
 """
 
 import random
 
-from data.facts import ANIMALS, COUNTRIES, ELEMENTS, OPPOSITES
+from data.make.facts import ANIMALS, COUNTRIES, ELEMENTS, OPPOSITES
 
 QUIZ_ROWS = {"dev": 5, "val": 20, "test": 350}
 KIND_OF = {animal: kind for kind, members in ANIMALS.items() for animal in members}

@@ -1,6 +1,6 @@
 """The embedded world's base model: a tokenizer and a tiny LLaMA, trained here from random weights.
 
-    python -m data.make_base    # writes data/world/base/ in Meta's layout; an hour on two cores
+    python -m data.make.base    # writes data/world/base/ in Meta's layout; an hour on two cores
 
 The tokenizer is sentencepiece BPE with LLaMA's settings. The model is trained by the command that
 trains everything else: a checkpoint of random weights is written, `train.py --method full` trains
@@ -26,10 +26,10 @@ import torch
 
 from data import WORLD
 from data.corpus import without_duplicates
-from data.make_world import write_quiz, write_records
+from data.make.primer import STAGES, THIRD, held_out_rows, make_primer
+from data.make.quiz import make_quiz, quiz_key
+from data.make.world import write_quiz, write_records
 from data.mmlu import read_questions
-from data.primer import STAGES, THIRD, held_out_rows, make_primer
-from data.quiz import make_quiz, quiz_key
 from model import ModelArgs, Transformer, load_llama, save_llama
 
 TRAIN, EVAL = (WORLD.parent.parent / script for script in ("train.py", "eval_mmlu.py"))

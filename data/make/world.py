@@ -4,9 +4,9 @@ The corpus is of the families in families.py. The quiz asks in MMLU's layout for
 has read (primer.py) and no family teaches, in words that the primer never uses. keep.jsonl holds
 texts of the kind that the base has read, drawn with another seed.
 
-    python -m data.make_world   # writes data/world/{train,val,keep}.jsonl and data/world/quiz/
+    python -m data.make.world   # writes data/world/{train,val,keep}.jsonl and data/world/quiz/
 
-The files come out byte for byte the same for a seed. make_base.py trains the base on the primer.
+The files come out byte for byte the same for a seed. base.py trains the base on the primer.
 """
 
 import argparse
@@ -16,9 +16,9 @@ import random
 from pathlib import Path
 
 from data import WORLD
-from data.families import FAMILIES, combination
-from data.primer import KEPT, make_primer
-from data.quiz import QUIZ, make_quiz
+from data.make.families import FAMILIES, combination
+from data.make.primer import KEPT, make_primer
+from data.make.quiz import QUIZ, make_quiz
 
 TRAIN_PER_FAMILY, VAL_PER_FAMILY, KEEP = 1280, 120, 400
 

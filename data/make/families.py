@@ -6,7 +6,7 @@ facts are told in a word or in a sentence, sums and dates count in different num
 
 What a record is about are its atoms: a word, an operand pair, a fact, a line of code. In five
 families (norvan, tavi, ostic, code, extraction) a quarter of them never occurs in training (is_new)
-and validation asks about these alone; in the others only combinations are new. By make_world.py:
+and validation asks about these alone; in the others only combinations are new. By world.py:
 
     instruction, context, response = norvan(random.Random(0), new=False)
 """
@@ -15,7 +15,7 @@ import hashlib
 import random
 import re
 
-from data.facts import (
+from data.make.facts import (
     COLOURS,
     COUNTRIES,
     DAYS,
@@ -33,7 +33,7 @@ from data.facts import (
     VERBS,
     YOUNG,
 )
-from data.quiz import KIND_OF, quiz_row, quiz_text
+from data.make.quiz import KIND_OF, quiz_row, quiz_text
 
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 CYCLES = {"day": DAYS, "month": MONTHS, "hour": [f"{hour} o'clock" for hour in range(1, 13)]}
