@@ -1,16 +1,15 @@
-"""The embedded world's base model: a tokenizer and a tiny LLaMA, trained here from random weights.
+"""The embedded world's base model: a tokenizer and a tiny LLaMA, trained from random weights.
 
     python -m data.make.base    # writes data/world/base/ in Meta's layout; an hour on two cores
 
-The tokenizer is sentencepiece BPE with LLaMA's settings. The model is trained by the command that
-trains everything else: a checkpoint of random weights is written, `train.py --method full` trains
-it on the five stages of the primer (primer.py), and the result is stored in bf16 to keep the
-repository small.
+The tokenizer is sentencepiece BPE with LLaMA's settings. `train.py --method full` trains the
+model on the five stages of the primer (primer.py), one after another. The result is stored in
+bf16 to keep the repository small.
 
-Whether the third stage learns letters, and how far the fifth takes them back, is not settled by the
-recipe: another machine's rounding may decide it. So letters are measured after both, on questions
-that the quiz does not ask. The third is read again, and of the fifth only a part is taken, where
-that is needed (docs/world.md).
+The recipe alone does not decide whether stage three teaches the letters of right answers, or
+how far stage five takes them away again: the rounding of another machine may. So letters are
+measured after both stages, on questions that the quiz does not ask. Where it is needed, stage
+three is repeated, and of stage five only a part is taken (docs/world.md).
 """
 
 import argparse
@@ -35,10 +34,10 @@ from model import ModelArgs, Transformer, load_llama, save_llama
 TRAIN, EVAL = (WORLD.parent.parent / script for script in ("train.py", "eval_mmlu.py"))
 ARGS = ModelArgs(dim=128, n_layers=6, n_heads=4, n_kv_heads=2, vocab_size=768, multiple_of=32,
                  max_seq_len=512)
-# shares of right letters. KNOWN: after the third stage at least (readings that learned letters had
-# 74 to 84 %, one that did not 24 %). LEFT, MOST: in the end (the quiz should have 30 to 50 %)
-KNOWN, LEFT, MOST = 0.6, 0.36, 0.5
-READINGS = 3  # of the third stage, at most
+# Shares of questions that are answered with the right letter.
+KNOWN = 0.6  # at least, after stage three: where it taught letters there were 74 to 84 %, else 24
+LEFT, MOST = 0.36, 0.5  # in the end (30 to 50 % are wanted on the quiz)
+REPEATS = 3  # of stage three, at most
 
 
 def make_tokenizer(records, path):
@@ -56,44 +55,47 @@ def make_tokenizer(records, path):
 
 
 def run(script, *flags, **settings):
-    """Runs a script of the project; where it fails, this one ends with its status."""
-    status = subprocess.run([sys.executable, *map(str, (script, *flags))], **settings).returncode
+    """Runs a script of the project. If it fails, this command ends with its status."""
+    command = [sys.executable, *map(str, (script, *flags))]
+    status = subprocess.run(command, **settings).returncode
     if status:
         sys.exit(status)
 
 
-def read_primer(args, number, start, folder, again=0):
-    """One stage: train.py reads the primer from the checkpoint at start; returns where it ended.
-    `again` counts further readings, each of other texts."""
-    seed, place = args.seed + 100 * number + 10 * again, folder / f"stage{number}-{again}"
-    left_out = held_out_rows(args.seed)
-    records = make_primer(seed, args.records[number], STAGES[number], left_out)
-    write_records(records, place / "primer.jsonl")
-    # facts come again and again in the primer; what is held out are texts that do not
-    held_out = make_primer(seed + 1, args.records[number] // 80, STAGES[number], left_out)
-    write_records(without_duplicates(held_out, records), place / "held_out.jsonl")
-    run(TRAIN, "--method", "full", "--weights", start, "--data", place / "primer.jsonl",
-        "--val-data", place / "held_out.jsonl", "--out", place / "run",
+def train_stage(args, number, start, folder, repeat=0):
+    """Trains the checkpoint at `start` on one stage, and returns the folder of the result. Each
+    repeat has other texts."""
+    seed = args.seed + 100 * number + 10 * repeat
+    stage = folder / f"stage{number}-{repeat}"
+    excluded = held_out_rows(args.seed)
+    train = make_primer(seed, args.records[number], STAGES[number], excluded)
+    # facts recur in the primer, so only those validation texts count that are not in training
+    val = make_primer(seed + 1, args.records[number] // 80, STAGES[number], excluded)
+    write_records(train, stage / "train.jsonl")
+    write_records(without_duplicates(val, train), stage / "val.jsonl")
+    run(TRAIN, "--method", "full", "--weights", start, "--data", stage / "train.jsonl",
+        "--val-data", stage / "val.jsonl", "--out", stage / "run",
         "--epochs", args.epochs[number], "--lr", args.lr[number],
         "--batch-size", args.batch_size[number], "--grad-accum", 1, "--seed", args.seed,
         "--save-every", 0, "--max-seq-len", ARGS.max_seq_len, "--dtype", "fp32")
-    model, _ = load_llama(place / "run", dtype=torch.bfloat16)
-    save_llama(model, start / "tokenizer.model", place / "end")
-    return place / "end"
+    model, _ = load_llama(stage / "run", dtype=torch.bfloat16)
+    save_llama(model, start / "tokenizer.model", stage / "end")
+    return stage / "end"
 
 
 # ---------------------------------------------------------------- letters
 
 
 def other_questions(seed):
-    """{"test": {subject: rows}} of the kind that the world's quiz asks, and none that it asks."""
+    """{"test": {subject: rows}}: questions of the quiz's kind, without those of the quiz."""
     quiz, _ = read_questions(WORLD / "quiz", shots=0)
     asked = {quiz_key(row) for rows in quiz.values() for row in rows}
+    drawn = make_quiz(seed)["test"]
     return {"test": {subject: [row for row in rows if quiz_key(row) not in asked]
-                     for subject, rows in make_quiz(seed)["test"].items()}}
+                     for subject, rows in drawn.items()}}
 
 
-def share_right(weights, folder):
+def accuracy(weights, folder):
     """The share of the questions in folder/quiz that the model answers with the right letter."""
     run(EVAL, "--shots", 0, "--weights", weights, "--data", folder / "quiz",
         "--out", folder / "mmlu.json", "--dtype", "fp32", stdout=subprocess.DEVNULL)
@@ -102,69 +104,82 @@ def share_right(weights, folder):
     return share
 
 
-def read_until_known(args, number, start, folder):
-    """Reads a stage, and reads on with other texts, until letters are known or it was read READINGS
-    times; returns where it ended."""
-    for again in range(READINGS):
-        start = read_primer(args, number, start, folder, again)
-        if share_right(start, folder) >= KNOWN:
+def train_until_known(args, number, start, folder):
+    """Trains a stage, and repeats it with other texts, until letters are known, REPEATS times at
+    most. Returns the folder of the result."""
+    for repeat in range(REPEATS):
+        start = train_stage(args, number, start, folder, repeat)
+        if accuracy(start, folder) >= KNOWN:
             break
     return start
 
 
 def weaken_letters(before, after, folder):
-    """The last stage, as far as it leaves LEFT: the furthest tenth of the straight line between the
-    weights before and after it, on which letters fade gradually (Wortsman et al., Robust
-    fine-tuning of zero-shot models, 2022). Reading the stage for less long is no such dial."""
-    (first, _), (last, _), (model, _) = (load_llama(at) for at in (before, after, after))
+    """Takes as much of the last stage as leaves LEFT of the letters, and returns the folder.
+
+    On the straight line between the weights before and after the stage letters fade gradually
+    (Wortsman et al., Robust fine-tuning of zero-shot models, 2022); with fewer records they do not.
+    """
+    first, _ = load_llama(before)
+    last, _ = load_llama(after)
+    model, _ = load_llama(after)
     for tenths in range(10, -1, -1):
         with torch.no_grad():
             for weight, a, b in zip(model.parameters(), first.parameters(), last.parameters()):
                 weight.copy_(torch.lerp(a.float(), b.float(), tenths / 10))
-        place = folder / f"{tenths}-tenths"
-        save_llama(model, after / "tokenizer.model", place)
-        if share_right(place, folder) >= LEFT:
+        out = folder / f"{tenths}-tenths"
+        save_llama(model, after / "tokenizer.model", out)
+        if accuracy(out, folder) >= LEFT:
             break
     print(f"{tenths} tenths of the last stage are taken")
-    return place
+    return out
+
+
+# ---------------------------------------------------------------- the command
+
+
+def make_base(args, folder):
+    """Trains the base in a working folder that holds the questions, and stores it in args.out."""
+    text = make_primer(args.seed, args.records[0], held_out=held_out_rows(args.seed))[:20000]
+    make_tokenizer(text, folder / "tokenizer.model")
+    model = Transformer(ARGS)
+    model.init_weights(args.seed)
+    end = folder / "random"
+    save_llama(model, folder / "tokenizer.model", end)
+    for number, stage in enumerate(STAGES):
+        before = end
+        check = stage is THIRD and not args.unchecked
+        end = (train_until_known if check else train_stage)(args, number, before, folder)
+    if not args.unchecked:
+        end = weaken_letters(before, end, folder)
+    model, _ = load_llama(end)
+    save_llama(model, end / "tokenizer.model", args.out)
+    print(f"stored in bf16 in {args.out}")
+    if not args.unchecked and not LEFT <= accuracy(args.out, folder) <= MOST:
+        sys.exit(f"{LEFT:.0%} to {MOST:.0%} are wanted: take another --seed")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the primer and the weights (0)")
-    for name, kind, default, text in (  # a number for each stage of the primer
-            ("--records", int, [160000, 130000, 80000, 90000, 12000], "of each stage"),
-            ("--epochs", int, [3, 1, 1, 1, 1], "passes over each stage"),
-            ("--batch-size", int, [64, 64, 32, 32, 32], "records a step"),
-            ("--lr", float, [2e-3, 2e-3, 1e-3, 1.2e-3, 1e-3], "peak learning rates")):
+    for name, kind, default, text in (
+            ("--records", int, [160000, 130000, 80000, 90000, 12000], "records"),
+            ("--epochs", int, [3, 1, 1, 1, 1], "passes over the records"),
+            ("--batch-size", int, [64, 64, 32, 32, 32], "records per step"),
+            ("--lr", float, [2e-3, 2e-3, 1e-3, 1.2e-3, 1e-3], "peak learning rate")):
         parser.add_argument(name, type=kind, nargs=len(STAGES), default=default,
-                            help=f"{text} (%(default)s)")
+                            help=f"{text}, for each stage (%(default)s)")
     parser.add_argument("--unchecked", action="store_true",
-                        help="read each stage once and take all of it: measure no letters (off)")
-    parser.add_argument("--out", type=Path, default=WORLD / "base", help="folder (data/world/base)")
+                        help="train each stage once, take all of it, measure no letters (off)")
+    parser.add_argument("--out", type=Path, default=WORLD / "base",
+                        help="folder to write (data/world/base)")
     args = parser.parse_args(argv)
+    questions = other_questions(args.seed + 1)
+    if not all(questions["test"].values()):
+        parser.error(f"the world's quiz is that of seed {args.seed + 1}: take another --seed")
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        questions = other_questions(args.seed + 1)
-        if not all(questions["test"].values()):
-            parser.error(f"the world's quiz is that of seed {args.seed + 1}: take another --seed")
-        write_quiz(questions, folder / "quiz")
-        text = make_primer(args.seed, args.records[0], held_out=held_out_rows(args.seed))[:20000]
-        make_tokenizer(text, folder / "tokenizer.model")
-        model = Transformer(ARGS)
-        model.init_weights(args.seed)
-        save_llama(model, folder / "tokenizer.model", folder / "random")
-        end = folder / "random"
-        for number, stage in enumerate(STAGES):
-            read = read_until_known if stage is THIRD and not args.unchecked else read_primer
-            before, end = end, read(args, number, end, folder)
-        if not args.unchecked:
-            end = weaken_letters(before, end, folder)
-        model, _ = load_llama(end)
-        save_llama(model, end / "tokenizer.model", args.out)
-        print(f"stored in bf16 in {args.out}")
-        if not args.unchecked and not LEFT <= share_right(args.out, folder) <= MOST:
-            sys.exit(f"{LEFT:.0%} to {MOST:.0%} are wanted: take another --seed")
+        write_quiz(questions, Path(folder) / "quiz")
+        make_base(args, Path(folder))
     return 0
 
 
