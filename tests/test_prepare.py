@@ -189,11 +189,14 @@ def test_the_real_mmlu_is_copied_byte_for_byte(tmp_path):
     assert read_files(tmp_path / "again") == files
 
 
-def test_both_editions_of_val_pass_and_the_older_one_is_noted(tmp_path):
+def test_both_editions_of_val_pass_from_a_download_and_the_older_one_is_noted(tmp_path):
     out = tmp_path / "out"
     for rows, noted in ((1531, False), (1542, True)):
-        source = make_tar(tmp_path / "data.tar", mmlu_files(rows))
-        assert ("note: val is an" in accepts(prepare_mmlu, source, out)) == noted
+        url = make_tar(tmp_path / "data.tar", mmlu_files(rows), prefix="./data/").as_uri()
+        printed = accepts(prepare_mmlu, url, out)
+        assert printed.startswith(f"downloading {url}\n")
+        assert ("note: val is an earlier edition, 1542 rows" in printed) == noted
+        assert read_files(out) == mmlu_files(rows)
         out.rename(tmp_path / str(rows))
     source = make_tar(tmp_path / "data.tar", mmlu_files(1540))
     refuses(prepare_mmlu, source, out, "1540 rows in val", "1531 or 1542")
@@ -205,13 +208,6 @@ def test_the_source_may_be_the_folder_above_data_and_out_may_be_an_empty_folder(
     out.mkdir()
     accepts(prepare_mmlu, tmp_path / "unpacked", out)
     assert read_files(out) == mmlu_files()
-
-
-def test_a_downloaded_tar_is_laid_out_like_one_on_disk(tmp_path):
-    source = make_tar(tmp_path / "data.tar", mmlu_files(), prefix="./data/")
-    printed = accepts(prepare_mmlu, source.as_uri(), tmp_path / "mmlu")
-    assert printed.startswith(f"downloading {source.as_uri()}\n")
-    assert read_files(tmp_path / "mmlu") == mmlu_files()
 
 
 def test_hostile_tar_members_are_ignored(tmp_path):
@@ -228,15 +224,6 @@ def test_hostile_tar_members_are_ignored(tmp_path):
     accepts(prepare_mmlu, source, tmp_path / "mmlu")
     assert read_files(tmp_path / "mmlu") == mmlu_files()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.tar", "mmlu", "secret.csv"]
-
-
-def test_a_link_does_not_count_as_a_wanted_file(tmp_path):
-    files = mmlu_files()
-    name = min(files)
-    del files[name]
-    extra = [tar_member("data/" + name, b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")]
-    source = make_tar(tmp_path / "data.tar", files, extra=extra)
-    refuses(prepare_mmlu, source, tmp_path / "mmlu", "56 files dev/")
 
 
 def test_what_is_not_the_whole_tar_is_refused(tmp_path):
@@ -346,8 +333,7 @@ def test_ctrl_c_before_the_rename_leaves_nothing(tmp_path, script, monkeypatch, 
 
 
 @both_scripts
-def test_the_help_names_the_url(script):
-    done = subprocess.run([sys.executable, "-m", script.__name__, "--help"],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert script.URL in "".join(done.stdout.split())
+def test_the_help_names_the_url(script, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--help"])
+    assert script.URL in "".join(capsys.readouterr().out.split())
