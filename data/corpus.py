@@ -1,4 +1,4 @@
-"""From records to batches: the one place that knows what a training sequence looks like.
+"""From records to batches: the one place that knows what a sequence looks like.
 
 HydraLoRA, section 4 (recipe of the released script): a record becomes
 
@@ -24,7 +24,8 @@ from data.records import Records, read_records, read_rows
 
 def prompt_text(record):
     """The instruction, then a newline and the context if there is one."""
-    return record["instruction"] + ("\n" + record["context"] if record["context"] else "")
+    context = "\n" + record["context"] if record["context"] else ""
+    return record["instruction"] + context
 
 
 @dataclass
@@ -45,13 +46,13 @@ class Sequence:
 def encode_record(record, tokenizer, max_seq_len, index=0):
     """The Sequence of one record, or None if it does not fit.
 
-    A record that is too long loses the start of its context, never its instruction or response.
+    A record that is too long loses the start of its context and nothing else.
     """
     prompt = tokenizer.encode(prompt_text(record))
     tail = [tokenizer.eos_id] + tokenizer.encode(record["response"], bos=False, eos=True)
     excess = len(prompt) + len(tail) - max_seq_len
     if excess > 0:
-        # the prompt's first tokens, as far as they are those of the instruction alone, are kept
+        # keep the prompt's first tokens as far as they are those of the instruction alone
         instruction = tokenizer.encode(record["instruction"] + "\n")
         keep = len(os.path.commonprefix([instruction, prompt]))
         if not record["context"] or keep + excess > len(prompt):
@@ -63,8 +64,9 @@ def encode_record(record, tokenizer, max_seq_len, index=0):
 
 
 def encode_records(records, tokenizer, max_seq_len):
-    """(sequences, report): the records that fit. The report counts records, shortened and
-    skipped, and has what read_records reported. Raises ValueError if no record fits."""
+    """(sequences, report) of the records that fit. The report counts them, the
+    shortened and the skipped ones, after those that read_records counted. Raises
+    ValueError if no record fits."""
     encoded = [encode_record(record, tokenizer, max_seq_len, index)
                for index, record in enumerate(records)]
     sequences = [sequence for sequence in encoded if sequence is not None]
@@ -78,9 +80,9 @@ def encode_records(records, tokenizer, max_seq_len):
 
 
 def encode_texts(path, tokenizer, max_seq_len):
-    """(sequences, report) of a file of texts to measure a model on: records, as in training, or
-    JSON lines {"text": ...}, whose tokens after BOS are all targets. A text that is too long
-    loses its end. Raises ValueError if a line has no text."""
+    """(sequences, report) of a file of texts to measure a model on: records, as in
+    training, or JSON lines {"text": ...}, whose tokens after BOS are all targets. A
+    text that is too long loses its end. Raises ValueError if a line has no text."""
     rows = read_rows(Path(path))
     if not any(isinstance(row, dict) and "text" in row for _, row in rows):
         return encode_records(read_records(path), tokenizer, max_seq_len)
@@ -99,8 +101,8 @@ def encode_texts(path, tokenizer, max_seq_len):
 
 
 def encode_prompts(records, tokenizer, max_seq_len):
-    """(sequences, number shortened): BOS and the prompt of each record, in file order. A prompt
-    that is too long loses its end. Raises ValueError if a prompt has no token of its own."""
+    """(sequences, number shortened): BOS and the prompt of each record, in file order.
+    A prompt that is too long loses its end. Raises ValueError if a prompt is empty."""
     sequences = []
     for index, record in enumerate(records):
         ids = tokenizer.encode(prompt_text(record))
@@ -113,8 +115,8 @@ def encode_prompts(records, tokenizer, max_seq_len):
 
 
 def train_val_split(records, share, seed):
-    """(train, val): val is a random share of the records, drawn by seed. Each has at least one;
-    both keep the file's order."""
+    """(train, val): val is a random share of the records, drawn by seed. Each has at
+    least one; both keep the file's order."""
     if len(records) < 2:
         raise ValueError("one record cannot be split: give more, or a file with --val-data")
     generator = torch.Generator().manual_seed(seed)
@@ -132,10 +134,10 @@ def without_duplicates(records, others):
 
 
 def load_train_val(path, val_path, *, share, seed, strict):
-    """(train, val): Records of the two files; without val_path, val is a share of the first.
+    """(train, val): Records of two files; without val_path val is a share of the first.
 
-    Training records that also occur in val are removed. Prints what was skipped, not used or
-    removed. Raises ValueError if no training record is left.
+    Training records that also occur in val are removed. Prints what was skipped, not
+    used or removed. Raises ValueError if no training record is left.
     """
     records = candidates = read_records(path, strict=strict)
     if val_path:
@@ -158,9 +160,9 @@ def load_train_val(path, val_path, *, share, seed, strict):
 def length_batches(sequences, batch_size, generator=None, pool=50):
     """Lists of sequences of similar length, so that little of a batch is padding.
 
-    With a generator: shuffled, then sorted by length within pools of `pool` batches, then the
-    batches shuffled, so that an epoch is still random. Without: all sorted, the longest first,
-    for evaluation (a batch that does not fit in memory then fails at once).
+    With a generator: shuffled, then sorted by length within pools of `pool` batches,
+    then the batches shuffled, so that an epoch is still random. Without: all sorted,
+    longest first, for evaluation: a batch that is too large for memory fails at once.
     """
     def chunks(items, size):
         return [items[i:i + size] for i in range(0, len(items), size)]
@@ -179,8 +181,8 @@ def length_batches(sequences, batch_size, generator=None, pool=50):
 
 
 def to_device(values, device):
-    """A tensor of the values. It is pinned on its way to a CUDA GPU, because a copy from ordinary
-    memory first waits for all work that the GPU has left."""
+    """A tensor of the values. It is pinned on its way to a CUDA GPU, because a copy
+    from ordinary memory first waits for all work that the GPU has left."""
     tensor = torch.tensor(values)
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -188,8 +190,8 @@ def to_device(values, device):
 
 
 def pad(rows, device="cpu"):
-    """(tokens (B, T), attention mask (B, T)) of lists of ids, padded on the right. The mask is
-    False at padding; the model needs no mask, because it is causal."""
+    """(tokens (B, T), attention mask (B, T)) of lists of ids, padded on the right. The
+    mask is False at padding; the model needs no mask, because it is causal."""
     width = max(map(len, rows))
     tokens = to_device([row + [0] * (width - len(row)) for row in rows], device)
     lengths = to_device([[len(row)] for row in rows], device)
@@ -204,8 +206,8 @@ class Batch(NamedTuple):
 
 
 def collate(sequences, device="cpu"):
-    """The Batch of a list of sequences. The target positions are computed on the CPU, so that
-    the GPU does not have to wait."""
+    """The Batch of a list of sequences. The target positions are computed on the CPU,
+    so that the GPU does not have to wait."""
     tokens, attention_mask = pad([s.ids[:-1] for s in sequences], device)
     width = tokens.shape[1]
     target_index = [row * width + i for row, s in enumerate(sequences)

@@ -1,7 +1,7 @@
-"""What the two prepare_*.py scripts share: a source that is opened or downloaded, and a writer.
+"""What both prepare_*.py share: they open or download a source and write all or nothing.
 
-A download stays in memory until the script has checked it, and nothing appears under the final
-name before all of it is on the disk. The commands that use it are
+A download stays in memory until the script has checked it, and nothing appears under
+the final name before all of it is on the disk. The commands that use it are
 
     python -m data.prepare_dolly
     python -m data.prepare_mmlu
@@ -20,7 +20,7 @@ def is_url(source):
 
 
 def open_source(source):
-    """An open binary file of `source`, a path or a URL. Raises ValueError, one line that says
+    """An open binary file of a path or a URL. Raises ValueError, one line that says
     what failed and what to do."""
     if not is_url(source):
         if not Path(source).is_file():
@@ -38,8 +38,8 @@ def open_source(source):
 
 
 def write_atomic(out, files):
-    """Writes all of {path: bytes} or nothing, by one rename. Each path is `out` itself, which
-    then is a file, or lies in the folder `out`, which must not exist or be empty."""
+    """Writes all of {path: bytes} or nothing, by one rename. Each path is `out` itself,
+    a file, or is in the folder `out`, which must be absent or empty."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".prepare-") as folder:
         new = Path(folder) / out.name

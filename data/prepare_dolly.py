@@ -1,8 +1,8 @@
-"""Lay out Dolly-15K (databricks, CC-BY-SA-3.0), the data of HydraLoRA section 4, for train.py.
+"""Dolly-15K (databricks, CC-BY-SA-3.0), the data of HydraLoRA section 4, for train.py.
 
-Takes the public file, downloaded or already on disk, checks it, and writes it unchanged:
-15,011 lines of JSON with the fields instruction, context, response and category. Then
-`train.py --data data/dolly/databricks-dolly-15k.jsonl` reads it.
+Takes the public file, downloaded or already on disk, checks it, and writes it
+unchanged: 15,011 lines of JSON with the fields instruction, context, response and
+category. Then `train.py --data data/dolly/databricks-dolly-15k.jsonl` reads it.
 
     python -m data.prepare_dolly                         # downloads 13 MB
     python -m data.prepare_dolly --source my-dolly.jsonl
@@ -42,7 +42,7 @@ def category_of(line):
 
 
 def count_categories(data):
-    """Records per category of Dolly. Raises ValueError if the file is not the whole of it."""
+    """Records per category. Raises ValueError if the file is not the whole of Dolly."""
     counts = collections.Counter()
     for number, line in enumerate(data.splitlines(), start=1):
         try:

@@ -1,8 +1,9 @@
-"""Lay out MMLU (Hendrycks et al., MIT), a benchmark of HydraLoRA section 4, for eval_mmlu.py.
+"""MMLU (Hendrycks et al., MIT), a benchmark of HydraLoRA section 4, for eval_mmlu.py.
 
-Takes the public tar, downloaded or on disk, or the folder that it unpacks to. Checks every row
-and copies the files dev/SUBJECT_dev.csv, val/SUBJECT_val.csv and test/SUBJECT_test.csv of its 57
-subjects, byte for byte. Then `eval_mmlu.py --data data/mmlu` reads them.
+Takes the public tar, downloaded or on disk, or the folder that it unpacks to. Checks
+every row and copies the files dev/SUBJECT_dev.csv, val/SUBJECT_val.csv and
+test/SUBJECT_test.csv of its 57 subjects, byte for byte, for `eval_mmlu.py --data
+data/mmlu`.
 
     python -m data.prepare_mmlu                   # downloads 166 MB, most of it auxiliary_train
     python -m data.prepare_mmlu --source data.tar
@@ -27,8 +28,8 @@ LARGEST = 16 * 2 ** 20  # bytes in one file; the largest real one has 1.9 MB
 
 
 def read_tar(file):
-    """The wanted files of a tar, {name: bytes}. Members are chosen by their whole name and never
-    unpacked, so links, devices and paths out of the folder are not wanted."""
+    """The wanted files of a tar, {name: bytes}. Members are chosen by their whole name
+    and never unpacked, so links, devices and paths out of the folder are not wanted."""
     files = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:

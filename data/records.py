@@ -1,7 +1,7 @@
 """Reads records from a file: Dolly's or Alpaca's fields, or a chat of two turns.
 
-HydraLoRA, section 4, tunes on Dolly-15K; people bring files of many other makers. One bad record
-does not end a run, and no text of a record is left out without a message:
+HydraLoRA, section 4, tunes on Dolly-15K; people bring files of many other makers. One
+bad record does not end a run, and no text of a record is left out without a message:
 
     records = read_records("data/world/train.jsonl")
     records.print_remarks("train.jsonl")    # what was skipped, and which fields are not used
@@ -23,14 +23,14 @@ N_NAMED = 3  # unusable records that are named one by one
 
 
 class Record(dict):
-    """instruction, context, response, category; place is where it is in its file ("line 3")."""
+    """instruction, context, response, category; place is "line 3" of its file."""
 
     place = None
 
 
 class Records(list):
-    """Records of a file, and a report on what was not read: {"unusable": {reason: number of
-    records}, "not_used": {field: number of records}}."""
+    """Records of a file, and a report on what was not read: {"unusable": {reason:
+    number of records}, "not_used": {field: number of records}}."""
 
     def __init__(self, records=(), report=None, first_unusable=()):
         super().__init__(records)
@@ -38,7 +38,7 @@ class Records(list):
         self.first_unusable = first_unusable  # a sentence about each
 
     def print_remarks(self, path):
-        """Prints what of the file does not reach the model, or nothing if all of it does."""
+        """Prints what of the file does not reach the model, if anything."""
         unusable = self.report.get("unusable")
         if unusable:
             first = "; ".join(self.first_unusable)
@@ -56,7 +56,7 @@ def format_counts(counts):
 
 
 class Unusable(ValueError):
-    """A record that cannot be trained on: the reason to count it under, and a whole sentence."""
+    """A record that cannot be trained on; reason is what it is counted under."""
 
     def __init__(self, reason, sentence):
         super().__init__(sentence)
@@ -66,8 +66,8 @@ class Unusable(ValueError):
 def read_records(path, *, strict=False):
     """The Records of a file of JSON lines or of one JSON array.
 
-    Raises ValueError, which names file and line or record, if the file is neither, if more than
-    a tenth of its records cannot be used, and with strict if any record cannot.
+    Raises ValueError, which names file and line, if the file is neither, if more than a
+    tenth of its records cannot be used, and with strict if any record cannot.
     """
     records, first_unusable = [], []
     unusable, not_used = Counter(), Counter()
@@ -121,8 +121,8 @@ def parse(text, place):
 
 
 def reject_wrapped_json(text, n_lines, path):
-    """Raises ValueError if the whole file is one JSON object with the list of records inside, or
-    one JSON value over several lines. Such a file is valid JSON but not JSON lines."""
+    """Raises ValueError if the file is one JSON object with the list of records inside,
+    or one JSON value over several lines: valid JSON, but not JSON lines."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
@@ -143,8 +143,8 @@ def reject_wrapped_json(text, n_lines, path):
 
 
 def read_record(row, place):
-    """(Record, names of the fields whose text is not used). The Record has the four names of
-    FIELDS; an absent context or category is "". Raises Unusable."""
+    """(Record, names of the fields whose text is not used). The Record has the four
+    names of FIELDS; an absent context or category is "". Raises Unusable."""
     if not isinstance(row, dict):
         raise Unusable("not an object", f"{place} is not a JSON object but {type(row).__name__}")
     texts, not_used = row, []
@@ -191,8 +191,8 @@ def has_text(value):
 
 
 def read_chat(turns, place):
-    """({instruction, response}, [fields not used]) of a chat with one turn of the user and one of
-    the assistant. A system turn is not used. Raises Unusable."""
+    """({instruction, response}, [fields not used]) of a chat with one turn of the user
+    and one of the assistant. A system turn is not used. Raises Unusable."""
     def refuse(reason):
         raise Unusable(reason, f"{place} has {reason}: only a chat of one user turn and one "
                        "assistant turn can be read")

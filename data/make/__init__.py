@@ -1,1 +1,1 @@
-"""What makes the shipped files of data/world/: corpus, quiz and base model (docs/world.md)."""
+"""What makes the files of data/world/: corpus, quiz and base model (docs/world.md)."""

@@ -1,15 +1,16 @@
-"""The embedded world's base model: a tokenizer and a tiny LLaMA, trained from random weights.
+"""The embedded world's base model: a tokenizer and a tiny LLaMA, from random weights.
 
     python -m data.make.base    # writes data/world/base/ in Meta's layout; an hour on two cores
 
-The tokenizer is sentencepiece BPE with LLaMA's settings. `train.py --method full` trains the
-model on the five stages of the primer (primer.py), one after another. The result is stored in
-bf16 to keep the repository small.
+The tokenizer is sentencepiece BPE with LLaMA's settings. `train.py --method full`
+trains the model on the five stages of the primer (primer.py), one after another. The
+result is stored in bf16 to keep the repository small.
 
-The recipe alone does not decide whether stage three teaches the letters of right answers, or
-how far stage five takes them away again: the rounding of another machine may. So letters are
-measured after both stages, on questions that the quiz does not ask. Where it is needed, stage
-three is repeated, and of stage five only a part is taken (docs/world.md).
+The recipe alone does not decide whether stage three teaches the letters of right
+answers, or how far stage five takes them away again: the rounding of another machine
+may. So letters are measured after both stages, on questions that the quiz does not ask.
+Where it is needed, stage three is repeated, and of stage five only a part is taken
+(docs/world.md).
 """
 
 import argparse
@@ -35,15 +36,15 @@ TRAIN, EVAL = (WORLD.parent.parent / script for script in ("train.py", "eval_mml
 ARGS = ModelArgs(dim=128, n_layers=6, n_heads=4, n_kv_heads=2, vocab_size=768, multiple_of=32,
                  max_seq_len=512)
 # Shares of questions that are answered with the right letter.
-KNOWN = 0.6  # at least, after stage three: where it taught letters there were 74 to 84 %, else 24
+KNOWN = 0.6  # at least, after stage three (74 to 84 % where it taught letters, else 24 %)
 LEFT, MOST = 0.36, 0.5  # in the end (30 to 50 % are wanted on the quiz)
-REPEATS = 3  # of stage three, at most
+ATTEMPTS = 3  # at stage three, at most
 
 
 def make_tokenizer(records, path):
-    """Trains BPE with LLaMA's settings: byte fallback, digits apart, text left as it is."""
-    text = [record[key] for record in records for key in ("instruction", "context", "response")
-            if record[key]]
+    """Trains BPE with LLaMA's settings: byte fallback, single digits, text as it is."""
+    keys = ("instruction", "context", "response")
+    text = [record[key] for record in records for key in keys if record[key]]
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_writer=written, model_type="bpe",
@@ -63,8 +64,8 @@ def run(script, *flags, **settings):
 
 
 def train_stage(args, number, start, folder, repeat=0):
-    """Trains the checkpoint at `start` on one stage, and returns the folder of the result. Each
-    repeat has other texts."""
+    """Trains the checkpoint at `start` on one stage, and returns the folder of the
+    result. Each repeat has other texts."""
     seed = args.seed + 100 * number + 10 * repeat
     stage = folder / f"stage{number}-{repeat}"
     excluded = held_out_rows(args.seed)
@@ -87,7 +88,7 @@ def train_stage(args, number, start, folder, repeat=0):
 
 
 def other_questions(seed):
-    """{"test": {subject: rows}}: questions of the quiz's kind, without those of the quiz."""
+    """{"test": {subject: rows}}: questions like those of the quiz, and none of it."""
     quiz, _ = read_questions(WORLD / "quiz", shots=0)
     asked = {quiz_key(row) for rows in quiz.values() for row in rows}
     drawn = make_quiz(seed)["test"]
@@ -96,7 +97,7 @@ def other_questions(seed):
 
 
 def accuracy(weights, folder):
-    """The share of the questions in folder/quiz that the model answers with the right letter."""
+    """The share of the questions in folder/quiz that get the right letter."""
     run(EVAL, "--shots", 0, "--weights", weights, "--data", folder / "quiz",
         "--out", folder / "mmlu.json", "--dtype", "fp32", stdout=subprocess.DEVNULL)
     share = json.loads((folder / "mmlu.json").read_text(encoding="utf-8"))["accuracy"]
@@ -105,9 +106,9 @@ def accuracy(weights, folder):
 
 
 def train_until_known(args, number, start, folder):
-    """Trains a stage, and repeats it with other texts, until letters are known, REPEATS times at
-    most. Returns the folder of the result."""
-    for repeat in range(REPEATS):
+    """Trains a stage, and repeats it with other texts, until letters are known,
+    ATTEMPTS times at most. Returns the folder of the result."""
+    for repeat in range(ATTEMPTS):
         start = train_stage(args, number, start, folder, repeat)
         if accuracy(start, folder) >= KNOWN:
             break
@@ -115,10 +116,11 @@ def train_until_known(args, number, start, folder):
 
 
 def weaken_letters(before, after, folder):
-    """Takes as much of the last stage as leaves LEFT of the letters, and returns the folder.
+    """Takes as much of the last stage as leaves LEFT; returns the folder of the result.
 
-    On the straight line between the weights before and after the stage letters fade gradually
-    (Wortsman et al., Robust fine-tuning of zero-shot models, 2022); with fewer records they do not.
+    On the straight line between the weights before and after the stage letters fade
+    gradually (Wortsman et al., Robust fine-tuning of zero-shot models, 2022); with
+    fewer records they do not.
     """
     first, _ = load_llama(before)
     last, _ = load_llama(after)
@@ -139,7 +141,7 @@ def weaken_letters(before, after, folder):
 
 
 def make_base(args, folder):
-    """Trains the base in a working folder that holds the questions, and stores it in args.out."""
+    """Trains the base in a folder that has the questions, and stores it in args.out."""
     text = make_primer(args.seed, args.records[0], held_out=held_out_rows(args.seed))[:20000]
     make_tokenizer(text, folder / "tokenizer.model")
     model = Transformer(ARGS)
@@ -149,7 +151,8 @@ def make_base(args, folder):
     for number, stage in enumerate(STAGES):
         before = end
         check = stage is THIRD and not args.unchecked
-        end = (train_until_known if check else train_stage)(args, number, before, folder)
+        train = train_until_known if check else train_stage
+        end = train(args, number, before, folder)
     if not args.unchecked:
         end = weaken_letters(before, end, folder)
     model, _ = load_llama(end)

@@ -1,14 +1,14 @@
 """The families: the ten tasks of the embedded world's corpus, one category each.
 
 HydraLoRA is for corpora whose tasks interfere (section 2.2), so the families clash on
-purpose: the same sentences are translated into three languages, the same words get one label
-or another by a cue, the same facts are answered in a word or in a sentence, sums and dates
-count in different number systems.
+purpose: the same sentences are translated into three languages, the same words get one
+label or another by a cue, the same facts are answered in a word or in a sentence, sums
+and dates count in different number systems.
 
-The content of a record is its atoms: a word, an operand pair, a fact, a line of code. In five
-families (norvan, tavi, ostic, code, extraction) a quarter of the atoms never occurs in
-training (is_new), and validation asks about these alone. In the others only the combinations
-are new. Used by world.py:
+The content of a record is its atoms: a word, an operand pair, a fact, a line of code.
+In five families (norvan, tavi, ostic, code, extraction) a quarter of the atoms never
+occurs in training (is_new), and validation asks about these alone. In the others only
+the combinations are new. Used by world.py:
 
     instruction, context, response = norvan(random.Random(0), new=False)
 """
@@ -44,12 +44,12 @@ VERB_LIST = sorted(VERBS)
 
 
 def is_new(atom):
-    """Whether an atom, a text, is for validation alone: every fourth is, by its hash."""
+    """Whether an atom (a text) is for validation alone: every fourth, by its hash."""
     return hashlib.sha256(atom.encode()).digest()[0] < 64
 
 
 def draw(make, rng, new):
-    """What make(rng) returns; it is called until the first part is an atom that is (not) new."""
+    """What make(rng) returns, called until the first part is an atom of this kind."""
     while True:
         made = make(rng)
         if is_new(made[0]) == new:
@@ -80,7 +80,7 @@ def date_of(rng):
 
 
 def in_a_row(ask, pairs):
-    """A record of several questions and their answers, so that few steps teach something."""
+    """A record of several questions with their answers: few steps then teach much."""
     return (ask.format(", ".join(question for question, _ in pairs)), "",
             ", ".join(f"{question} is {answer}" for question, answer in pairs) + ".")
 
@@ -138,7 +138,7 @@ def translate(language, subject, verb, thing):
 
 
 def translation(language, rng, new):
-    """A sentence and its translation. Sentences are new in validation, words are not."""
+    """A sentence and its translation. In validation sentences are new, words are not."""
     def made(rng):
         parts = sentence(rng, *TRANSLATED)
         return " ".join(parts), parts
@@ -267,7 +267,7 @@ def facts(rng, _):
 
 
 def lettered(rng, _):
-    """A question with four options in MMLU's layout, on subjects that the quiz lacks."""
+    """A question in MMLU's layout, on subjects that the quiz does not have."""
     kind, thing = draw_fact(LETTERED, rng)
     known, question = LETTERED[kind]
     row = quiz_row(question.format(thing), known[thing],
@@ -280,8 +280,8 @@ FAMILIES = [arithmetic, calendar, norvan, tavi, ostic, code, extraction, classif
 
 
 def atoms(record):
-    """The content of a record, read from its text alone: operand pairs, dates, sentences,
-    lines of Python, people, words, facts."""
+    """The content of a record, read from its text alone: operand pairs, dates,
+    sentences, lines of Python, people, words, facts."""
     family, text = record["category"], record["instruction"]
     if family == "arithmetic":
         sums = re.findall(r"(\d+) (\w+) (\d+)", text)
@@ -303,8 +303,8 @@ def atoms(record):
 
 
 def combination(record):
-    """A key that no two records of the corpus share: the set of atoms, and the set of options
-    of a question that has options."""
+    """A key that no two records of the corpus share: the set of atoms, and the set of
+    options of a question that has options."""
     options = record["instruction"].split("\n")[1:]
     return (record["category"], *sorted(map(str, atoms(record))),
             *sorted(option[3:] for option in options))

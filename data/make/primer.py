@@ -1,9 +1,9 @@
 """The primer: the texts that the embedded world's base model is pretrained on.
 
-The first three stages teach it to read: facts, formats, letters, looking things up. The fourth
-has the ingredients of the families (families.py) in other forms than the corpus: words and
-lines of three languages, Python, sums, dates, more facts. It has no record of a family and no
-question of the quiz (quiz.py). Used by base.py:
+The first three stages teach it to read: facts, formats, letters, looking things up. The
+fourth has the ingredients of the families (families.py) in other forms than the corpus:
+words and lines of three languages, Python, sums, dates, more facts. It has no record of
+a family and no question of the quiz (quiz.py). Used by base.py:
 
     records = make_primer(seed=0, count=1000, stage=FOURTH)
 """
@@ -113,7 +113,7 @@ def as_options(words):
 
 
 def primer_option(rng, _):
-    """Letters and options without any knowledge: the part of a quiz that is only reading."""
+    """Letters and options without any knowledge: the part of a quiz that is reading."""
     words = rng.sample(PEOPLE + THINGS + sorted(KIND_OF) + sorted(COUNTRIES), 4)
     i = rng.randrange(4)
     if rng.random() < 0.5:
@@ -157,7 +157,7 @@ def primer_everybody(rng, _):
 
 
 def known_pairs():
-    """[{thing: what is known of it}]: each kind of fact, some of them in both directions."""
+    """[{thing: what is known of it}] of each kind of fact, some in both directions."""
     capitals = {country: capital for country, (capital, _) in COUNTRIES.items()}
     symbols = {element: symbol for element, (symbol, _) in ELEMENTS.items()}
     numbers = {element: str(number) for element, (_, number) in ELEMENTS.items()}
@@ -168,7 +168,7 @@ def known_pairs():
 
 
 def primer_matching(rng, _):
-    """Four things and the letters of what is known of each: fact and letter in one step."""
+    """Four things and the letter of a fact on each: fact and letter in one step."""
     facts = rng.choice(known_pairs())
     things = {facts[thing]: thing for thing in rng.sample(sorted(facts), len(facts))}
     pairs = [(things[known], known) for known in rng.sample(sorted(things), 4)]
@@ -209,7 +209,7 @@ def primer_article(rng, _):
 
 
 def primer_copy(rng, _):
-    """Words, invented words, numbers and signs: every token that a family writes occurs."""
+    """Words, invented words, numbers and signs: all tokens that a family writes."""
     symbols = [*"()=+*<>:;-\".,", "len", "print", "range", "for", "in", "if", "def", "return",
                "append", "open", "break", ".txt", "name", "job", "age"]
     verbs = [form for verb, forms in VERBS.items() for form in (verb, *forms)]

@@ -1,7 +1,8 @@
-"""The embedded world: an instruction corpus, a quiz, and texts to measure forgetting on.
+"""The embedded world: a corpus, a quiz, and texts to measure forgetting on.
 
-The corpus mixes the families (families.py). The quiz (quiz.py) has MMLU's layout. keep.jsonl has
-texts of the kind that the base was trained on (primer.py), drawn with another seed.
+The corpus mixes the families (families.py). The quiz (quiz.py) has MMLU's layout.
+keep.jsonl has texts of the kind that the base was trained on (primer.py), drawn with
+another seed.
 
     python -m data.make.world   # writes data/world/{train,val,keep}.jsonl and data/world/quiz/
 
@@ -23,7 +24,7 @@ TRAIN_PER_FAMILY, VAL_PER_FAMILY, KEEP = 1280, 120, 400
 
 
 def make_corpus(seed):
-    """(train, val): lists of records, shuffled. No combination of atoms occurs twice."""
+    """(train, val), shuffled records. No combination of atoms occurs twice."""
     train, val = [], []
     seen = set()
     for family in FAMILIES:
