@@ -164,8 +164,7 @@ def read_record(row, place):
         if not filled and name in REQUIRED:
             raise Unusable(f"empty {name}", f"{place} has an empty {name}")
         record[name] = filled[0] if filled else given.get(spellings[0], "")
-        # a second text under another spelling is not used, unless it is the same or empty
-        used |= {s for s, text in given.items() if not text.strip() or text == record[name]}
+        used |= {s for s, text in given.items() if text == record[name]}
     others = [name for name, value in texts.items() if name not in used and has_text(value)]
     return record, not_used + others
 

@@ -53,10 +53,10 @@ def test_json_lines_and_one_array_read_alike_dolly_and_alpaca_fields_too(tmp_pat
 
 
 @pytest.mark.parametrize("text, changes", [
-    ('{"instruction": "a", "response": "b", "input": null}', {}),
+    ('{"instruction": "a", "response": "b", "input": null, "history": [{"x": 1}]}', {}),
     ('\ufeff{"instruction": "a\u2028b", "response": "c\x85d"}\n',  # a byte-order mark, separators
      {"instruction": "a\u2028b", "response": "c\x85d"})])
-def test_absent_fields_and_line_separators_inside_a_text_are_read(tmp_path, text, changes):
+def test_absent_or_other_fields_and_line_separators_in_a_text_are_read(tmp_path, text, changes):
     assert read_records(write(tmp_path / "a.jsonl", text)) == [{**MINIMAL, **changes}]
 
 
@@ -253,6 +253,13 @@ def test_every_sequence_comes_once_an_epoch_in_batches_of_similar_length(tokeniz
     again = length_batches(sequences, 8, torch.Generator().manual_seed(0))
     other = length_batches(sequences, 8, torch.Generator().manual_seed(1))
     assert again == batches != other
+    longest = [len(batch[0].ids) for batch in batches]
+    assert longest != sorted(longest, reverse=True)  # shuffled, as training wants
+
+
+def test_batches_for_evaluation_come_longest_first(tokenizer):
+    batches = length_batches(sequences_of(tokenizer, [3, 9, 5, 7]), 3)
+    assert [[s.record for s in batch] for batch in batches] == [[1, 3, 2], [0]]
 
 
 def test_labels_are_the_response_and_its_eos_at_the_positions_before_them(tokenizer):
