@@ -14,6 +14,7 @@ from experiments import benchmark, compare_dropout, random_checkpoint
 from hydralora import (
     HydraLinear,
     adapter_parameters,
+    add_hydralora,
 )
 from model import ModelArgs, Transformer, load_llama, save_llama
 from support.device import DTYPES, autocast
