@@ -157,7 +157,7 @@ def of_content(content):
     (of_content({"model_args": Evil("trap")}), "is not a checkpoint of llama2.c"),
     (of_pt(n_layers=3), "do not fit its config: missing ['layers.2"),
     (of_pt(n_layers=10**6), "a layer is missing"), (of_pt(dim="32"), "dim is '32'"),
-    (of_pt(n_heads=5), "cannot be divided over 5 heads"), (of_pt(n_kv_heads=3), "3 key/value"),
+    (of_pt(n_heads=5), "an even multiple of n_heads 5"), (of_pt(n_kv_heads=3), "of n_kv_heads 3"),
     (of_pt(vocab_size=769), "is (768, 32), its config asks for (769, 32)"),
     (of_pt(vocab_size=None), "vocab_size is None"),
     (of_state(lambda s: s.pop("norm.weight")), "missing ['norm.weight'], extra []"),

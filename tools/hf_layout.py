@@ -20,7 +20,7 @@ import struct
 import torch
 
 from hydralora import HydraSettings
-from model import ModelArgs, Transformer
+from model import ModelArgs, Transformer, check_args
 from support.files import parse_json, placeholder_reason
 
 # ---------------------------------------------------------------- names
@@ -90,19 +90,18 @@ def read_number(config, key, path, *, default=None, whole=True):
     return value
 
 
-def make_args(path, *, dim, width, n_heads, n_kv_heads, **others):
+def make_args(path, *, dim, width, **others):
     """ModelArgs whose feed-forward layers have this width. Raises ValueError if dim
     cannot be divided over the heads."""
-    if dim % (2 * n_heads) or n_heads % n_kv_heads:
-        raise ValueError(f"{path}: {dim} cannot be divided over {n_heads} heads and {n_kv_heads} "
-                         "key/value heads")
     usual = int(2 * 4 * dim / 3)
     # multiple_of = width rounds any smaller width up to it
-    return ModelArgs(dim=dim, n_heads=n_heads, n_kv_heads=n_kv_heads, multiple_of=width,
+    args = ModelArgs(dim=dim, multiple_of=width,
                      ffn_dim_multiplier=width / usual if usual > width else None, **others)
+    check_args(args, path)
+    return args
 
 
-def empty_model(args, n_tensors, source):
+def model_without_storage(args, n_tensors, source):
     """A Transformer of these ModelArgs on the meta device. Raises ValueError if it has
     more layers than the source has tensors: a damaged config can ask for a million."""
     if args.n_layers > n_tensors:

@@ -30,9 +30,9 @@ from support.files import (
 )
 from tools.hf_layout import (
     check_shapes,
-    empty_model,
     make_args,
     meta_rows,
+    model_without_storage,
     read_number,
     read_safetensors,
     rotary_heads,
@@ -250,7 +250,7 @@ def import_folder(source, out, tokenizer=None):
         weights = read_weights(source)
         if tied:
             untie(weights, source)
-        model = empty_model(args, len(weights), source)
+        model = model_without_storage(args, len(weights), source)
         names = tensor_names(model.state_dict())
         check_shapes({names[name]: w.shape for name, w in model.state_dict().items()}, weights,
                      source)

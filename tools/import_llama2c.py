@@ -20,7 +20,7 @@ import torch
 from model import save_llama
 from support.cli import Parser, report_failure, start_script
 from support.files import atomic_dir, check_tensors, placeholder_reason, wrap_disk_errors
-from tools.hf_layout import check_shapes, empty_model, make_args, read_number
+from tools.hf_layout import check_shapes, make_args, model_without_storage, read_number
 from tools.import_hf import check_tokenizer, describe, read_pickle
 
 COMPILED = "_orig_mod."  # torch.compile puts it before every name
@@ -86,7 +86,7 @@ def read_header(path):
 
 def tensors_in_order(args, order):
     """Yields (name, shape) of every tensor of a .bin."""
-    block = empty_model(replace(args, n_layers=1), 1, "one block")
+    block = model_without_storage(replace(args, n_layers=1), 1, "one block")
     shapes = {name.removesuffix(".weight"): p.shape for name, p in block.named_parameters()}
     for name in order:
         if name in TABLES:
@@ -130,7 +130,7 @@ def import_checkpoint(source, tokenizer, out):
             raise ValueError(reason)
         args, state = (read_bin if source.suffix == ".bin" else read_pt)(source)
         check_tokenizer(tokenizer, args.vocab_size)
-        model = empty_model(args, len(state), source)
+        model = model_without_storage(args, len(state), source)
         check_shapes({name: p.shape for name, p in model.named_parameters()}, state, source)
         model.load_state_dict(state, assign=True)
         with wrap_disk_errors(out):
