@@ -239,7 +239,6 @@ def describe(args):
 def import_folder(source, out, tokenizer=None):
     """Writes the checkpoint in `source` to the new folder `out`, every number in its
     dtype. Raises ValueError or OSError and then leaves nothing behind."""
-    source = Path(source)
     with atomic_dir(out) as folder:
         if not (source / "config.json").is_file():
             raise ValueError(f"{source} has no config.json: give the folder of a Hugging Face "
