@@ -201,6 +201,11 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
+def sample_values(weight: Tensor) -> Tensor:
+    """16 evenly spaced values of a weight."""
+    return weight.detach().flatten()[::max(1, weight.numel() // 16)][:16]
+
+
 def base_fingerprint(model: nn.Module) -> dict[str, list]:
     """{tensor name: [shape, 16 evenly spaced values]} of the frozen weights, used to check
     that an adapter is loaded on the base it was trained on."""
@@ -210,14 +215,18 @@ def base_fingerprint(model: nn.Module) -> dict[str, list]:
         if weight not in adapter:
             if hasattr(weight, "full_tensor"):  # a DTensor
                 weight = weight.full_tensor()
-            values = weight.detach().flatten()[::max(1, weight.numel() // 16)][:16]
-            name = name.replace("_orig_mod.", "").replace(".base.", ".")
-            found[name] = [list(weight.shape), values.float().tolist()]
-    return found
+            found[name] = [list(weight.shape), sample_values(weight).float().tolist()]
+    for name, layer in model.named_modules():
+        if hasattr(layer, "sample"):  # its weight is packed; the dense one had these values
+            found[f"{name}.weight"] = [[layer.out_features, layer.in_features],
+                                       layer.sample.float().tolist()]
+    return {name.replace("_orig_mod.", "").replace(".base.", "."): entry
+            for name, entry in found.items()}
 
 
-def check_adapter(model, config, base, tensors):
-    """Raises ValueError unless config adds exactly these tensors to this base model."""
+def check_adapter(model, config, base, tensors, quantized=None):
+    """Raises ValueError unless config adds exactly these tensors to this base model, which
+    may have been quantised when the adapter was trained, or be so now."""
     now = base_fingerprint(model)
     same = {name for name, (shape, values) in now.items() if name in base
             and shape == base[name][0] and torch.allclose(  # to the rounding of bf16, fp16
@@ -246,8 +255,11 @@ def save_adapter(model: nn.Module, file: str | Path | BinaryIO) -> None:
     if bad or not tensors:
         raise ValueError(f"{file}: refusing to save an empty or non-finite adapter: {len(bad)} "
                          f"of {len(tensors)} tensors are not finite {' '.join(bad[:1])}")
-    torch.save({"config": model.hydralora_config, "base": base_fingerprint(model),
-                "tensors": tensors}, file)
+    content = {"config": model.hydralora_config, "base": base_fingerprint(model),
+               "tensors": tensors}
+    if hasattr(model, "quantized"):  # older code refuses the key, so it stands only here
+        content["quantized"] = model.quantized
+    torch.save(content, file)
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> dict:

@@ -34,6 +34,7 @@ from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick
 from support.diagnose import model_length, print_default_length, warn_of_spare_rows
 from support.evaluation import evaluate, target_logits
 from support.lock import file_lock
+from support.quantize import KINDS, add_quantize_flag
 from support.run_folder import Log, catch_signals, save_adapter_file, save_checkpoint
 
 # without --weights: the embedded world
@@ -129,10 +130,14 @@ def evaluate_sets(model, eval_sets, args, name):
 
 def load_base(args):
     """(base model on the device, tokenizer)."""
+    if args.quantize is None and args.resume:
+        recorded = run_folder.read_checkpoint(Path(args.out) / "checkpoint.pt")["settings"]
+        args.quantize = recorded.get("quantize")
+    args.quantize = args.quantize or "none"
     # full: the weights that train are fp32, only their products are in --dtype
     dtype = torch.float32 if args.method == "full" else DTYPES[args.dtype]
     model, tokenizer = distributed.load_model(args.weights, device=args.device, dtype=dtype,
-                                              shard_base=args.shard_base)
+                                              shard_base=args.shard_base, quantize=args.quantize)
     warn_of_spare_rows(model, tokenizer, args.weights)
     validate_for_model(args, model)
     model.checkpoint_activations = args.checkpoint_activations
@@ -187,8 +192,9 @@ class Setup:
 
 
 def set_up(args):
-    """Loads the base and the data, chooses the heads, adds the adapters. Fills in the two settings
-    that only the model and the clustering know: max_seq_len, and heads if they are auto."""
+    """Loads the base and the data, chooses the heads, adds the adapters. Fills in the settings
+    that only the checkpoint, the model and the clustering know: quantize, max_seq_len, and heads
+    if they are auto."""
     model, tokenizer = load_base(args)
     records, val = load_train_val(args.data, args.val_data, share=VAL_SHARE, seed=args.seed,
                                   strict=args.strict)
@@ -236,7 +242,7 @@ def run(args):
         start = 0
         if args.resume:
             recipe = WORLD_RECIPE if args.weights == WORLD_RECIPE["weights"] else PAPER_RECIPE
-            defaults = default_settings(args.method, recipe)
+            defaults = {**default_settings(args.method, recipe), "quantize": "none"}
             start, base = run_folder.restore(out / "checkpoint.pt", constants, defaults,
                                              model, optimizer, scaler)
             print(f"resumed after step {start}")
@@ -272,6 +278,7 @@ def measure_memory(args, shape, length, checkpoint):
                    precision=autocast("cpu", args.dtype))
     return measure_step(shape, adapter_settings(args), step=step, dtype=args.dtype,
                         make_optimizer=partial(make_optimizer, lr=args.lr), gpus=args.gpus or 1,
+                        quantize=args.quantize,
                         batch_size=args.batch_size, length=length, checkpoint=checkpoint)
 
 
@@ -280,8 +287,9 @@ def dry_run(args):
     from support.memory import print_needs, read_shape
     shape = read_shape(args.weights)
     length = args.max_seq_len or min(MAX_SEQ_LEN, shape.max_seq_len)
-    print(f"{args.method}, base and products in {args.dtype}, batches of {args.batch_size} x "
-          f"{length} tokens")
+    quantized = f", linear layers of the base in {args.quantize}" if args.quantize in KINDS else ""
+    print(f"{args.method}, base and products in {args.dtype}{quantized}, batches of "
+          f"{args.batch_size} x {length} tokens")
     if args.gpus:
         print(f"each of {args.gpus} GPUs with --shard-base: 1 / {args.gpus} of every block; "
               "embedding, head and adapters whole")
@@ -377,6 +385,7 @@ def make_parser():
                    help="random seed for initial weights, data order and validation split (0)")
     # machine
     add_device_flags(p, dtype_help="dtype of base and products")
+    add_quantize_flag(p)
     distributed.add_shard_flag(p)
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute activations in the backward pass: less memory, more time (off)")
@@ -449,6 +458,9 @@ def validate_args(args):
          f"--gate uniform requires several heads: --method {args.method} has none"),
         ((args.shard_base or args.gpus) and args.method == "full",
          "--shard-base and --gpus shard a base that is frozen: --method full trains it"),
+        (args.quantize in KINDS and (args.method == "full" or args.gpus),
+         f"--quantize {args.quantize} holds a frozen base whole: --method full trains the base, "
+         "and --gpus shards it"),
         (args.dry_run and args.heads == "auto",
          "--dry-run reads no data: --heads auto must be a number"),
         (args.dry_run and args.shard_base,

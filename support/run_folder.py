@@ -151,13 +151,27 @@ def check_against_run(weights, adapter):
               "with the same weights as far as load_adapter compares them")
 
 
-def load_model_and_adapter(weights, adapter, *, device, dtype, max_seq_len=None, shard_base=False):
+def trained_on(adapter):
+    """How the base was quantised when an adapter was trained on it: "none", "int8" or "nf4"."""
+    content = read_torch(adapter, "an adapter")
+    return content.get("quantized", "none") if isinstance(content, dict) else "none"
+
+
+def load_model_and_adapter(weights, adapter, *, device, dtype, max_seq_len=None, shard_base=False,
+                           quantize=None):
     """(model in eval mode, with its adapter if one is given; tokenizer). Each is compared with the
-    run.json that describes it. weights and adapter are Paths, dtype is a name such as "bf16"."""
+    run.json that describes it. weights and adapter are Paths, dtype is a name such as "bf16".
+    quantize None: as the adapter's base was."""
+    before = trained_on(adapter) if adapter else "none"
+    quantize = quantize or before
     model, tokenizer = load_model(weights, device=device, dtype=DTYPES[dtype],
-                                  max_seq_len=max_seq_len, shard_base=shard_base)
+                                  max_seq_len=max_seq_len, shard_base=shard_base,
+                                  quantize=quantize)
     if adapter:
         load_adapter(model, adapter)
+        if not before == quantize == "none":
+            print(f"{adapter} was trained on the base in {before}, which is in {quantize} here "
+                  "(none: not quantised)")
     warn_of_spare_rows(model, tokenizer, weights)
     check_against_run(weights, adapter)
     return model.eval(), tokenizer
