@@ -9,26 +9,31 @@ adapter.pt, run.json and log.csv. What is fp32 and what is in the chosen --dtype
 
     frozen base: dtype    adapters, router, AdamW state: fp32    products: dtype, by autocast
     softmax of gate and attention, RMSNorm, rotary, loss: fp32    --method full: fp32 weights
+
+Shapes: M target tokens of a micro-batch, V vocabulary.
 """
 
 import argparse
 import math
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from data import WORLD
+from data import QUIZ_SHOTS, WORLD
 from data.corpus import collate, encode_records, encode_texts, length_batches, load_train_val
 from hydralora import GATES, TARGETS, HydraSettings, adapters_disabled, add_hydralora
-from support import diagnose, distributed, evaluation, run_folder
-from support.cli import Parser, add_strict_flag, flag, progress, run_script, signal_number
+from support import distributed, evaluation, run_folder
+from support.cli import Parser, check_min, flag, progress, report_failure, start_script
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
-from support.evaluation import HEAD_CHUNK
+from support.diagnose import model_length, print_default_length, warn_of_spare_rows
+from support.evaluation import evaluate, target_logits
 from support.lock import file_lock
-from support.refusals import refuse_impossible, refuse_misfit
+from support.run_folder import Log, catch_signals, save_adapter_file, save_checkpoint
 
 # without --weights: the embedded world
 WORLD_RECIPE = dict(weights=str(WORLD / "base"), data=str(WORLD / "train.jsonl"),
@@ -39,94 +44,408 @@ PAPER_RECIPE = dict(lr=2e-4, epochs=1, batch_size=1, grad_accum=8, dropout=0.05)
 MAX_SEQ_LEN = 1024  # the recipe's; a model made for less gets what it was made for
 # what a method fixes of HydraSettings; full trains the base and has no adapter
 METHODS = {"hydralora": {}, "lora": {"heads": 1}, "lora-split": {"share_a": False}, "full": {}}
-WARMUP, CLIP, BETAS = 0.03, 1.0, (0.9, 0.999)
-VAL_SHARE, LOG_EVERY = 0.05, 10
+BETAS = (0.9, 0.999)
+VAL_SHARE = 0.05  # of the records, held out if there is no --val-data
+LOG_EVERY = 10  # steps
+
+# ---------------------------------------------------------------- the loop
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warmup over that share of the steps, then a cosine to zero; step counts from 0."""
+    warmup_steps = max(1, round(warmup * steps))
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
+
+
+def train_step(model, batches, optimizer, scaler, *, clip, precision):
+    """One optimizer step over micro-batches; returns (loss, gradient norm) as tensors. The loss is
+    the mean over all target tokens of the step, not the mean of the micro-batches' means."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    n_targets = sum(s.n_targets for batch in batches for s in batch)
+    total = 0.0
+    for sequences, weight in distributed.local_batches(batches):
+        batch = collate(sequences, parameters[0].device)
+        with precision:
+            # no name for the logits (M, V): their memory is released before the blocks go back
+            loss = F.cross_entropy(target_logits(model, batch), batch.labels, reduction="sum")
+        loss = weight * loss / n_targets
+        scaler.scale(loss).backward()
+        total = total + loss.detach()
+    total = distributed.all_reduce_gradients(parameters, total)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    scaler.step(optimizer)  # fp16's scaler skips it if a gradient overflowed
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def train(model, steps, eval_sets, optimizer, scaler, args, *, start, constants):
+    """Takes the steps after `start`, each a list of micro-batches, and writes log.csv and the
+    checkpoint, which holds `constants` too. After Ctrl-C or SIGTERM it finishes the step, saves
+    and returns the signal's number; it returns 0 after the last step."""
+    out = Path(args.out)
+    precision = autocast(args.device, args.dtype)
+    model.train()
+    with (Log(out / "log.csv", start, fp16=args.dtype == "fp16") as log,
+          catch_signals() as signals, progress(total=len(steps), initial=start) as bar):
+        for step, batches in enumerate(steps[start:], start + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step - 1, len(steps), group["peak_lr"], args.warmup)
+            lr = optimizer.param_groups[0]["lr"]
+            loss, norm = train_step(model, batches, optimizer, scaler, clip=args.clip,
+                                    precision=precision)
+            log.add(step, loss, norm, lr, batches)
+            stop = distributed.all_reduce_signals(signals)
+            if args.eval_every and step % args.eval_every == 0:
+                best = log.add_evaluation(evaluate_sets(model, eval_sets, args, "current"))
+                if best and args.method != "full":
+                    save_adapter_file(model, out / "adapter-best.pt")
+            saves = stop or step == len(steps) or args.save_every and step % args.save_every == 0
+            if saves or step % LOG_EVERY == 0:
+                bar.set_postfix_str(f"{log.flush()}, peak {peak_memory(args.device):.1f} GiB",
+                                    refresh=False)
+            if saves:
+                save_checkpoint(out / "checkpoint.pt", step, constants, model, optimizer, scaler)
+            bar.update()
+            if stop:
+                return stop
+        return distributed.all_reduce_signals(signals)  # one may have come during the last save
+
+
+def evaluate_sets(model, eval_sets, args, name):
+    """{"val": what evaluate finds, and "kept" if there is --keep-data}."""
+    precision = autocast(args.device, args.dtype)
+    return {part: evaluate(model, sequences, batch_size=args.batch_size, precision=precision,
+                           name=name)
+            for part, sequences in eval_sets.items()}
+
+
+# ---------------------------------------------------------------- what the loop needs
+
+
+def load_base(args):
+    """(base model on the device, tokenizer)."""
+    # full: the weights that train are fp32, only their products are in --dtype
+    dtype = torch.float32 if args.method == "full" else DTYPES[args.dtype]
+    model, tokenizer = distributed.load_model(args.weights, device=args.device, dtype=dtype,
+                                              shard_base=args.shard_base)
+    warn_of_spare_rows(model, tokenizer, args.weights)
+    validate_for_model(args, model)
+    model.checkpoint_activations = args.checkpoint_activations
+    return model, tokenizer
+
+
+def count_heads(args, records, model, tokenizer):
+    """What cluster.py finds for --heads auto: the number of heads under "k", and why."""
+    from cluster import choose_heads, print_report
+    if args.resume:  # its heads are not chosen again
+        return run_folder.read_checkpoint(Path(args.out) / "checkpoint.pt")["clusters"]
+    clusters = choose_heads(records, model, tokenizer, seed=args.seed)
+    clusters = distributed.run_on_rank0(lambda: clusters)  # one answer for all ranks
+    print_default_length(args.weights, model.args.max_seq_len)
+    print_report(clusters)
+    return clusters
+
+
+def plan_steps(sequences, *, batch_size, grad_accum, epochs, max_steps, seed):
+    """The steps of a run in an order fixed by the seed, each a list of micro-batches."""
+    steps = []
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed(seed * 1000 + epoch)
+        batches = length_batches(sequences, batch_size, generator)
+        steps += [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
+        if max_steps and len(steps) >= max_steps:
+            return steps[:max_steps]
+    return steps
+
+
+def make_optimizer(model, *, lr, betas=BETAS, weight_decay=0.0):
+    """AdamW over what trains. The loop scales the peak rate of each parameter group."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay,
+                                  fused=True)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return optimizer
+
+
+# ---------------------------------------------------------------- the run
+
+
+@dataclass
+class Setup:
+    """What is there before the first step."""
+    model: nn.Module  # with its adapters
+    sequences: list  # to train on
+    eval_sets: dict  # {"val": sequences, and "kept" if there is --keep-data}
+    data: dict  # what run.json reports of each file
+    clusters: dict | None  # of --heads auto
+
+
+def set_up(args):
+    """Loads the base and the data, chooses the heads, adds the adapters. Fills in the two settings
+    that only the model and the clustering know: max_seq_len, and heads if they are auto."""
+    model, tokenizer = load_base(args)
+    records, val = load_train_val(args.data, args.val_data, share=VAL_SHARE, seed=args.seed,
+                                  strict=args.strict)
+    clusters = None
+    if args.heads == "auto":
+        clusters = count_heads(args, records, model, tokenizer)
+        args.heads = clusters["k"]
+    args.max_seq_len = args.max_seq_len or min(MAX_SEQ_LEN, model.args.max_seq_len)
+    if args.method != "full":
+        add_hydralora(model, **adapter_settings(args))
+    data, eval_sets = {}, {}
+    sequences, data["train"] = encode_records(records, tokenizer, args.max_seq_len)
+    eval_sets["val"], data["val"] = encode_records(val, tokenizer, args.max_seq_len)
+    if args.keep_data:
+        eval_sets["kept"], data["kept"] = encode_texts(args.keep_data, tokenizer,
+                                                       args.max_seq_len)
+    return Setup(model, sequences, eval_sets, data, clusters)
+
+
+def run(args):
+    """One run, from the settings to the files. Returns the exit status."""
+    if args.dry_run:
+        from support.memory import print_needs
+        return print_needs(args, adapter_settings(args), MAX_SEQ_LEN)
+    with (distributed.process_group(args.device, args.shard_base),
+          file_lock(f"{args.out}/.lock", args.out)):
+        out = distributed.run_on_rank0(lambda: run_folder.check_out(
+            args.out, args.weights, resume=args.resume, overwrite=args.overwrite))
+        torch.manual_seed(args.seed)
+        setup = set_up(args)
+        model = setup.model
+        parameters = evaluation.count_parameters(model)
+        fingerprints = run_folder.fingerprints(args.weights, data=args.data,
+                                               val_data=args.val_data, keep_data=args.keep_data)
+        evaluation.print_start(vars(args), parameters, setup.data)
+        if args.grad_accum < args.processes:
+            print(f"--grad-accum {args.grad_accum}: {args.processes - args.grad_accum} of "
+                  f"{args.processes} processes have nothing to do; give --grad-accum "
+                  f"{args.processes} and a smaller --batch-size")
+        optimizer = make_optimizer(model, lr=args.lr, betas=args.betas,
+                                   weight_decay=args.weight_decay)
+        scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "fp16")
+        constants = {"settings": vars(args), "fingerprints": fingerprints,
+                     "clusters": setup.clusters}
+        start = 0
+        if args.resume:
+            recipe = WORLD_RECIPE if args.weights == WORLD_RECIPE["weights"] else PAPER_RECIPE
+            defaults = default_settings(args.method, recipe)
+            start, base = run_folder.restore(out / "checkpoint.pt", constants, defaults,
+                                             model, optimizer, scaler)
+            print(f"resumed after step {start}")
+        else:
+            with adapters_disabled(model):
+                base = evaluate_sets(model, setup.eval_sets, args, "base")
+        steps = plan_steps(setup.sequences, batch_size=args.batch_size, epochs=args.epochs,
+                           grad_accum=args.grad_accum, max_steps=args.max_steps, seed=args.seed)
+        clock = time.perf_counter()
+        try:
+            run_folder.prepare_out(out, resume=args.resume)
+            stopped = train(model, steps, setup.eval_sets, optimizer, scaler, args, start=start,
+                            constants={**constants, "before": base})
+            if stopped:
+                print(f"stopped; {run_folder.resume_hint(out)}")
+                return 128 + stopped
+            result = {**constants, "versions": run_folder.versions(), "parameters": parameters,
+                      "data": setup.data, "seconds": time.perf_counter() - clock,
+                      "peak_gib": peak_memory(args.device)}
+            report(setup, args, base, result)
+            run_folder.write_result(model, out, result, weights=args.weights,
+                                    full=args.method == "full")
+        except BaseException as error:
+            error.hint = run_folder.resume_hint(out)
+            raise
+    return 0
+
+
+def report(setup, args, base, result):
+    """Evaluates the tuned model, prints the tables, and adds what they show to the result."""
+    out = Path(args.out)
+    tuned = evaluate_sets(setup.model, setup.eval_sets, args, "tuned")
+    evaluation.print_losses(base, tuned)
+    evaluation.print_history(run_folder.read_log(out / "log.csv"))
+    result["metrics"] = evaluation.metrics(base, tuned)
+    if args.weights == WORLD_RECIPE["weights"]:
+        model = f"--weights {out}" if args.method == "full" else f"--adapter {out / 'adapter.pt'}"
+        print(f"quiz: python eval_mmlu.py --shots {QUIZ_SHOTS} {model}")
+    if args.method != "full" and args.heads > 1:
+        result["routing"] = evaluation.routing_report(
+            setup.model, setup.eval_sets["val"], batch_size=args.batch_size,
+            precision=autocast(args.device, args.dtype))
+        evaluation.print_routing(result["routing"])
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    start_script()
+    try:
+        return run(args)
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(
+            error, "train.py", args,
+            stopped="stopped before training; --out is as it was: start again",
+            memory="--checkpoint-activations needs less, also with --resume; so does a new run "
+                   "with a smaller --batch-size or --max-seq-len")
+
 
 # ---------------------------------------------------------------- settings
 
 
+def heads(text):
+    if text == "auto":
+        return text
+    if not (text.isdecimal() and len(text) < 5 and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"must be auto or a number from 1 to 9999, got {text}")
+    return int(text)
+
+
+def betas(text):
+    numbers = tuple(float(beta) for beta in text.split(","))
+    if len(numbers) != 2 or not all(0 <= beta < 1 for beta in numbers):
+        raise argparse.ArgumentTypeError(f"must be two numbers, at least 0 and below 1, got {text}")
+    return numbers
+
+
 def make_parser():
     p = Parser("train.py", __doc__)
+    # data and base
     p.add_argument("--weights", help="checkpoint folder in Meta's layout (the embedded world's)")
     p.add_argument("--data", help="training records, JSON lines or array (the embedded world's)")
     p.add_argument("--val-data", help="validation records (5 %% of --data, drawn by --seed)")
-    p.add_argument("--keep-data", help="texts that the base knows and --data does not teach: says "
-                   "what tuning takes (none; the embedded world's)")
-    add_strict_flag(p)
-    p.add_argument("--method", default="hydralora", choices=METHODS, help="what trains (hydralora)")
-    p.add_argument("--heads", help="number of B matrices, or auto: ask cluster.py (3; lora: 1)")
+    p.add_argument("--keep-data", "--retention-data", metavar="FILE",
+                   help="texts to measure forgetting on (none; the embedded world's own)")
+    p.add_argument("--strict", action="store_true", help="refuse a record that cannot be trained "
+                   "on, instead of skipping and counting it (off)")
+    p.add_argument("--max-seq-len", type=int, help="tokens per record (1024, or the model's own "
+                   "length if that is less)")
+    # method
+    p.add_argument("--method", default="hydralora", choices=METHODS,
+                   help="what trains (hydralora)")
+    p.add_argument("--heads", type=heads,
+                   help="number of B matrices, or auto: ask cluster.py (3; lora: 1)")
     p.add_argument("--rank", type=int, help="rank of A and B (8)")
     p.add_argument("--alpha", type=float, help="the update is scaled by alpha / rank (32)")
-    p.add_argument("--dropout", type=float, help="on the adapters' input, 0: off (0.05; world: 0)")
+    p.add_argument("--dropout", type=float,
+                   help="dropout on A x, one mask for all heads, 0: off (0.05; world: 0)")
     p.add_argument("--targets", default=",".join(TARGETS),
                    help="adapted layers by exact name (w1,w2,w3: the feed-forward)")
     p.add_argument("--gate", choices=GATES, help="the router, or 1/N (learned)")
+    # optimization
     p.add_argument("--lr", type=float, help="peak learning rate (2e-4; world: 4e-3)")
+    p.add_argument("--warmup", type=float, default=0.03,
+                   help="share of the steps with a rising learning rate (0.03)")
+    p.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's weight decay (0)")
+    p.add_argument("--betas", type=betas, default=BETAS, help="AdamW's betas (0.9,0.999)")
+    p.add_argument("--clip", type=float, default=1.0,
+                   help="largest norm of the gradient, 0: off (1.0)")
     p.add_argument("--epochs", type=int, help="passes over the data (1)")
-    p.add_argument("--max-steps", type=int, default=0, help="stop after so many steps, 0: off")
-    p.add_argument("--batch-size", type=int, help="records a forward pass (1; world: 8)")
-    p.add_argument("--grad-accum", type=int, help="forward passes a step (8; world: 1)")
-    p.add_argument("--max-seq-len", type=int,
-                   help="tokens a record may have (1024, or the model's own where that is less)")
-    add_device_flags(p, dtype_help="base and products")
+    p.add_argument("--max-steps", type=int, default=0, help="stop after so many steps, 0: off (0)")
+    p.add_argument("--batch-size", type=int, help="records per micro-batch (1; world: 8)")
+    p.add_argument("--grad-accum", type=int, help="micro-batches per step (8; world: 1)")
+    p.add_argument("--seed", type=int, default=0,
+                   help="random seed for initial weights, data order and validation split (0)")
+    # machine
+    add_device_flags(p, dtype_help="dtype of base and products")
     distributed.add_shard_flag(p)
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute activations in the backward pass: less memory, more time (off)")
     p.add_argument("--dry-run", action="store_true",
-                   help="say what memory the run will need, from params.json alone, and stop (off)")
+                   help="print the memory that the run will need, from params.json alone (off)")
     p.add_argument("--gpu-memory", type=float, metavar="GB",
                    help="with --dry-run: also the longest sequence that fits so many GiB (none)")
     p.add_argument("--gpus", type=int, help="with --dry-run: shared by so many GPUs (none)")
-    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and split (0)")
+    # the run folder
     p.add_argument("--out", help="folder to write (runs/METHOD)")
     p.add_argument("--overwrite", action="store_true", help="replace the run in --out (off)")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out (off)")
     p.add_argument("--save-every", type=int, default=500,
-                   help="steps a checkpoint; 0: at the end alone (500)")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out (off)")
+                   help="save a checkpoint every N steps, 0: only at the end (500)")
+    p.add_argument("--eval-every", type=int, default=0, help="evaluate every N steps and keep the "
+                   "best adapter as adapter-best.pt, 0: off (0)")
     return p
 
 
+def default_settings(method, recipe):
+    """{name: value} of the flags if none but --method is given."""
+    return {**vars(make_parser().parse_args([])), **asdict(HydraSettings()), **recipe,
+            **METHODS[method]}
+
+
 def parse_args(argv=None):
-    """The flags, with defaults filled in; resolve_args() adds what only the model and the
-    clustering can tell."""
+    """The flags, with the defaults filled in."""
     p = make_parser()
     args = p.parse_args(argv)
     if args.weights and not args.data and not args.dry_run:
         p.error("--weights needs --data FILE as well")
     if not args.weights and not args.data and not args.val_data:
         args.val_data = str(WORLD / "val.jsonl")
-    if args.heads not in (None, "auto"):
-        if not (args.heads.isdecimal() and len(args.heads) < 5 and int(args.heads) >= 1):
-            p.error("--heads must be auto or a number from 1 to 9999")
-        args.heads = int(args.heads)
     for name, value in METHODS[args.method].items():
         if getattr(args, name, None) not in (None, value):
             p.error(f"--method {args.method} has {name} {value}, not {getattr(args, name)}: drop "
                     f"{flag(name)} or the method")
-    defaults = {**asdict(HydraSettings()), **(PAPER_RECIPE if args.weights else WORLD_RECIPE),
-                **METHODS[args.method]}
-    for name, value in defaults.items():
-        if getattr(args, name, "no flag") is None:
+    recipe = PAPER_RECIPE if args.weights else WORLD_RECIPE
+    for name, value in default_settings(args.method, recipe).items():
+        if getattr(args, name, value) is None:
             setattr(args, name, value)
     args.targets = args.targets.split(",")
     args.out = args.out or f"runs/{args.method}"
     try:
         args.device = pick_device(args.device)
+        # --gpu-memory asks about a GPU, whatever this machine has
+        args.dtype = pick_dtype(args.dtype, "cuda" if args.gpu_memory else args.device)
+        args.processes = distributed.world_size()
+        validate_args(args)
     except ValueError as error:
         p.error(str(error))
-    # --gpu-memory asks about a GPU, whatever this machine has
-    args.dtype = pick_dtype(args.dtype, "cuda" if args.gpu_memory else args.device)
-    args.processes = distributed.world_size()
-    refuse_impossible(args, p)
     return args
 
 
-def resolve_args(args, model, clusters):
-    """The settings of the run, as they are printed and saved: args, with the longest record that
-    the model allows and the number of heads that the clustering chose."""
-    longest = args.max_seq_len or min(MAX_SEQ_LEN, model.args.max_seq_len)
-    heads = clusters["k"] if args.heads == "auto" else args.heads
-    return argparse.Namespace(**{**vars(args), "max_seq_len": longest, "heads": heads})
+def validate_args(args):
+    """Raises ValueError for settings that cannot be, before anything is read."""
+    check_min(args, rank=1, epochs=1, batch_size=1, grad_accum=1, max_seq_len=1, max_steps=0,
+              save_every=0, eval_every=0, clip=0, weight_decay=0)
+    for name in ("lr", "alpha"):
+        if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
+            raise ValueError(f"--{name} must be positive and finite, got {getattr(args, name)}")
+    refused = [
+        (not 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"),
+        (not 0 <= args.dropout < 1, "--dropout must be at least 0 and below 1"),
+        (not 0 <= args.warmup < 1, "--warmup must be at least 0 and below 1"),
+        (args.resume and args.overwrite, "--resume and --overwrite are mutually exclusive"),
+        (args.method == "full" and args.heads == "auto",
+         "--heads auto needs heads to count: --method full has none"),
+        (args.gate == "uniform" and args.method in ("lora", "full"),
+         f"--gate uniform requires several heads: --method {args.method} has none"),
+        ((args.shard_base or args.gpus) and args.method == "full",
+         "--shard-base and --gpus shard a base that is frozen: --method full trains it"),
+        (args.dry_run and args.heads == "auto",
+         "--dry-run reads no data: --heads auto must be a number"),
+        (args.dry_run and args.shard_base,
+         "--dry-run asks about a sharded base by --gpus N, not by --shard-base"),
+        (args.gpu_memory is not None and not (args.dry_run and args.gpu_memory > 0),
+         "--gpu-memory is a positive number of GiB, and a question to --dry-run"),
+        (args.gpus is not None and not (args.dry_run and args.gpus > 0),
+         "--gpus is a number of GPUs from 1, and a question to --dry-run"),
+    ]
+    for applies, message in refused:
+        if applies:
+            raise ValueError(message)
+
+
+def validate_for_model(args, model):
+    """Raises ValueError for settings that ask for more than the model has."""
+    if (args.max_seq_len or 0) > model.args.max_seq_len:
+        raise ValueError(f"--max-seq-len {args.max_seq_len} is more than "
+                         f"{model_length(args.weights, model.args.max_seq_len)}: give less")
+    if args.method != "full" and args.rank > model.args.ffn_dim:
+        raise ValueError(f"--rank {args.rank} is more than any layer in {args.weights} is wide "
+                         f"({model.args.ffn_dim}): give less")
 
 
 def adapter_settings(args):
@@ -137,222 +456,6 @@ def adapter_settings(args):
     flags = {field.name: getattr(args, field.name) for field in fields(HydraSettings)
              if hasattr(args, field.name)}
     return {"targets": args.targets, **flags, **METHODS[args.method]}
-
-
-# ---------------------------------------------------------------- what a run starts with
-
-
-def load_base(args):
-    """(base model on the device, tokenizer)."""
-    # full: the weights that train are fp32, only their products are in --dtype
-    dtype = torch.float32 if args.method == "full" else DTYPES[args.dtype]
-    model, tokenizer = distributed.load(args.weights, args, dtype=dtype)
-    diagnose.warn_of_spare_rows(model, tokenizer, args.weights)
-    refuse_misfit(args, model)
-    model.checkpoint_activations = args.checkpoint_activations
-    return model, tokenizer
-
-
-def add_adapters(model, args):
-    if args.method != "full":
-        add_hydralora(model, **adapter_settings(args))
-
-
-def trainable(model):
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def plan_steps(sequences, args):
-    """The steps of the run, each a list of grad_accum batches, in an order fixed by the seed."""
-    steps = []
-    for epoch in range(args.epochs):
-        generator = torch.Generator().manual_seed(args.seed * 1000 + epoch)
-        batches = length_batches(sequences, args.batch_size, generator)
-        steps += [batches[i:i + args.grad_accum] for i in range(0, len(batches), args.grad_accum)]
-        if args.max_steps and len(steps) >= args.max_steps:
-            return steps[:args.max_steps]
-    return steps
-
-
-def make_optimizer(model, args):
-    """(AdamW over what trains, the scaler of fp16's gradients, which does nothing otherwise)."""
-    optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=BETAS, weight_decay=0.0,
-                                  fused=True)
-    return optimizer, torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "fp16")
-
-
-# ---------------------------------------------------------------- the loop
-
-
-def learning_rate(step, steps, peak):
-    """Linear warmup over the first 3 %, then a cosine to zero; step counts from 0."""
-    warmup = max(1, round(WARMUP * steps))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-def backward(model, sequences, count, scaler, args):
-    """Adds the gradients of the batch's summed loss over count, and returns it. The head goes
-    forward and back chunk by chunk, so that logits of every label never exist at once."""
-    batch = collate(sequences, args.device)
-    with autocast(args):
-        h = model.hidden_states(batch.tokens).flatten(0, 1)[batch.target_index]  # (M, D)
-    parts = [part.detach().requires_grad_(h.requires_grad) for part in h.split(HEAD_CHUNK)]
-    total = 0.0
-    for part, labels in zip(parts, batch.labels.split(HEAD_CHUNK)):
-        with autocast(args):  # no name for the logits: they are free again after their backward
-            loss = F.cross_entropy(model.output(part).float(), labels, reduction="sum") / count
-        scaler.scale(loss).backward()  # down to part
-        total = total + loss.detach()
-    if h.requires_grad:  # not where the head alone has adapters
-        h.backward(torch.cat([part.grad for part in parts]))
-    return total
-
-
-def train_step(model, batches, optimizer, scaler, args):
-    """One optimiser step; returns (loss, gradient norm) as tensors. The loss is the mean over every
-    label of the accumulated batches, not the mean of the batches' means."""
-    count = sum(s.n_targets for batch in batches for s in batch)
-    loss = sum(backward(model, batch, over, scaler, args)
-               for batch, over in distributed.local_batches(batches, count))
-    loss = distributed.all_reduce_gradients(trainable(model), loss)
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(trainable(model), CLIP)
-    scaler.step(optimizer)  # skipped by fp16's scaler when a gradient overflowed
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, norm
-
-
-def train_steps(model, plan, optimizer, scaler, args, start=0):
-    """Takes the steps of the plan from start on; yields {step, loss, grad_norm, lr} after each."""
-    model.train()
-    for step, batches in enumerate(plan[start:], start + 1):
-        lr = learning_rate(step - 1, len(plan), args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, norm = train_step(model, batches, optimizer, scaler, args)
-        yield {"step": step, "loss": loss, "grad_norm": norm, "lr": lr}
-
-
-def fit(model, plan, optimizer, scaler, args, out, start, save):
-    """Trains, logs, and calls save(step) every --save-every steps and at the end. After Ctrl-C or
-    SIGTERM it finishes the step, saves and raises KeyboardInterrupt with the signal's number."""
-    with (run_folder.Log(out / "log.csv", start, fp16=args.dtype == "fp16") as log,
-          run_folder.catch_signals() as signals,
-          progress(total=len(plan), initial=start, desc="train") as bar):
-        for row in train_steps(model, plan, optimizer, scaler, args, start):
-            step = row["step"]
-            log.add(row, plan[step - 1])
-            bar.update()
-            stop = distributed.all_reduce_signals(signals)
-            saves = stop or step == len(plan) or args.save_every and step % args.save_every == 0
-            if step % LOG_EVERY == 0 or saves:
-                row = log.flush()
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, lr {row['lr']:.1e}, "
-                                    f"{row['tokens_per_second']} tokens/s, "
-                                    f"peak {peak_memory(args.device):.1f} GiB", refresh=False)
-            if saves:
-                save(step)
-            if stop:
-                break
-        if stop := distributed.all_reduce_signals(signals):
-            raise KeyboardInterrupt(stop[0])
-
-
-# ---------------------------------------------------------------- the run
-
-
-def prepare(args, out):
-    """(settled args, model, training sequences, {"val", and "kept" where there are any: sequences
-    to measure on}, clusters, what run.json says of the data)."""
-    model, tokenizer = load_base(args)
-    train, val = load_train_val(args.data, args.val_data, share=VAL_SHARE, seed=args.seed,
-                            strict=args.strict)
-    clusters = None
-    if args.resume:  # its heads are not chosen again
-        clusters = run_folder.read_checkpoint(out / "checkpoint.pt")["clusters"]
-    if args.heads == "auto":
-        from cluster import choose_heads, print_report
-        clusters = clusters or choose_heads(train, model, tokenizer, seed=args.seed)
-        clusters = distributed.run_on_rank0(lambda: clusters)  # one answer for all processes
-        diagnose.print_default_length(args.weights, model.args.max_seq_len)
-        print_report(clusters)
-    args = resolve_args(args, model, clusters)
-    add_adapters(model, args)
-    held, data = {}, {}
-    train, data["train"] = encode_records(train, tokenizer, args.max_seq_len)
-    held["val"], data["val"] = encode_records(val, tokenizer, args.max_seq_len)
-    if args.keep_data:
-        held["kept"], data["kept"] = encode_texts(args.keep_data, tokenizer, args.max_seq_len)
-    return args, model, train, held, clusters, data
-
-
-def finish(args, out, model, held, before, result):
-    """After training: measures, prints and writes all; returns the content of run.json."""
-    after = evaluation.measure(model, held, args, "tuned")
-    evaluation.print_losses(before, after, out, args)
-    result["metrics"] = evaluation.metrics(before, after)
-    if args.method != "full" and args.heads > 1:
-        result["routing"] = evaluation.routing_report(model, held["val"], args)
-        evaluation.print_routing(result["routing"])
-    run_folder.write_result(model, args, out, result)
-    return result
-
-
-def run_training(args):
-    """One run from the settings to the files; returns (exit status, content of run.json)."""
-    if args.dry_run:
-        from support.memory import print_needs
-        print_needs(args, adapter_settings(args), MAX_SEQ_LEN)
-        return 0, None
-    with distributed.process_group(args), file_lock(f"{args.out}/.lock", args.out):
-        return train_and_write(args, distributed.run_on_rank0(lambda: run_folder.check_out(args)))
-
-
-def train_and_write(args, out):
-    """run_training in its folder, which no other process writes to."""
-    torch.manual_seed(args.seed)
-    with diagnose.explained(weights=args.weights, data=(args.data, args.val_data, args.keep_data)):
-        args, model, train, held, clusters, data = prepare(args, out)
-    counts, prints = evaluation.count_parameters(model), run_folder.fingerprints(args)
-    evaluation.print_start(args, counts, data)
-    optimizer, scaler = make_optimizer(model, args)
-    start, checkpoint = 0, out / "checkpoint.pt"
-    if args.resume:
-        start, before = run_folder.restore(checkpoint, args, prints, model, optimizer, scaler, held)
-        print(f"resumed after step {start}")
-    else:
-        with adapters_disabled(model):
-            before = evaluation.measure(model, held, args, "base")
-
-    def save(step):
-        run_folder.save_checkpoint(checkpoint, args, prints, model, optimizer, scaler, step,
-                                   before, clusters)
-
-    clock = time.perf_counter()
-    try:
-        run_folder.prepare_out(out, args)
-        with distributed.detect_lost_ranks():
-            fit(model, plan_steps(train, args), optimizer, scaler, args, out, start, save)
-            return 0, finish(args, out, model, held, before, {
-                "settings": vars(args), "versions": run_folder.versions(), "fingerprints": prints,
-                "parameters": counts, "data": data, "clusters": clusters,
-                "seconds": time.perf_counter() - clock, "peak_gib": peak_memory(args.device)})
-    except KeyboardInterrupt as error:  # the checkpoint of the last step stands
-        print(f"stopped; {run_folder.resume_hint(out)}")
-        return 128 + signal_number(error), None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{error}; {run_folder.resume_hint(out)}") from error
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    return run_script("train.py", lambda: run_training(args)[0], argv,
-                      stopped="stopped before training; --out is as it was: start again",
-                      memory="--checkpoint-activations needs less, with --resume as well; so does "
-                             "a new run with a smaller --batch-size or --max-seq-len")
 
 
 if __name__ == "__main__":

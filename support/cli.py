@@ -1,7 +1,12 @@
-"""How the scripts behave as scripts: flags, refusals in one line, signals, progress.
+"""How the scripts behave as scripts: flags, failures in one line, signals, progress.
 
-    p = Parser("cluster.py", __doc__)
-    return run_script("cluster.py", lambda: run(args), argv, stopped="...", memory="...")
+    def main(argv=None):
+        args = parse_args(argv)         # p = Parser("cluster.py", __doc__); p.error(...) refuses
+        start_script()
+        try:
+            return run(args) or 0
+        except (Exception, KeyboardInterrupt) as error:
+            return report_failure(error, "cluster.py", args, stopped="...", memory="...")
 """
 
 import argparse
@@ -13,27 +18,28 @@ import warnings
 import torch
 from tqdm import tqdm
 
-from support.distributed import ignore_signals, rank, under_torchrun, wait_for_rank0_error
+from support.distributed import (
+    group_error,
+    ignore_signals,
+    rank,
+    under_torchrun,
+    wait_for_rank0_error,
+)
 
-LINE_SECONDS = 30  # between two lines of progress where there is no terminal
+LINE_SECONDS = 30  # between two lines of progress if standard error is no terminal
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with --debug, without abbreviations, and with one line for a flag it refuses."""
+    """argparse with --debug, without abbreviations, and with one line for a refused flag."""
 
     def __init__(self, name, doc):
         super().__init__(prog=name, description=doc.split("\n")[0], allow_abbrev=False)
         self.add_argument("--debug", action="store_true",
-                          help="print the traceback of what is refused as well (off)")
+                          help="also print the traceback of a refusal (off)")
 
     def error(self, message):
         wait_for_rank0_error()
         self.exit(2, f"{self.prog}: {one_line(message)}; --help lists the flags\n")
-
-
-def add_strict_flag(parser):
-    parser.add_argument("--strict", action="store_true", help="refuse a record that cannot be "
-                        "trained on, in place of skipping and counting it (off)")
 
 
 def flag(name):
@@ -42,82 +48,93 @@ def flag(name):
 
 
 def check_min(args, **least):
-    """Raises ValueError where a setting that is given is less than its least value."""
+    """Raises ValueError if a setting that is given is below its smallest value."""
     for name, smallest in least.items():
-        if (value := getattr(args, name)) is not None and value < smallest:
+        value = getattr(args, name)
+        if value is not None and value < smallest:
             raise ValueError(f"{flag(name)} must be at least {smallest}, got {value}")
 
 
 def one_line(error):
-    """The text of an error in one line; its type where it has none."""
+    """The text of an error in one line; its type if it has no text."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
+# ---------------------------------------------------------------- progress
+
+
 class Lines:
-    """A file for tqdm whose every update is a line of its own on standard error."""
+    """A file for tqdm that prints every update as a line of its own on standard error."""
 
     def write(self, text):
-        if text := text.strip():
-            print(text, file=sys.stderr)
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
 
     def flush(self):
         sys.stderr.flush()
 
 
 def progress(*args, **settings):
-    """tqdm; where standard error is no terminal, a line every 30 seconds in place of a bar."""
+    """tqdm; if standard error is no terminal, a line every 30 seconds instead of a bar."""
     if not sys.stderr.isatty():
         settings.update(file=Lines(), mininterval=LINE_SECONDS, maxinterval=LINE_SECONDS,
                         delay=LINE_SECONDS, miniters=1, leave=False)
     return tqdm(*args, **settings, disable=rank() > 0)
 
 
-def interrupt(number, _):
+# ---------------------------------------------------------------- start and end of a script
+
+
+def start_script():
+    """From here on SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, raise_interrupt)
+    if under_torchrun():
+        signal.signal(signal.SIGINT, raise_interrupt)
+    # torch's remark on a file that is refused a moment later
+    warnings.filterwarnings("ignore", message="Detected pickle protocol")
+
+
+def raise_interrupt(number, _):
     ignore_signals()
     raise KeyboardInterrupt(number)
 
 
 def signal_number(error):
-    """Of a KeyboardInterrupt: Python raises it bare for Ctrl-C, interrupt() with its number."""
+    """The signal behind a KeyboardInterrupt: Python raises it without one for Ctrl-C."""
     return error.args[0] if error.args else signal.SIGINT
 
 
-def out_of_memory(error):
-    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))  # on CUDA
-            # on a CPU, on mps and for what CUDA itself needs torch has no type for it
+def is_out_of_memory(error):
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))  # the latter on CUDA
+            # torch has no type for a CPU, for mps and for what CUDA's own libraries need
             or "DefaultCPUAllocator" in str(error) or "out of memory" in str(error))
 
 
-def run_script(name, work, argv, *, stopped, memory):
-    """The exit status: what work() returns, None for 0; 2 for what it refuses (ValueError,
-    OSError), 1 when the memory is used up, 128 and the signal's number for Ctrl-C and SIGTERM, each
-    with one line on standard error. The last two lines end in what the caller gives. A bug keeps
-    its traceback."""
-    # what torch remarks on a file that it is about to refuse
-    warnings.filterwarnings("ignore", message="Detected pickle protocol")
-    before = signal.signal(signal.SIGTERM, interrupt)
-    if under_torchrun():
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        return work() or 0
-    except (ValueError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
-        ignore_signals()
-        if "--debug" in (sys.argv[1:] if argv is None else argv):
-            traceback.print_exc()
-        if isinstance(error, KeyboardInterrupt):
-            status, text = 128 + signal_number(error), stopped
-        elif out_of_memory(error):
-            status, text = 1, f"{str(error).split(chr(10))[0] or 'out of memory'}; {memory}"
-        else:
-            status, text = 2, error
-        if rank() and isinstance(error, KeyboardInterrupt):
-            return status
-        wait_for_rank0_error()
-        name += f", process {rank()}" if rank() else ""
-        print(f"{name}: {one_line(text)}", file=sys.stderr)
-        return status
-    finally:
-        if not under_torchrun():
-            signal.signal(signal.SIGTERM, before)
+def report_failure(error, name, args, *, stopped, memory):
+    """Prints why a script ended, one line on standard error, and returns its exit status: 2 for
+    a refusal (ValueError, OSError), 1 for out of memory, 128 plus the signal's number for Ctrl-C
+    and SIGTERM. Any other error is a bug and is raised again.
+
+    The line ends with `stopped` or `memory`, or with the error's own attribute `hint`."""
+    lost = group_error(error)
+    hint = getattr(error, "hint", None)
+    if isinstance(error, KeyboardInterrupt):
+        status, text = 128 + signal_number(error), f"stopped; {hint}" if hint else stopped
+    elif is_out_of_memory(error):
+        status, text = 1, f"{str(error).split(chr(10))[0] or 'out of memory'}; {memory}"
+    elif lost or isinstance(error, (ValueError, OSError)):
+        from support.diagnose import diagnose  # only now: it looks at every file that was read
+        status = 2
+        text = lost or one_line(diagnose(error, args) or error)
+        text = f"{text}; {hint}" if hint else text
+    else:
+        raise error
+    ignore_signals()
+    if args.debug:
+        traceback.print_exception(error)
+    if rank() and (lost or isinstance(error, KeyboardInterrupt)):
+        return 1 if lost else status  # rank 0 reports it
+    wait_for_rank0_error()
+    name = f"{name}, process {rank()}" if rank() else name
+    print(f"{name}: {one_line(text)}", file=sys.stderr)
+    return status

@@ -1,6 +1,7 @@
 """Where a script computes, and in which precision: --device, --dtype, autocast, peak memory."""
 
 import sys
+from contextlib import nullcontext
 
 import torch
 
@@ -9,14 +10,14 @@ from support.distributed import set_local_device
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def add_device_flags(parser, dtype_help="of the model"):
-    """--dtype and --device, which pick_device and pick_dtype settle."""
+def add_device_flags(parser, dtype_help="dtype of the model"):
+    """--dtype and --device, for pick_device and pick_dtype."""
     parser.add_argument("--dtype", choices=DTYPES, help=f"{dtype_help} (fp32 on CPU, bf16 on GPU)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (cuda where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (cuda if there is one)")
 
 
 def pick_device(name):
-    """The device by that name, or without one a CUDA GPU where there is one. Raises ValueError when
+    """The device of that name; without a name, a CUDA GPU if there is one. Raises ValueError if
     nothing can be computed on it."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     set_local_device(name)
@@ -32,19 +33,21 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """The dtype by that name, or without one bf16 on a CUDA GPU and fp32 elsewhere."""
+    """The dtype of that name; without a name, bf16 on a CUDA GPU and fp32 elsewhere."""
     return name or ("bf16" if device.startswith("cuda") else "fp32")
 
 
-def autocast(args):
-    """Inside, products run in args.dtype; the rest as torch's autocast has it."""
-    kind = torch.device(args.device).type
-    return torch.autocast(kind, DTYPES[args.dtype], enabled=args.dtype != "fp32")
+def autocast(device, dtype):
+    """A context manager, to be used as often as wanted: within it, products run in the dtype of
+    that name, and the rest as torch's autocast decides. No context at all for fp32."""
+    if dtype == "fp32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, DTYPES[dtype])
 
 
 def peak_memory(device):
-    """Peak GiB: allocated on a GPU, or resident in this process on a CPU. Of mps torch tells what
-    its driver holds now, which a freed tensor leaves as it was."""
+    """Peak GiB: allocated on a GPU, resident in this process on a CPU. For mps, PyTorch only
+    reports the driver's current allocation, which does not shrink when tensors are freed."""
     module = torch.get_device_module(device)
     if hasattr(module, "max_memory_allocated"):
         return module.max_memory_allocated(device) / 2**30
@@ -53,24 +56,24 @@ def peak_memory(device):
     return peak_resident() / 2**30
 
 
-def get_rng_state(device):
-    """The state of the device's own random generator; None on a CPU, whose generator is torch's."""
-    module = torch.get_device_module(device)
-    return module.get_rng_state(device) if hasattr(module, "get_rng_state") else None
-
-
-def set_rng_state(state, device):
-    """Puts back what get_rng_state returned."""
-    if state is not None:
-        torch.get_device_module(device).set_rng_state(state, device)
-
-
 def peak_resident():
-    """Peak bytes of this process in memory, pages of mapped files included; 0 where the system
-    does not tell (Windows)."""
+    """Peak bytes of this process in memory, pages of mapped files included; 0 on Windows, which
+    does not report it this way."""
     try:
         import resource
     except ImportError:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def get_rng_state(device):
+    """State of the device's own random generator; None on a CPU, whose generator is torch's."""
+    module = torch.get_device_module(device)
+    return module.get_rng_state(device) if hasattr(module, "get_rng_state") else None
+
+
+def set_rng_state(state, device):
+    """Restores what get_rng_state returned."""
+    if state is not None:
+        torch.get_device_module(device).set_rng_state(state, device)

@@ -12,7 +12,6 @@ is certain. The length of a model is explained here too, since Meta's params.jso
 import json
 import re
 import zipfile
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,23 +26,24 @@ ARCHIVE, BEFORE_1_6 = b"PK", b"\x80\x02\x8a\nl\xfc\x9cF\xf9"
 MANY_SPARE = 0.1  # of an embedding's rows, from which a warning asks about the tokenizer
 
 
-@contextmanager
-def explained(*, weights=None, adapter=None, source=None, data=()):
-    """Inside, a ValueError becomes the better reason that is found in the paths which are read
-    there: a folder in Meta's layout, an adapter, a folder of Hugging Face, data files."""
-    try:
-        yield
-    except ValueError as error:
-        looks = [(diagnose_weights, weights), (diagnose_adapter, adapter),
-                 (diagnose_source, source), *((placeholder_reason, path) for path in data)]
-        reasons = (look(Path(path)) for look, path in looks if path)
-        reason = next(filter(None, reasons), None)
-        if (not reason and str(error).startswith(f"{adapter} ")
-                and isinstance(error.__cause__, RuntimeError)):  # torch's own words
-            reason = f"{adapter} is not an adapter of this project: it is damaged, copy it again"
-        if not reason:
-            raise
-        raise ValueError(reason) from error
+def diagnose(error, args):
+    """A better text for a ValueError, found by looking at the paths in args that were read: a
+    folder in Meta's layout, an adapter, a folder of Hugging Face, data files. None if its own
+    words are the best."""
+    if not isinstance(error, ValueError):
+        return None
+    looks = [(diagnose_weights, "weights"), (diagnose_adapter, "adapter"),
+             (diagnose_source, "source"), (placeholder_reason, "data"),
+             (placeholder_reason, "val_data"), (placeholder_reason, "keep_data")]
+    for look, name in looks:
+        path = getattr(args, name, None)
+        reason = look(Path(path)) if path else None
+        if reason:
+            return reason
+    adapter = getattr(args, "adapter", None)
+    if str(error).startswith(f"{adapter} ") and isinstance(error.__cause__, RuntimeError):
+        return f"{adapter} is not an adapter of this project: it is damaged, copy it again"
+    return None
 
 
 # ---------------------------------------------------------------- a folder in Meta's layout

@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 4 train.py --weights llama-2-7b --data FILE --heads 3 --rank 8
 
-All read the same data and plan the same steps. Each takes every n-th batch of a step, and the
-gradients are added up, so that all have the same adapters after it. With --shard-base each holds
-1 / n of every block of the frozen base. Process 0 prints and writes. A process that was started
-alone goes through none of this. docs/distributed.md says how it works.
+All ranks read the same data and plan the same steps. Each takes every n-th batch of a step, and
+the gradients are added up, so all have the same adapters afterwards. With --shard-base each rank
+holds 1 / n of every block of the frozen base. Rank 0 prints and writes. Without torchrun none of
+this runs. docs/distributed.md explains it.
 """
 
 import os
@@ -20,13 +20,14 @@ import torch.distributed as dist
 
 from model import load_llama
 
-WAIT = timedelta(minutes=10)  # for another process, before it counts as lost
-GRACE = 10  # seconds in which process 0 says why all end, before another process says it
+WAIT = timedelta(minutes=10)  # for another rank, before it counts as lost
+GRACE = 10  # seconds that rank 0 has to print why all end, before another rank prints it
+LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout")
 
 
 def add_shard_flag(parser):
     parser.add_argument("--shard-base", action="store_true",
-                        help="under torchrun, each process holds its share of the base (off)")
+                        help="under torchrun, shard the frozen base over the processes (off)")
 
 
 def under_torchrun():
@@ -44,76 +45,56 @@ def rank():
 
 
 def set_local_device(name):
-    """Makes "cuda" mean this process's own GPU. ValueError where there are not enough."""
+    """Makes "cuda" mean this process's own GPU. Raises ValueError if there are too few."""
     if under_torchrun() and name.startswith("cuda"):
         wanted, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if name != "cuda" or wanted > found:
-            raise ValueError(f"--nproc-per-node {wanted} needs {wanted} GPUs, one a process, and "
+            raise ValueError(f"--nproc-per-node {wanted} needs {wanted} GPUs, one per process, and "
                              f"--device cuda or none; found {found} and --device {name}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 @contextmanager
-def process_group(args):
-    """Inside, the processes of torchrun can reach one another: by NCCL what is on GPUs, by gloo the
-    rest. All but process 0 print nothing. ValueError for --shard-base without torchrun."""
+def process_group(device, shard_base=False):
+    """A context in which the processes of torchrun reach one another: NCCL for tensors on GPUs,
+    gloo otherwise. Only rank 0 prints. Raises ValueError for shard_base without torchrun."""
     if not under_torchrun():
-        if args.shard_base:
+        if shard_base:
             raise ValueError("--shard-base shares the base among processes: start them with "
-                             "torchrun --nproc-per-node N in place of python")
+                             "torchrun --nproc-per-node N instead of python")
         yield
         return
-    gpu = args.device.startswith("cuda")
+    gpu = device.startswith("cuda")
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=WAIT)
-    with (open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout),
-          detect_lost_ranks()):
-        idle = world_size() - getattr(args, "grad_accum", world_size())
-        if idle > 0:
-            print(f"--grad-accum {args.grad_accum}: {idle} of {world_size()} processes have "
-                  f"nothing to do; with --grad-accum {world_size()} and a smaller --batch-size "
-                  "they have")
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
         yield
     dist.destroy_process_group()
-
-
-@contextmanager
-def detect_lost_ranks():
-    """Inside, a process that is lost is a ConnectionError in process 0, and the end of others."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        ignore_signals()
-        if rank():
-            sys.exit(1)
-        raise ConnectionError("another process of this run has ended, or did not answer for "
-                              f"{WAIT.seconds // 60} minutes") from error
 
 
 # ---------------------------------------------------------------- a step
 
 
-def local_batches(batches, count):
-    """Yields (batch, count) of this process's batches of a step: every n-th of them, as many as
-    every other process has, since the processes of a shared base run in step. One that has no batch
-    left repeats the last, divided by infinity in place of count. Dropout's generator is seeded for
-    every batch, so that the masks depend neither on the number of processes nor on who does what.
-    """
+def local_batches(batches):
+    """Yields (batch, weight) for this rank's batches of a step: every n-th of them, and as many as
+    on every other rank, since the ranks of a sharded base run in step. A rank that has none left
+    repeats the last batch with weight 0; otherwise the weight is 1. Dropout's generator is seeded
+    per batch, so the masks depend neither on the number of ranks nor on which rank draws them."""
     if world_size() == 1:
-        yield from ((batch, count) for batch in batches)
+        yield from ((batch, 1) for batch in batches)
         return
-    seeds, common = torch.randint(2**62, [len(batches)]).tolist(), torch.get_rng_state()
+    seeds = torch.randint(2**62, [len(batches)]).tolist()
+    common = torch.get_rng_state()
     for i in range(rank(), rank() + len(batches), world_size()):
         last = min(i, len(batches) - 1)
         torch.manual_seed(seeds[last])
-        yield batches[last], count if i == last else float("inf")
+        yield batches[last], int(i == last)
     torch.set_rng_state(common)
 
 
 def all_reduce_gradients(parameters, loss):
-    """Puts the sum of all processes' gradients in place, by one flat buffer; returns that of their
-    losses. An overflow in one of them, which fp16's scaler looks for, is in all of them then."""
+    """Replaces the gradients by their sum over all ranks, through one flat buffer, and returns the
+    sum of the losses. An overflow on one rank, which fp16's scaler looks for, is on all of them
+    afterwards."""
     if world_size() == 1:
         return loss
     flat = torch.cat([loss[None], *(p.grad.flatten() for p in parameters)])
@@ -121,63 +102,80 @@ def all_reduce_gradients(parameters, loss):
     loss, *sums = flat.split([1, *(p.numel() for p in parameters)])
     for parameter, total in zip(parameters, sums):
         parameter.grad.copy_(total.view_as(parameter))
-    return loss[0]
+    return loss[0].clone()  # a view would keep the whole buffer alive in the log
 
 
 def map_across_ranks(batches, compute):
-    """Yields (batch, compute(batch)) for every batch in order, the same to all processes, of which
-    each has computed every n-th."""
+    """Yields (batch, compute(batch)) for every batch in order, on every rank; each rank computes
+    every n-th of them."""
     if world_size() == 1:
         yield from ((batch, compute(batch)) for batch in batches)
         return
     for i in range(0, len(batches), world_size()):
         results = [None] * world_size()
-        dist.all_gather_object(results, compute(batches[min(i + rank(), len(batches) - 1)]))
+        mine = batches[min(i + rank(), len(batches) - 1)]
+        dist.all_gather_object(results, compute(mine))
         yield from zip(batches[i:i + world_size()], results)
 
 
 def run_on_rank0(work):
-    """What work() returns in process 0, which alone calls it; what it refuses, all refuse."""
+    """Runs work() on rank 0 only and broadcasts its result; if it raises ValueError or OSError,
+    every rank raises it."""
     if world_size() == 1:
         return work()
-    answer = [None, None]
+    result, error = None, None
     if rank() == 0:
         try:
-            answer[0] = work()
-        except (ValueError, OSError) as error:
-            answer[1] = error
+            result = work()
+        except (ValueError, OSError) as refused:
+            error = refused
+    answer = [result, error]
     dist.broadcast_object_list(answer)
-    if answer[1]:
-        raise answer[1]
-    return answer[0]
+    result, error = answer
+    if error:
+        raise error
+    return result
 
 
-# ---------------------------------------------------------------- the end
+# ---------------------------------------------------------------- signals and the end
 
 
 def all_reduce_signals(signals):
-    """The signals that this process, or another one, had caught when all were asked, so that all
-    stop after the same step. They are added to the list of what this one has caught."""
+    """The number of the first signal in the list of any rank, 0 if there is none, so that all
+    ranks stop after the same step."""
+    number = signals[0] if signals else 0
     if world_size() == 1:
-        return signals
-    number = torch.tensor(signals[0] if signals else 0)
+        return number
+    number = torch.tensor(number)
     dist.all_reduce(number, dist.ReduceOp.MAX)
-    shared = [number.item()] if number else []
-    signals += shared
-    return shared
+    return number.item()
 
 
 def ignore_signals():
-    """Ignores further signals: torchrun sends one to all once a process has ended, and one more
-    after Ctrl-C, to processes that are ending already."""
+    """Under torchrun, ignores further signals: it sends one to every process once one has ended,
+    and another after Ctrl-C, to processes that are ending already."""
     if under_torchrun():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
 
 
+def group_error(error):
+    """What an error of the process group means, in a line that holds its cause; None for any
+    other error."""
+    if not isinstance(error, RuntimeError):
+        return None
+    cause = " ".join(str(error).split())[:300]
+    if not (isinstance(error, dist.DistError) or "gloo" in cause):
+        return None
+    if any(words in cause.lower() for words in LOST):
+        return ("another process of this run has ended, or did not answer for "
+                f"{WAIT.seconds // 60} minutes: {cause}")
+    return f"the processes of this run cannot work together: {cause}"
+
+
 def wait_for_rank0_error():
-    """Of the processes that end for one and the same reason, process 0 says it. Another one waits
-    here, and torchrun ends it once process 0 has ended; else the reason is its own."""
+    """If all ranks end for the same reason, only rank 0 prints it. Another rank waits here, and
+    torchrun ends it once rank 0 has ended; otherwise the reason is its own."""
     if rank():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE)
@@ -186,21 +184,21 @@ def wait_for_rank0_error():
 # ---------------------------------------------------------------- the base
 
 
-def load(directory, args, **settings):
-    """load_llama on args.device. With --shard-base no process ever holds the whole model."""
-    if not getattr(args, "shard_base", False):
-        return load_llama(directory, device=args.device, **settings)
-    model, tokenizer = load_llama(directory, device=args.device, shard=shard, **settings)
+def load_model(directory, *, device, shard_base=False, **settings):
+    """load_llama on the device. With shard_base no process ever holds the whole model."""
+    if not shard_base:
+        return load_llama(directory, device=device, **settings)
+    model, tokenizer = load_llama(directory, device=device, shard=fsdp_shard, **settings)
     with torch.no_grad():  # FSDP learns from the first pass which blocks there are: all of them
-        model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=args.device))
+        model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=device))
     return model, tokenizer
 
 
-def shard(model, copy):
-    """Divides each block of a model on the meta device among the processes; embedding, head, last
-    norm and the adapters to come stay whole. A block is gathered when it computes, and freed again.
-    Returns cut(name, tensor), the part of a tensor that this process holds; with copy, whole
-    tensors are not those of a mapped file, and go when their parts have been copied."""
+def fsdp_shard(model, copy):
+    """Shards each block of a model on the meta device over the ranks; embedding, head, last norm
+    and the adapters to come stay whole. A block is gathered when it computes, and freed again.
+    Returns local_shard(name, tensor), the part of a tensor that this rank holds. With copy, a
+    whole tensor is not that of a mapped file, and is freed once its part has been copied."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor
@@ -214,12 +212,12 @@ def shard(model, copy):
     fully_shard(model, mesh=mesh, ignored_params=whole)
     register_fsdp_forward_method(model, "hidden_states")
 
-    def cut(name, tensor):
+    def local_shard(name, tensor):
         weight = wanted[name]
         if weight in whole:
             return tensor
-        rows = -(-len(tensor) // world_size())  # the last processes may have fewer
+        rows = -(-len(tensor) // world_size())  # the last ranks may have fewer
         part = tensor[rank() * rows:(rank() + 1) * rows]
         return DTensor.from_local(part.clone() if copy else part, mesh, weight.placements,
                                   run_check=False, shape=weight.shape, stride=weight.stride())
-    return cut
+    return local_shard

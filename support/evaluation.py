@@ -1,10 +1,11 @@
-"""Losses, exact matches and routing of a model on sequences, and the tables that show them.
+"""What the method did: losses, exact match and routing of a model, and the tables that show them.
 
-    losses = evaluate(model, sequences, args, "tuned")
-    report = routing_report(model, sequences, args)
+    precision = autocast("cpu", "fp32")
+    rows = evaluate(model, sequences, batch_size=8, precision=precision)
+    report = routing_report(model, sequences, batch_size=8, precision=precision)
 
-args needs device, dtype and batch_size, as train.py's settings have them.
-Shapes: B batch, T tokens, M labels, N heads, D model width.
+HydraLoRA, sections 3.2 and 4. train.py prints these before and after a run.
+Shapes: B batch, T tokens, M target tokens, N heads, D model width, V vocabulary.
 """
 
 import math
@@ -13,129 +14,137 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 
-from data import QUIZ_SHOTS, WORLD
 from data.corpus import collate, length_batches
 from hydralora import adapter_parameters, hydra_layers, record_gates
 from support.cli import progress
-from support.device import autocast
 from support.distributed import map_across_ranks
 
 EVAL_BATCH = 16  # most records at a time
-HEAD_CHUNK = 256  # labels whose logits exist at a time: (256, 32000) in fp32 are 33 MB
+TOTAL = ""  # the key of all categories together
 
 
-def eval_batches(sequences, args):
-    """Longest first, of no more rows than in training: what fits in memory there fits here."""
-    return length_batches(sequences, min(EVAL_BATCH, args.batch_size))
+def target_logits(model, batch):
+    """Next-token logits (M, V) in fp32 at the target tokens of a Batch only: the head is the
+    largest matrix product, and most positions of a batch are prompt."""
+    h = model.hidden_states(batch.tokens).flatten(0, 1)  # (B * T, D)
+    return model.output(h[batch.target_index]).float()
 
 
-def label_losses(model, sequences, args):
-    """(loss (M,), hit (M,)): of every label, and whether it is the most likely token. The head runs
-    at the labels' places only, chunk by chunk, so that logits of (M, V) never exist."""
-    batch = collate(sequences, args.device)
-    with autocast(args):
-        h = model.hidden_states(batch.tokens).flatten(0, 1)[batch.target_index]  # (M, D)
-    losses, hits = [], []
-    for part, labels in zip(h.split(HEAD_CHUNK), batch.labels.split(HEAD_CHUNK)):
-        with autocast(args):
-            logits = model.output(part).float()
-        losses.append(F.cross_entropy(logits, labels, reduction="none"))
-        hits.append(logits.argmax(-1) == labels)
-    return torch.cat(losses), torch.cat(hits)
+def eval_batches(sequences, batch_size):
+    """Longest first, and no more rows than in training: what fits in memory there fits here."""
+    return length_batches(sequences, min(EVAL_BATCH, batch_size))
+
+
+# ---------------------------------------------------------------- loss and exact match
+
+
+def score_targets(model, sequences, precision):
+    """(loss (M,), correct (M,)) on the CPU: the loss of each target token of a batch, and whether
+    it is the most likely token."""
+    batch = collate(sequences, model.tok_embeddings.weight.device)
+    with precision:
+        logits = target_logits(model, batch)
+    losses = F.cross_entropy(logits, batch.labels, reduction="none")
+    correct = logits.argmax(-1) == batch.labels
+    return losses.cpu(), correct.cpu()
 
 
 @torch.no_grad()
-def evaluate(model, sequences, args, name):
-    """{category: {loss, exact, records, tokens}} and the total under "". Loss is the mean per
-    label. Exact: greedy decoding would give the response and its EOS token by token, which one
-    forward pass tells, since every step of it would be fed the true prefix. Raises ValueError for a
-    model whose loss is not finite: such a model is of no use, and JSON has no NaN."""
+def evaluate(model, sequences, *, batch_size, precision, name="model"):
+    """{category: {loss, exact, records, tokens}}, and the same of all records under TOTAL.
+
+    loss is the mean per target token, in nats. exact is the share of exact matches: greedy
+    decoding would give the response and its EOS token by token. One forward pass decides that,
+    since every step of the decoding would be fed the true prefix. Raises ValueError if the loss is
+    not finite: JSON has no NaN, and such a model is of no use."""
+    was_training = model.training
     model.eval()
     sums = {}
-    batches = eval_batches(sequences, args)
-    scored = map_across_ranks(
-        batches, lambda batch: [x.cpu() for x in label_losses(model, batch, args)])
-    for batch, (losses, hits) in progress(scored, total=len(batches), desc=name, leave=False):
+    batches = eval_batches(sequences, batch_size)
+    scored = map_across_ranks(batches, lambda batch: score_targets(model, batch, precision))
+    for batch, (losses, correct) in progress(scored, total=len(batches), desc=name, leave=False):
         sizes = [s.n_targets for s in batch]
-        for s, loss, hit in zip(batch, losses.split(sizes), hits.split(sizes)):
-            for category in {"", s.category}:
+        for s, loss, right in zip(batch, losses.split(sizes), correct.split(sizes)):
+            for category in {TOTAL, s.category}:
                 row = sums.setdefault(category, dict(loss=0.0, exact=0, records=0, tokens=0))
                 row["loss"] += loss.sum(dtype=torch.float64).item()
-                row["exact"] += hit.all().item()
+                row["exact"] += right.all().item()
                 row["records"] += 1
                 row["tokens"] += len(loss)
+    model.train(was_training)
     for row in sums.values():
         row["loss"] /= row["tokens"]
         row["exact"] /= row["records"]
-    if not math.isfinite(sums[""]["loss"]):
-        raise ValueError(f"the validation loss of the {name} model is {sums['']['loss']}: try "
+    if not math.isfinite(sums[TOTAL]["loss"]):
+        raise ValueError(f"the validation loss of the {name} model is {sums[TOTAL]['loss']}: try "
                          "--dtype fp32, or other weights")
     return sums
-
-
-def measure(model, held, args, name):
-    """{"val": evaluate's rows, and "kept" where there are such texts}."""
-    return {part: evaluate(model, sequences, args, name) for part, sequences in held.items()}
 
 
 # ---------------------------------------------------------------- routing
 
 
 @torch.no_grad()
-def batch_gates(model, sequences, args):
-    """({layer: gate (B, T, N)} on the CPU, real (B, T)) of one forward pass over a list of
-    sequences; layers without a router have the constant gate."""
-    batch = collate(sequences, args.device)
-    with record_gates(model) as gates, autocast(args):
+def batch_gates(model, sequences, precision):
+    """({layer: gate (B, T, N)}, attention mask (B, T)) on the CPU, of one forward pass over a list
+    of sequences. Layers without a router have the constant gate."""
+    batch = collate(sequences, model.tok_embeddings.weight.device)
+    with record_gates(model) as gates, precision:
         h = model.hidden_states(batch.tokens)
-        if "output" in hydra_layers(model):  # the head costs much: only where it is adapted
+        if "output" in hydra_layers(model):  # the head is expensive: only if it is adapted
             model.output(h)
     return {name: w.cpu() for name, w in gates.items()}, batch.attention_mask.cpu()
 
 
 def gate_entropy(w):
-    """Sum over the tokens of the entropy of w (..., N), in nats."""
+    """Entropy of the gates w (..., N) in nats, summed over the tokens."""
     return -(w * w.clamp_min(1e-12).log()).sum().item()
 
 
-def row_gates(model, sequences, args):
-    """[(tokens, {layer: (sum of the gate (N), sum of its entropy)})] over each sequence's real
-    tokens."""
-    gates, real = batch_gates(model, sequences, args)
-    sums = [(row.sum().item(), {}) for row in real]
-    for name, weights in gates.items():
-        for w, row, (_, of) in zip(weights, real, sums):
-            of[name] = w[row].sum(0), gate_entropy(w[row])
+def sum_gates(model, sequences, precision):
+    """[(tokens, {layer: (sum of the gates (N), sum of their entropies)})], one per sequence."""
+    gates, mask = batch_gates(model, sequences, precision)
+    sums = []
+    for row, real in enumerate(mask):
+        own = {name: w[row][real] for name, w in gates.items()}  # (tokens, N)
+        sums.append((int(real.sum()),
+                     {name: (w.sum(0), gate_entropy(w)) for name, w in own.items()}))
     return sums
 
 
 def most_specialised_layer(gates):
     """The layer of {layer: gates (rows, N)} whose rows differ most. Heads of different layers have
-    nothing to do with each other, so a table or a picture is of one layer."""
+    nothing to do with each other, so a table or a picture shows one layer."""
     return max(gates, key=lambda name: gates[name].std(0, correction=0).mean().item())
 
 
-def routing_report(model, sequences, args):
-    """Where the tokens went: {"gate": {layer: {category: mean gate (N)}}} over the real tokens of
-    the sequences, "entropy" {layer: mean entropy of the gate, 1 = uniform} and "cosine_b" {layer:
-    mean cosine between two B matrices}."""
+def routing_report(model, sequences, *, batch_size, precision):
+    """{"gate": {layer: {category: mean gate per token (N)}}, "entropy": {layer: mean entropy of
+    the gate, 1: uniform}, "cosine_b": {layer: mean cosine between two B matrices}}, of the layers
+    with several heads."""
+    was_training = model.training
     model.eval()
-    layers = hydra_layers(model)
-    heads = next(iter(layers.values())).settings.heads
-    gate, entropy, tokens = {name: {} for name in layers}, dict.fromkeys(layers, 0.0), {}
-    batches = eval_batches(sequences, args)
-    summed = map_across_ranks(batches, lambda batch: row_gates(model, batch, args))
+    layers = {name: layer for name, layer in hydra_layers(model).items()
+              if layer.settings.heads > 1}
+    gate = {name: {} for name in layers}
+    entropy = dict.fromkeys(layers, 0.0)
+    tokens = {}
+    batches = eval_batches(sequences, batch_size)
+    summed = map_across_ranks(batches, lambda batch: sum_gates(model, batch, precision))
     for batch, rows in progress(summed, total=len(batches), desc="routing", leave=False):
-        for s, (count, gates) in zip(batch, rows):
+        for s, (count, sums) in zip(batch, rows):
             tokens[s.category] = tokens.get(s.category, 0) + count
-            for name, (weights, nats) in gates.items():
+            for name in layers:
+                weights, nats = sums[name]
                 gate[name][s.category] = gate[name].get(s.category, 0) + weights
                 entropy[name] += nats
+    model.train(was_training)
     count = sum(tokens.values())
     return {
         "gate": {name: {c: (total / tokens[c]).tolist() for c, total in sorted(by.items())}
                  for name, by in gate.items()},
-        "entropy": {name: total / count / math.log(heads) for name, total in entropy.items()},
+        "entropy": {name: entropy[name] / count / math.log(layer.settings.heads)
+                    for name, layer in layers.items()},
         "cosine_b": {name: mean_cosine(layer.lora_B) for name, layer in layers.items()},
     }
 
@@ -158,9 +167,11 @@ def count_parameters(model):
     return {"trainable": total, "trainable_without_router": total - router, "base": base}
 
 
-def print_start(args, counts, data):
-    """Every setting, how much trains, how many records there are."""
-    print("\n".join(f"{key:24}{value}" for key, value in vars(args).items()))
+def print_start(settings, counts, data):
+    """Every setting that is on, how much trains, how many records there are."""
+    for key, value in settings.items():
+        if value is not None and value is not False:
+            print(f"{key:24}{value}")
     share = counts["trainable"] / counts["base"]
     print(f"{'trainable parameters':24}{counts['trainable']:,} ({share:.2%} of the base's "
           f"{counts['base']:,}); without the router {counts['trainable_without_router']:,}")
@@ -170,41 +181,50 @@ def print_start(args, counts, data):
     print()
 
 
-def metrics(before, after):
+def metrics(base, tuned):
     """val_loss, val_loss_base and the exact matches, in total and per category; kept: {loss,
-    loss_base, records} of --keep-data, where there is any."""
-    def pair(category):
-        a, b = before["val"][category], after["val"][category]
+    loss_base, records} of --keep-data, if there is any."""
+    def compare(category):
+        a, b = base["val"][category], tuned["val"][category]
         return {"val_loss": b["loss"], "val_loss_base": a["loss"], "exact_match": b["exact"],
                 "exact_match_base": a["exact"], "records": b["records"]}
 
-    result = {**pair(""), "categories": {c: pair(c) for c in sorted(after["val"]) if c}}
-    if "kept" in after:
-        a, b = before["kept"][""], after["kept"][""]
+    categories = sorted(set(tuned["val"]) - {TOTAL})
+    result = {**compare(TOTAL), "categories": {c: compare(c) for c in categories}}
+    if "kept" in tuned:
+        a, b = base["kept"][TOTAL], tuned["kept"][TOTAL]
         result["kept"] = {"loss": b["loss"], "loss_base": a["loss"], "records": b["records"]}
     return result
 
 
-def print_losses(before, after, out, args):
-    """The losses and exact matches of both, category by category; how to ask the embedded quiz;
-    the loss on what is to be kept."""
-    print(f"\n{'':33}{'loss (nats a token)':>20}{'answers all right':>20}\n"
-          f"{'category':24}{'records':>9}{'base':>11}{'tuned':>9}{'base':>11}{'tuned':>9}")
-    for category in sorted(before["val"], key=lambda name: (name == "", name)):
-        a, b = before["val"][category], after["val"][category]
-        print(f"{category or 'all':24}{a['records']:9}{a['loss']:11.4f}{b['loss']:9.4f}"
+def print_losses(base, tuned):
+    """Loss and exact match of both models per category, then the loss on --keep-data."""
+    print(f"\n{'':33}{'loss (nats per token)':>22}{'exact match':>20}\n"
+          f"{'category':24}{'records':>9}{'base':>13}{'tuned':>9}{'base':>11}{'tuned':>9}")
+    for category in [*sorted(set(base["val"]) - {TOTAL}), TOTAL]:
+        a, b = base["val"][category], tuned["val"][category]
+        print(f"{category or 'all':24}{a['records']:9}{a['loss']:13.4f}{b['loss']:9.4f}"
               f"{a['exact']:11.1%}{b['exact']:9.1%}")
-    if args.weights == str(WORLD / "base"):
-        tuned = f"--weights {out}" if args.method == "full" else f"--adapter {out / 'adapter.pt'}"
-        print(f"\nquiz: python eval_mmlu.py --shots {QUIZ_SHOTS} {tuned}")
-    if "kept" in after:
-        a, b = before["kept"][""], after["kept"][""]
-        print(f"kept: {b['records']} texts, loss {a['loss']:.2f} -> {b['loss']:.2f}")
+    if "kept" in tuned:
+        a, b = base["kept"][TOTAL], tuned["kept"][TOTAL]
+        print(f"kept: {b['records']} texts that the base knows, loss {a['loss']:.2f} -> "
+              f"{b['loss']:.2f}")
+
+
+def print_history(rows):
+    """The evaluations during a run, of the rows of its log.csv."""
+    rows = [row for row in rows if row["val_loss"]]
+    if rows:
+        print(f"\n{'step':>8}{'val loss':>11}{'exact match':>13}{'kept loss':>11}")
+    for row in rows:
+        kept = f"{float(row['kept_loss']):11.4f}" if row["kept_loss"] else ""
+        print(f"{row['step']:>8}{float(row['val_loss']):11.4f}"
+              f"{float(row['exact_match']):13.1%}{kept}")
 
 
 def print_routing(report):
-    """The mean gate per category in the most divided layer, then the signs of a collapsed router:
-    weights that are all alike, and heads that are alike."""
+    """The mean gate per category in the most specialised layer, then the two signs of a collapsed
+    router: an even gate, and heads that are alike."""
     def mean(values):
         return sum(values.values()) / len(values)
 
@@ -212,9 +232,9 @@ def print_routing(report):
     name = most_specialised_layer({layer: torch.tensor(list(by.values()))
                                    for layer, by in gate.items()})
     heads = len(next(iter(gate[name].values())))
-    print(f"\nweight of each head, in the layer where it differs most ({name})")
+    print(f"\nmean gate of each head, in the layer where it differs most ({name})")
     print(f"{'category':24}" + "".join(f"{f'head {i + 1}':>9}" for i in range(heads)))
     for category, weights in gate[name].items():
         print(f"{category or 'all':24}" + "".join(f"{w:9.3f}" for w in weights))
-    print(f"over all layers: the weights are {mean(report['entropy']):.0%} even (100%: all equal), "
-          f"the heads {mean(report['cosine_b']):.0%} alike")
+    print(f"over all layers: gate entropy {mean(report['entropy']):.2f} of uniform, mean cosine "
+          f"between heads {mean(report['cosine_b']):.2f}")

@@ -1,11 +1,11 @@
-"""The run folder: what train.py writes while it trains, and reads back to go on.
+"""The run folder: what train.py writes while it trains, and reads again to resume.
 
-    log.csv         a row a step                        from the first step
-    checkpoint.pt   all that the next step depends on   every --save-every steps, when stopped,
-                                                        at the end of training; gone when all is
-                                                        done
-    adapter.pt      or, for --method full, a checkpoint folder in Meta's layout      at the end
-    run.json        settings, versions, fingerprints, metrics                        last
+    log.csv          a row per step                     from the first step
+    checkpoint.pt    all that the next step depends on  every --save-every steps, when stopped and
+                                                        after the last step; removed at the end
+    adapter-best.pt  the lowest validation loss so far  with --eval-every
+    adapter.pt       for --method full, a checkpoint folder in Meta's layout      at the end
+    run.json         settings, versions, fingerprints, metrics                    last
 
 Each file is written whole or not at all (support/files.py).
 """
@@ -26,10 +26,11 @@ import numpy as np
 import sentencepiece
 import torch
 
-from hydralora import HydraSettings, load_adapter, save_adapter
+from hydralora import load_adapter, save_adapter
 from support.device import DTYPES, get_rng_state, set_rng_state
-from support.diagnose import explained, stated_length, warn_of_spare_rows
-from support.distributed import ignore_signals, load, rank
+from support.diagnose import stated_length, warn_of_spare_rows
+from support.distributed import ignore_signals, load_model, rank
+from support.evaluation import TOTAL
 from support.files import (
     check_finite,
     check_tensors,
@@ -44,42 +45,42 @@ from support.files import (
     write_text,
 )
 
-RUN_FILES = ("run.json", "checkpoint.pt", "log.csv", "adapter.pt", "params.json",
-             "consolidated.00.pth", "tokenizer.model")
-SIGNS_OF_A_RUN = RUN_FILES[:3]  # train.py alone writes these; --overwrite needs to see one of them
-# settings that may differ between a run and its continuation: no weight depends on them, but for
-# the order of sums
-RESUME_MAY_DIFFER = ("resume", "overwrite", "out", "save_every", "debug", "checkpoint_activations",
-              "strict", "shard_base", "processes")
-CHECKPOINT_KEYS = {"settings", "fingerprints", "step", "before", "clusters", "tensors", "optimizer",
-                   "scaler", "rng", "cuda_rng"}
-MOST_SKIPPED = 20  # steps in a row: fp16's scale, 2**16 at the start, has then fallen below 1
-MOST_NAMED = 20  # records of a batch that a message names
-
+RUN_FILES = ("run.json", "checkpoint.pt", "log.csv", "adapter.pt", "adapter-best.pt",
+             "params.json", "consolidated.00.pth", "tokenizer.model")
+SIGNS_OF_A_RUN = RUN_FILES[:3]  # only train.py writes these; --overwrite needs to see one
+# settings that a resumed run may change: no weight depends on them, but for the order of sums.
+# What the paths hold is compared by its fingerprint
+RESUME_MAY_DIFFER = ("resume", "overwrite", "out", "save_every", "eval_every", "debug", "strict",
+                     "checkpoint_activations", "shard_base", "processes",
+                     "weights", "data", "val_data", "keep_data")
+CHECKPOINT_KEYS = {"settings", "fingerprints", "step", "before", "clusters", "tensors",
+                   "optimizer", "scaler", "rng", "cuda_rng"}
+MOST_SKIPPED = 20  # steps in a row: fp16's scale, 2**16 at the start, is below 1 by then
+MOST_NAMED = 20  # records of a step that a message names
 
 # ---------------------------------------------------------------- the folder
 
 
-def check_out(args):
-    """The output folder, which must not hold another run unless --overwrite or --resume says so.
-    Nothing is written yet, so that a run that cannot start leaves no trace."""
-    out = Path(args.out)
-    if out.resolve() == Path(args.weights).resolve():
+def check_out(out, weights, *, resume, overwrite):
+    """The output folder as a Path. It must not hold another run, unless resume or overwrite. No
+    file is written yet, so a run that cannot start leaves no trace."""
+    out = Path(out)
+    if out.resolve() == Path(weights).resolve():
         raise ValueError(f"--out {out} is the folder of the weights: name another")
-    held = [name for name in RUN_FILES if (out / name).exists()]
-    if args.resume and "checkpoint.pt" not in held:
-        raise ValueError(f"--resume: {out} holds no checkpoint.pt, found {held or 'no run'}: "
-                         "start anew without --resume")
-    if held and not (args.resume or args.overwrite):
-        resume = " or go on with --resume" if "checkpoint.pt" in held else ""
-        raise ValueError(f"{out} already holds a run ({', '.join(held)}): choose another --out, "
-                         f"replace it with --overwrite{resume}")
-    if held and args.overwrite and not set(SIGNS_OF_A_RUN) & set(held):
-        raise ValueError(f"--overwrite: {out} holds {', '.join(held)} but none of "
+    found = [name for name in RUN_FILES if (out / name).exists()]
+    if resume and "checkpoint.pt" not in found:
+        raise ValueError(f"--resume: {out} holds no checkpoint.pt, found {found or 'no run'}: "
+                         "start again without --resume")
+    if found and not (resume or overwrite):
+        also = " or continue it with --resume" if "checkpoint.pt" in found else ""
+        raise ValueError(f"{out} already holds a run ({', '.join(found)}): choose another --out, "
+                         f"replace it with --overwrite{also}")
+    if found and overwrite and not set(SIGNS_OF_A_RUN) & set(found):
+        raise ValueError(f"--overwrite: {out} holds {', '.join(found)} but none of "
                          f"{', '.join(SIGNS_OF_A_RUN)}, so it is no run: name another --out")
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=existing):  # what os.access says may be of another user
+        with tempfile.TemporaryFile(dir=existing):  # os.access may answer for another user
             pass
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written, since {existing} is read-only or no "
@@ -87,16 +88,16 @@ def check_out(args):
     return out
 
 
-def prepare_out(out, args):
-    """Makes the folder, now that the run can start; with --overwrite the old run goes, and so does
-    what a killed one was writing."""
+def prepare_out(out, *, resume):
+    """Makes the folder, once the run can start. Removes the former run, unless it is resumed, and
+    what a killed process was writing."""
     if rank():
         return
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / "unfinished.tmp", ignore_errors=True)
     for name in RUN_FILES:
         (out / f"{name}.tmp").unlink(missing_ok=True)
-        if not args.resume:
+        if not resume:
             (out / name).unlink(missing_ok=True)
 
 
@@ -106,17 +107,17 @@ def versions():
             "platform": platform.platform(), "threads": torch.get_num_threads()}
 
 
-def fingerprints(args):
-    """Of what the run reads: sha256 of the data files and the tokenizer, and of the weights."""
-    prints = {name: file_fingerprint(path)
-              for name in ("data", "val_data", "keep_data") if (path := getattr(args, name))}
-    return {**prints, "tokenizer": file_fingerprint(Path(args.weights) / "tokenizer.model"),
-            "weights": weights_fingerprint(args.weights)}
+def fingerprints(weights, **data):
+    """{name: sha256} of what a run reads: the weights, their tokenizer, and each data file that is
+    given."""
+    found = {name: file_fingerprint(path) for name, path in data.items() if path}
+    return {**found, "tokenizer": file_fingerprint(Path(weights) / "tokenizer.model"),
+            "weights": weights_fingerprint(weights)}
 
 
-def compare_run(folder, found):
-    """Names of the fingerprints that differ between found(), {name: sha256}, and run.json in the
-    folder. A folder without a run.json has nothing to say, and found is not called."""
+def changed_since(folder, find):
+    """Names of the fingerprints that differ between find(), {name: sha256}, and the run.json in
+    the folder. Without a run.json nothing differs, and find is not called."""
     path = Path(folder) / "run.json"
     if not path.is_file():
         return []
@@ -125,21 +126,21 @@ def compare_run(folder, found):
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the run.json of a run ({error}): move it away, or give "
                          "files from a whole run folder") from error
-    return [name for name, value in found().items() if recorded.get(name, value) != value]
+    return [name for name, value in find().items() if recorded.get(name, value) != value]
 
 
-def compare_runs(weights, adapter):
-    """Raises ValueError where an adapter, or the weights that --method full wrote, are not what the
-    run.json beside them says. Where only the files of the base are others, a line warns:
+def check_against_run(weights, adapter):
+    """Raises ValueError if an adapter, or weights that --method full wrote, are not what the
+    run.json beside them records. If only the files of the base differ, prints a warning, since
     load_adapter has compared the values in them."""
     if not adapter:
-        if compare_run(weights, lambda: {"tuned": weights_fingerprint(weights)}):
+        if changed_since(weights, lambda: {"tuned": weights_fingerprint(weights)}):
             raise ValueError(f"the weights in {weights} are not those that its run.json describes: "
                              "give the whole folder of one run")
         return
     if adapter.name != "adapter.pt":
-        return  # not the file that a run.json beside it would describe
-    differ = compare_run(adapter.parent, lambda: {
+        return  # run.json describes no other file
+    differ = changed_since(adapter.parent, lambda: {
         "adapter": file_fingerprint(adapter), "weights": weights_fingerprint(weights),
         "tokenizer": file_fingerprint(weights / "tokenizer.model")})
     if set(differ) - {"weights"}:
@@ -150,44 +151,48 @@ def compare_runs(weights, adapter):
               "with the same weights as far as load_adapter compares them")
 
 
-def load_model_and_adapter(args):
-    """(model with its adapter, ready for evaluation, tokenizer), each compared with the run.json
-    that describes it. args has weights, adapter (or None), device, dtype and max_seq_len."""
-    with explained(weights=args.weights, adapter=args.adapter):
-        model, tokenizer = load(args.weights, args, dtype=DTYPES[args.dtype],
-                                max_seq_len=args.max_seq_len)
-        if args.adapter:
-            load_adapter(model, args.adapter)
-    warn_of_spare_rows(model, tokenizer, args.weights)
-    compare_runs(args.weights, args.adapter)
+def load_model_and_adapter(weights, adapter, *, device, dtype, max_seq_len=None, shard_base=False):
+    """(model in eval mode, with its adapter if one is given; tokenizer). Each is compared with the
+    run.json that describes it. weights and adapter are Paths, dtype is a name such as "bf16"."""
+    model, tokenizer = load_model(weights, device=device, dtype=DTYPES[dtype],
+                                  max_seq_len=max_seq_len, shard_base=shard_base)
+    if adapter:
+        load_adapter(model, adapter)
+    warn_of_spare_rows(model, tokenizer, weights)
+    check_against_run(weights, adapter)
     return model.eval(), tokenizer
 
 
-def write_result(model, args, out, result):
-    """adapter.pt, or the weights that --method full trained; then run.json, with their fingerprint;
-    then the checkpoint goes."""
-    prints = result["fingerprints"]
-    if args.method != "full":  # by all: save_adapter asks them for their parts of the base
-        write_file(out / "adapter.pt", lambda file: save_adapter(model, file))
+def save_adapter_file(model, path):
+    """save_adapter, whole or not at all. Every rank must call it: the base's fingerprint gathers
+    the parts of a sharded base."""
+    write_file(path, lambda file: save_adapter(model, file))
+
+
+def write_result(model, out, result, *, weights, full):
+    """Writes adapter.pt, or the weights that --method full trained; then run.json, with their
+    fingerprint; then removes the checkpoint."""
+    if not full:
+        save_adapter_file(model, out / "adapter.pt")
     if rank():
         return
-    if args.method == "full":
-        write_tuned(model, args.weights, out)
-        wrote, prints["tuned"] = "the checkpoint", weights_fingerprint(out)
+    fingerprints = result["fingerprints"]
+    if full:
+        write_tuned(model, weights, out)
+        fingerprints["tuned"] = weights_fingerprint(out)
     else:
-        wrote, prints["adapter"] = "adapter.pt", file_fingerprint(out / "adapter.pt")
+        fingerprints["adapter"] = file_fingerprint(out / "adapter.pt")
     write_json(out / "run.json", result)
     (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"\nwrote {wrote}, run.json and log.csv to {out}\n"
+    print(f"\nwrote {'the checkpoint' if full else 'adapter.pt'}, run.json and log.csv to {out}\n"
           f"to see it: python -m tools.plot {out} --out {out / 'plot.png'}")
 
 
 def write_tuned(model, weights, out):
-    """write_llama of a model that was loaded from `weights` and trained. A length that is a default
-    there is not written as the model's own."""
+    """write_llama of a trained model. A default length is not written as the model's own."""
     args = model.args
     if not stated_length(weights):
-        model.args = replace(args, max_seq_len=None)  # what is None is not written
+        model.args = replace(args, max_seq_len=None)  # None is not written
     write_llama(model, Path(weights) / "tokenizer.model", out)
     model.args = args
 
@@ -195,27 +200,18 @@ def write_tuned(model, weights, out):
 # ---------------------------------------------------------------- the checkpoint
 
 
-def resume_key(args):
-    """{name: value} of the settings that a run and its continuation must share."""
-    return {key: value for key, value in vars(args).items() if key not in RESUME_MAY_DIFFER}
+def trained_parameters(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def recorded_setting(recorded, key):
-    """The value of a setting in a checkpoint. An older one may lack it: then it had its default,
-    which for everything but an adapter's settings is off."""
-    return recorded.get(key, getattr(HydraSettings, key, None))
-
-
-def save_checkpoint(path, args, prints, model, optimizer, scaler, step, before, clusters):
-    """All that the next step depends on: the learning rate and the place in the shuffled data
-    follow from the step and the seed, and no generator but torch's is used. A run keeps its last
-    weights, not its best, so the only metrics to keep are the base's, `before`."""
-    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"settings": {**resume_key(args), "processes": args.processes},
-             "fingerprints": prints, "step": step, "before": before, "clusters": clusters,
-             "tensors": tensors, "optimizer": optimizer.state_dict(),
+def save_checkpoint(path, step, constants, model, optimizer, scaler):
+    """All that the next step depends on. The learning rate and the place in the shuffled data
+    follow from the step and the seed, and no generator but torch's is used. constants: what does
+    not change during the run, {settings, fingerprints, before: the base's losses, clusters}."""
+    tensors = {name: p.detach() for name, p in trained_parameters(model).items()}
+    state = {**constants, "step": step, "tensors": tensors, "optimizer": optimizer.state_dict(),
              "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
-             "cuda_rng": get_rng_state(args.device)}  # of any device; the file keeps the name
+             "cuda_rng": get_rng_state(next(iter(tensors.values())).device)}  # of any device
     moments = {f"{key} of parameter {i}": value for i, entry in state["optimizer"]["state"].items()
                for key, value in entry.items()}
     check_finite({**tensors, **moments}, path)
@@ -223,7 +219,7 @@ def save_checkpoint(path, args, prints, model, optimizer, scaler, step, before, 
 
 
 def read_checkpoint(path):
-    """The state that save_checkpoint wrote; raises ValueError for any other file."""
+    """The state that save_checkpoint wrote. Raises ValueError for any other file."""
     kind = "a checkpoint of a run"
     state = read_torch(path, kind)
     if not isinstance(state, dict) or state.keys() != CHECKPOINT_KEYS:
@@ -239,84 +235,107 @@ def read_checkpoint(path):
     return state
 
 
-def check_losses(losses, held):
-    """Raises ValueError unless these are the losses that measure() returns for what is held."""
-    if losses.keys() != held.keys() or any(
-            losses[part].keys() != {"", *(s.category for s in sequences)} or any(
-                type(row[key]) not in (int, float) or not math.isfinite(row[key])
-                for row in losses[part].values()
-                for key in ("loss", "exact", "records", "tokens"))
-            for part, sequences in held.items()):
-        raise ValueError("its losses of the base are damaged")
-
-
-def check_state(state, path, wanted, held):
-    """Raises ValueError, or anything where the content is damaged, unless the checkpoint's losses
-    and tensors are of this run: `wanted` is {name: parameter} of what trains here."""
-    check_losses(state["before"], held)
-    check_tensors(state["tensors"])
-    check_finite(state["tensors"], path)
-    if shape_mismatches({name: p.shape for name, p in wanted.items()}, state["tensors"]):
-        raise ValueError("its tensors are not those that train here")
-    trained = list(wanted.values())
-    if [len(group["params"]) for group in state["optimizer"]["param_groups"]] != [len(trained)]:
-        raise ValueError("the optimiser's state is of other tensors")
-    for i, entry in state["optimizer"]["state"].items():
-        check_tensors(entry)
-        check_finite(entry, path)
-        if any(value.shape not in ((), trained[i].shape) for value in entry.values()):
-            raise ValueError("the optimiser's state has other shapes")
-
-
-def restore(path, args, prints, model, optimizer, scaler, held):
-    """(steps done, losses of the base on what is held) of an interrupted run, whose state is put in
-    place when its settings, data and weights were these; raises ValueError that names each
-    difference."""
-    state, now = read_checkpoint(path), resume_key(args)
-    before = {key: recorded_setting(state["settings"], key) for key in now}
-    changed = [f"{key} was {before[key]}, is {now[key]}" for key in sorted(now)
-               if now[key] != before[key] and (now[key] or before[key])]
+def compare_settings(recorded, settings, defaults):
+    """Raises ValueError that names each setting a resumed run must not change. A setting that the
+    checkpoint lacks did not exist when it was written: it had its default."""
+    names = sorted(set(settings) - set(RESUME_MAY_DIFFER))
+    before = {name: recorded.get(name, defaults.get(name)) for name in names}
+    changed = [f"{name} was {before[name]}, is {settings[name]}" for name in names
+               if settings[name] != before[name]]
     if changed:
         raise ValueError(f"--resume with other settings: {', '.join(changed)}: give those of the "
                          "first command")
-    if (begun := state["settings"].get("processes", 1)) != args.processes:
-        print(f"the run was begun by {begun} processes, {args.processes} go on with it: they round "
-              "differently, and draw other dropout masks where one of the two is 1")
-    changed = [name for name in prints if prints[name] != state["fingerprints"].get(name)]
+
+
+def restore(path, constants, defaults, model, optimizer, scaler):
+    """Puts a stopped run's state in place; returns (steps done, losses of the base). Raises
+    ValueError unless its settings, data and weights are those of `constants`; `defaults` are the
+    settings of a command without flags."""
+    state = read_checkpoint(path)
+    settings, now = constants["settings"], constants["fingerprints"]
+    compare_settings(state["settings"], settings, defaults)
+    begun = state["settings"].get("processes", 1)
+    if begun != settings["processes"]:
+        print(f"the run was started with {begun} processes and continues with "
+              f"{settings['processes']}: they round differently, and draw other dropout masks if "
+              "one of the two is 1")
+    changed = [name for name in sorted(now.keys() | state["fingerprints"].keys())
+               if now.get(name) != state["fingerprints"].get(name)]
     if changed:
         raise ValueError(f"--resume: {', '.join(changed)} changed since {path} was written: bring "
-                         "the old files back, or start anew in another --out")
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+                         "the old files back, or start again in another --out")
+    trained = trained_parameters(model)
     try:
-        check_state(state, path, wanted, held)
-        optimizer.load_state_dict(state["optimizer"])
+        check_losses(state["before"])
+        check_tensors(state["tensors"])
+        check_finite(state["tensors"], path)
+        if shape_mismatches({name: p.shape for name, p in trained.items()}, state["tensors"]):
+            raise ValueError("its tensors are not those that train here")
+        load_moments(optimizer, state["optimizer"]["state"], path)
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
-        set_rng_state(state["cuda_rng"], args.device)
+        set_rng_state(state["cuda_rng"], next(iter(trained.values())).device)
     except Exception as error:  # damaged content raises almost anything
         reason = error if isinstance(error, ValueError) else "it is damaged"
-        raise ValueError(f"{path} does not fit this run: {reason}; start anew with --overwrite, or "
-                         "in another --out") from error
+        raise ValueError(f"{path} does not fit this run: {reason}; start again with --overwrite, "
+                         "or in another --out") from error
     with torch.no_grad():
-        for name, parameter in wanted.items():
+        for name, parameter in trained.items():
             parameter.copy_(state["tensors"][name])
     return state["step"], state["before"]
 
 
+def check_losses(losses):
+    """Raises ValueError unless these are losses of evaluate_sets."""
+    rows = [row for part in losses.values() for row in part.values()]
+    wanted = ("loss", "exact", "records", "tokens")
+    if "val" not in losses or any(TOTAL not in part for part in losses.values()) or any(
+            type(row[key]) not in (int, float) or not math.isfinite(row[key])
+            for row in rows for key in wanted):
+        raise ValueError("its losses of the base are damaged")
+
+
+def load_moments(optimizer, saved, path):
+    """Copies a saved optimizer state, {parameter's number: {name: tensor}}, into this optimizer.
+
+    A step of zero gradients makes the state that the optimizer wants, in each parameter's own
+    layout: fused AdamW reads moments of another layout wrongly, and says nothing. (The step's
+    effect on the parameters is gone when theirs are loaded.) Raises ValueError if names, shapes or
+    dtypes differ."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    fresh = optimizer.state_dict()["state"]
+    if fresh.keys() != saved.keys():
+        raise ValueError("its optimizer state is of other parameters")
+    for i, entry in fresh.items():
+        check_tensors(saved[i])
+        check_finite(saved[i], path)
+        same = entry.keys() == saved[i].keys() and all(
+            entry[name].shape == saved[i][name].shape and entry[name].dtype == saved[i][name].dtype
+            for name in entry)
+        if not same:
+            raise ValueError("its optimizer state has other names, shapes or dtypes")
+        for name, tensor in entry.items():
+            tensor.copy_(saved[i][name])
+
+
 def resume_hint(out):
-    """What a run that ends early says: the checkpoint that stands, read from the file itself."""
+    """What a run that ends early should print: which checkpoint is there, read from the file."""
     path = out / "checkpoint.pt"
     if not path.exists():
         return f"no checkpoint was written to {out} yet"
     step = read_torch(path, "a checkpoint of a run", mmap=True)["step"]
-    return (f"the last good checkpoint is {path}, of step {step}; the same command with --resume "
-            "goes on from it")
+    return (f"the last good checkpoint is {path}, of step {step}; rerun the same command with "
+            "--resume to continue")
 
 
 @contextmanager
 def catch_signals():
-    """Inside, Ctrl-C and SIGTERM are only noted in the list that it yields, so that the loop can
-    end the step, save and stop."""
+    """Within this context Ctrl-C and SIGTERM only add their number to the list that it yields, so
+    that the loop can finish its step, save and stop."""
     signals = []
     handlers = {number: signal.signal(number, lambda number, _: signals.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
@@ -331,24 +350,28 @@ def catch_signals():
 
 # ---------------------------------------------------------------- log.csv
 
+COLUMNS = ("step", "loss", "grad_norm", "lr", "tokens_per_second",
+           "val_loss", "exact_match", "kept_loss")  # the last three with --eval-every alone
+
 
 class Log:
-    """log.csv, one row a step. Losses stay on the device until flush, so that the loop does not
-    wait for the GPU at every step; the batches stay as well, for flush to name their records."""
+    """log.csv, a row per step. Losses stay on the device until flush, so that the loop does not
+    wait for the GPU at every step. A resumed run continues the file after step `start`."""
 
-    def __init__(self, path, start, fp16):
-        self.fp16, self.skipped, self.columns, kept = fp16, 0, None, []
-        if start and path.exists():  # resumed: steps after the checkpoint will come again
-            with open(path, encoding="utf-8", newline="") as file:
-                self.columns, *rows = [*csv.reader(file)] or [None]
-            kept = [row for row in rows if len(row) == len(self.columns)
-                    and row[0].isdecimal() and int(row[0]) <= start]
-        lines = [self.columns, *kept] if self.columns else []
-        write_text(path, "".join(",".join(row) + "\r\n" for row in lines))
+    def __init__(self, path, start=0, fp16=False):
+        # the steps after the checkpoint will be taken again
+        done = [row for row in read_log(path) if int(row["step"]) <= start] if start else []
+        lines = [",".join(COLUMNS), *(",".join(row.values()) for row in done)]
+        write_text(path, "".join(f"{line}\r\n" for line in lines))
         self.file = open(os.devnull if rank() else path, "a", encoding="utf-8", newline="")
-        for row in kept:
-            self.count_skips(float(row[self.columns.index("grad_norm")]))
-        self.rows, self.clock = [], time.perf_counter()
+        self.best = min((float(row["val_loss"]) for row in done if row["val_loss"]),
+                        default=math.inf)
+        self.fp16 = fp16
+        self.skipped = 0  # steps in a row up to now
+        for row in done:
+            self.count_skip(float(row["grad_norm"]))
+        self.rows = []
+        self.clock = time.perf_counter()
 
     def __enter__(self):
         return self
@@ -356,40 +379,33 @@ class Log:
     def __exit__(self, *_):
         self.file.close()
 
-    def add(self, row, batches):
-        """A step's row, {column: number or tensor}, and the batches that it took. The columns are
-        those of the first row."""
+    def add(self, step, loss, grad_norm, lr, batches):
+        """A step and the batches that it took; loss and grad_norm are tensors."""
+        row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr}
         self.rows.append((row, batches))
 
-    def count_skips(self, norm):
-        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+    def add_evaluation(self, results):
+        """What evaluate_sets found after the latest step; returns whether its validation loss is
+        the lowest so far."""
+        row, val = self.rows[-1][0], results["val"][TOTAL]
+        row.update(val_loss=val["loss"], exact_match=val["exact"])
+        if "kept" in results:
+            row["kept_loss"] = results["kept"][TOTAL]["loss"]
+        best = val["loss"] < self.best
+        self.best = min(self.best, val["loss"])
+        return best
 
     def flush(self):
-        """Writes and syncs the rows, returns the latest. Raises ValueError for a step whose loss or
-        gradient is not finite; fp16's scaler has skipped a step with such a gradient, as it should,
-        but MOST_SKIPPED in a row are no accident."""
-        if not self.rows:
-            return None
+        """Writes and syncs the rows; returns the latest in words. Raises ValueError for a step
+        with a loss or gradient that is not finite. fp16's scaler skips a step with such a
+        gradient, as it should, but MOST_SKIPPED in a row are no accident."""
         tokens = sum(len(s.ids) for _, batches in self.rows for batch in batches for s in batch)
-        rows = to_python([row for row, _ in self.rows])
         speed = round(tokens / (time.perf_counter() - self.clock))
-        writer = csv.DictWriter(self.file, self.columns or [*rows[0], "tokens_per_second"])
-        if not self.columns:
-            self.columns = writer.fieldnames
-            writer.writeheader()
-        problem = None
+        rows, problem = to_python([row for row, _ in self.rows]), None
+        writer = csv.DictWriter(self.file, COLUMNS)
         for row, (_, batches) in zip(rows, self.rows):
-            latest = {**row, "tokens_per_second": speed}
-            writer.writerow(latest)
-            self.count_skips(row["grad_norm"])
-            skipped = self.fp16 and self.skipped
-            if skipped >= MOST_SKIPPED:
-                problem = (f"step {row['step']}: fp16 has skipped {skipped} steps in a row, the "
-                           f"last on {describe_records(batches)}: use --dtype bf16 or fp32")
-            elif not skipped and not all(map(math.isfinite, row.values())):
-                problem = (f"step {row['step']}: loss {row['loss']}, gradient norm "
-                           f"{row['grad_norm']} on {describe_records(batches)}: look at these "
-                           "records, or start anew with a lower --lr")
+            writer.writerow({**row, "tokens_per_second": speed})
+            problem = self.problem_of(row, batches)
             if problem:
                 break
         self.file.flush()
@@ -397,21 +413,47 @@ class Log:
             os.fsync(self.file.fileno())
         if problem:
             raise ValueError(problem)
-        self.rows, self.clock = [], time.perf_counter()
-        return latest
+        self.rows = []
+        self.clock = time.perf_counter()
+        return f"loss {row['loss']:.3f}, lr {row['lr']:.1e}, {speed} tokens/s"
+
+    def count_skip(self, norm):
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+
+    def problem_of(self, row, batches):
+        """What is wrong with a step, with its records; None if nothing is."""
+        self.count_skip(row["grad_norm"])
+        if self.fp16 and self.skipped >= MOST_SKIPPED:
+            return (f"step {row['step']}: fp16 has skipped {self.skipped} steps in a row, the "
+                    f"last on {describe_records(batches)}: use --dtype bf16 or fp32")
+        if self.fp16 and self.skipped or math.isfinite(row["loss"] + row["grad_norm"]):
+            return None
+        return (f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']} on "
+                f"{describe_records(batches)}: look at these records, or start again with a "
+                "lower --lr")
+
+
+def read_log(path):
+    """[{column: text}] of a log.csv, without rows that a kill cut short. Columns that an older
+    file lacks are empty."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file)
+                if None not in row and None not in row.values() and row["step"].isdecimal()]
+    return [{name: row.get(name, "") for name in COLUMNS} for row in rows]
 
 
 def to_python(rows):
-    """The rows with numbers in place of tensors; each column is read back from the device once."""
-    columns = {}
-    for key in rows[0]:
-        column = [row[key] for row in rows]
-        columns[key] = torch.stack(column).tolist() if torch.is_tensor(column[0]) else column
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+    """The rows with numbers instead of tensors; each column is read from the device at once."""
+    for name in ("loss", "grad_norm"):
+        values = torch.stack([row[name] for row in rows]).tolist()
+        rows = [{**row, name: value} for row, value in zip(rows, values)]
+    return rows
 
 
 def describe_records(batches):
-    """Where in the data file the records of a step stand."""
+    """Where in the data file the records of a step are."""
     named = [s.place for batch in batches for s in batch]
     more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
     return f"{', '.join(named[:MOST_NAMED])}{more} of the training data"

@@ -108,14 +108,23 @@ def in_step(number, act):
     """Inside, act() is called at the start of that training step, counted from 1."""
     original, taken = train.train_step, []
 
-    def counted(*arguments):
+    def counted(*arguments, **settings):
         taken.append(1)
         if len(taken) == number:
             act()
-        return original(*arguments)
+        return original(*arguments, **settings)
 
     with mock.patch.object(train, "train_step", counted):
         yield
+
+
+@pytest.fixture(autouse=True)
+def same_signal_handlers():
+    """start_script() changes them for the rest of the process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def interrupt():

@@ -1,6 +1,5 @@
 """train.py: short real runs of every flag, and the claims about its loop."""
 
-import contextlib
 import csv
 import json
 import math
@@ -14,9 +13,11 @@ from data.corpus import encode_records, load_train_val, read_records
 from hydralora import adapter_parameters, add_hydralora, hydra_layers, load_adapter
 from model import ModelArgs, Transformer, load_llama, save_llama
 from support import evaluation
+from support.device import autocast
 from support.files import file_fingerprint
 from tests.conftest import WORLD, asset, in_step, interrupt, tiny_model
 
+FP32 = autocast("cpu", "fp32")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -67,12 +68,12 @@ def test_without_weights_the_worlds_defaults_hold_and_with_weights_the_papers():
     assert got == (2e-4, 1, 1, 8, 32.0, 0.05, ["w1", "w2", "w3"], None)
 
 
-def test_records_may_be_as_long_as_the_recipes_unless_the_model_is_shorter(weights, tmp_path):
-    args = train.parse_args(["--weights", str(weights), "--data", "d", "--device", "cpu"])
-    assert train.resolve_args(args, train.load_base(args)[0], None).max_seq_len == 128
+def test_records_may_have_1024_tokens_unless_the_model_is_shorter(weights, data, tmp_path):
     save_llama(tiny_model(max_seq_len=4096), WORLD / "base" / "tokenizer.model", tmp_path / "long")
-    args = train.parse_args(["--weights", str(tmp_path / "long"), "--data", "d", "--device", "cpu"])
-    assert train.resolve_args(args, train.load_base(args)[0], None).max_seq_len == 1024
+    for folder, longest in ((weights, 128), (tmp_path / "long", 1024)):
+        args = train.parse_args(["--weights", str(folder), "--data", str(data), "--device", "cpu"])
+        train.set_up(args)
+        assert args.max_seq_len == longest
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -116,11 +117,11 @@ def test_a_gpu_that_is_not_there_is_refused(command, capsys):
 
 
 def test_the_learning_rate_warms_up_and_falls_on_a_cosine_to_zero():
-    rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
+    rates = [train.learning_rate(step, 100, 1.0, 0.03) for step in range(100)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert rates[3] == 1.0 and rates[51] == pytest.approx(0.5, abs=0.01) and rates[99] < 1e-3
     assert all(a >= b for a, b in zip(rates[2:], rates[3:]))
-    assert train.learning_rate(0, 1, 1.0) == 1.0
+    assert train.learning_rate(0, 1, 1.0, 0.03) == 1.0
 
 
 # ---------------------------------------------------------------- whole runs
@@ -141,7 +142,7 @@ def test_every_method_trains_and_writes_its_files(command, flags, tmp_path, caps
     assert metrics["val_loss"] < metrics["val_loss_base"]
     assert set(metrics["categories"]) == {"tavi", "classification"}
     assert all(c["val_loss_base"] > 0 for c in metrics["categories"].values())
-    assert "trainable parameters" in out and "answers all right" in out
+    assert "trainable parameters" in out and "exact match" in out
     rows = list(csv.DictReader(open(tmp_path / "out" / "log.csv")))
     assert [int(row["step"]) for row in rows] == list(range(1, 26))
     files = {path.name for path in (tmp_path / "out").iterdir()}
@@ -161,9 +162,9 @@ def test_every_method_trains_and_writes_its_files(command, flags, tmp_path, caps
     val = load_train_val(args.data, args.val_data, share=train.VAL_SHARE, seed=args.seed,
                      strict=False)[1]
     val = encode_records(val, tokenizer, args.max_seq_len)[0]
-    again = evaluation.evaluate(model, val, args, "")
+    again = evaluation.evaluate(model, val, batch_size=8, precision=FP32)
     assert again[""]["loss"] == pytest.approx(metrics["val_loss"], rel=1e-6)
-    assert ("weight of each head" in out) == ("routing" in result) == (
+    assert ("mean gate of each head" in out) == ("routing" in result) == (
         "full" not in flags and "lora" not in flags)
 
 
@@ -263,10 +264,10 @@ def test_save_every_leaves_a_checkpoint_that_other_settings_may_not_resume(comma
                                                                            monkeypatch, capsys):
     original = train.train_step
 
-    def dies(model, batches, optimizer, scaler, args):
+    def dies(model, batches, optimizer, scaler, **settings):
         if len(optimizer.state) and next(iter(optimizer.state.values()))["step"] == 4:
             raise KeyboardInterrupt
-        return original(model, batches, optimizer, scaler, args)
+        return original(model, batches, optimizer, scaler, **settings)
 
     monkeypatch.setattr(train, "train_step", dies)
     assert train.main(command + ["--save-every", "2"]) == 130
@@ -312,7 +313,8 @@ def test_the_loss_on_texts_to_keep_is_measured_before_and_after_and_printed(comm
     load_adapter(model, tmp_path / "out" / "adapter.pt")
     assert kept["loss"] == pytest.approx(loss_of_texts(model, tokenizer), rel=1e-5)
     assert kept["loss"] != kept["loss_base"]
-    line = f"kept: 3 texts, loss {kept['loss_base']:.2f} -> {kept['loss']:.2f}\n"
+    line = (f"kept: 3 texts that the base knows, loss {kept['loss_base']:.2f} -> "
+            f"{kept['loss']:.2f}\n")
     assert line in capsys.readouterr().out
     assert result["settings"]["keep_data"] == str(texts)
     assert result["fingerprints"]["keep_data"] == file_fingerprint(texts)
@@ -340,13 +342,13 @@ def test_a_resumed_run_keeps_the_first_figures_of_the_base(command, texts, tmp_p
                                                            capsys):
     flags = command + ["--keep-data", str(texts)]
     assert train.main(flags + ["--out", str(tmp_path / "whole")]) == 0
-    measure, measured = evaluation.measure, []
-    monkeypatch.setattr(evaluation, "measure", lambda model, held, args, name: (
-        measured.append(name) or measure(model, held, args, name)))
+    evaluate_sets, measured = train.evaluate_sets, []
+    monkeypatch.setattr(train, "evaluate_sets", lambda model, sets, args, name: (
+        measured.append(name) or evaluate_sets(model, sets, args, name)))
     with in_step(2, interrupt):
         assert train.main(flags) == 130
     assert train.main(flags[:-2] + ["--resume"]) == 2
-    assert "keep_data was" in capsys.readouterr().err
+    assert "keep_data changed since" in capsys.readouterr().err
     assert train.main(flags + ["--resume"]) == 0
     assert measured == ["base", "tuned"]
     whole = json.loads((tmp_path / "whole" / "run.json").read_text())["metrics"]
@@ -360,8 +362,8 @@ def test_texts_to_keep_without_a_text_are_refused_by_line(command, texts, capsys
 
 
 def test_the_end_of_a_run_is_one_screen_of_100_columns(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train, "fit", lambda *arguments: 0)
-    monkeypatch.setattr(evaluation, "evaluate", lambda model, sequences, args, name: {
+    monkeypatch.setattr(train, "train", lambda *arguments, **settings: 0)
+    monkeypatch.setattr(train, "evaluate", lambda model, sequences, **settings: {
         category: dict(loss=1.25, exact=0.5, records=120, tokens=9)
         for category in {"", *(s.category for s in sequences)}})
     monkeypatch.chdir(tmp_path)
@@ -371,12 +373,11 @@ def test_the_end_of_a_run_is_one_screen_of_100_columns(monkeypatch, tmp_path, ca
         assert max(map(len, end.splitlines())) <= 100
         assert len(end.splitlines()) <= 40
         tuned = {"full": "--weights runs/full", "hydralora": "--adapter runs/hydralora/adapter.pt"}
-        order = ["answers all right", "all  ",
-                 f"quiz: python eval_mmlu.py --shots 0 {tuned[method]}",
-                 "kept: 120 texts, loss 1.25 -> 1.25", "\nwrote "]
+        order = ["exact match", "all  ", "kept: 120 texts that the base knows, loss 1.25 -> 1.25",
+                 f"quiz: python eval_mmlu.py --shots 0 {tuned[method]}", "\nwrote "]
         places = [end.index(words) for words in order]
         assert places == sorted(places)
-        assert ("weight of each head" in end) == (method == "hydralora")
+        assert ("mean gate of each head" in end) == (method == "hydralora")
 
 
 # ---------------------------------------------------------------- what is refused
@@ -386,8 +387,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(command, tmp_
                                                                   monkeypatch):
     original = train.train_step
 
-    def poisoned(*arguments):
-        loss, norm = original(*arguments)
+    def poisoned(*arguments, **settings):
+        loss, norm = original(*arguments, **settings)
         return loss * math.nan, norm
 
     monkeypatch.setattr(train, "train_step", poisoned)
@@ -405,74 +406,86 @@ def test_adapters_on_the_head_alone_train(command, tmp_path):
     assert metrics["val_loss"] < metrics["val_loss_base"]
 
 
-def prepared(command, data, **settings):
-    args = train.parse_args(command)
+@pytest.fixture
+def adapted(weights, data):
+    """(model with adapters, 16 sequences, tokenizer)."""
     torch.manual_seed(0)
-    model, tokenizer = train.load_base(args)
-    train.add_adapters(model, args)
-    for key, value in settings.items():
-        setattr(args, key, value)
-    return args, model, sequences(tokenizer, data, 16), tokenizer
+    model, tokenizer = load_llama(weights)
+    add_hydralora(model, rank=4)
+    return model, sequences(tokenizer, data, 16), tokenizer
 
 
-def test_the_head_runs_at_the_labels_only_and_gives_what_the_whole_forward_gives(command, data):
-    args, model, sequences, _ = prepared(command, data)
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def step(model, batches, optimizer, clip=1.0, precision=FP32):
+    return train.train_step(model, batches, optimizer, NO_SCALER, clip=clip, precision=precision)
+
+
+def test_the_head_runs_at_the_targets_only_and_gives_what_the_whole_forward_gives(adapted):
+    model, batch, _ = adapted
     seen = []
-    model.output.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0].shape[0]))
-    losses, hits = evaluation.label_losses(model, sequences, args)
-    mean = train.backward(model, sequences, len(losses), NO_SCALER, args)
-    count = sum(s.n_targets for s in sequences)
-    assert sum(seen) == 2 * count and len(losses) == count and max(seen) <= evaluation.HEAD_CHUNK
+    model.output.register_forward_hook(lambda m, inputs, out: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        losses, correct = evaluation.score_targets(model, batch, FP32)
+    mean, _ = step(model, [batch], torch.optim.SGD(trained(model), lr=0.0))
+    n_targets = sum(s.n_targets for s in batch)
+    assert seen == [n_targets, n_targets] and len(losses) == n_targets
     assert mean.item() == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert mean.untyped_storage().nbytes() == 4  # the log keeps it
     row = 0
-    for s in sequences:  # the slow twin: one sequence, every position
+    for s in batch:  # the slow twin: one sequence, every position
         whole = model(torch.tensor([s.ids]))[0]
         for i in range(s.response_start, len(s.ids)):
             want = F.cross_entropy(whole[i - 1], torch.tensor(s.ids[i]))
             assert losses[row].item() == pytest.approx(want.item(), abs=1e-3)
-            assert hits[row] == (whole[i - 1].argmax() == s.ids[i])
+            assert correct[row] == (whole[i - 1].argmax() == s.ids[i])
             row += 1
 
 
-def test_every_tensor_of_a_step_is_made_where_the_model_is(command, data, monkeypatch):
-    args, _, sequences, tokenizer = prepared(command, data)
-    args.device = "meta"  # stands in for a GPU: an operand left on the CPU raises here too
-    with torch.device("meta"):
+def test_every_tensor_of_a_step_is_made_where_the_model_is(adapted):
+    _, batch, tokenizer = adapted
+    with torch.device("meta"):  # stands in for a GPU: an operand left on the CPU raises here too
         model = Transformer(ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=8,
                                       vocab_size=tokenizer.vocab_size))
-    train.add_adapters(model, args)
-    monkeypatch.setattr(train, "autocast", lambda args: contextlib.nullcontext())  # meta has none
-    train.backward(model, sequences, 1, NO_SCALER, args)
-    assert {p.grad.device.type for p in adapter_parameters(model).values()} == {"meta"}
+    add_hydralora(model, rank=4)
+    devices = []
+    optimizer = torch.optim.SGD(trained(model), lr=1.0)
+    optimizer.register_step_pre_hook(
+        lambda *_: devices.extend(p.grad.device.type for p in trained(model)))
+    step(model, [batch], optimizer)
+    assert set(devices) == {"meta"}
 
 
-def test_accumulation_equals_one_batch_though_the_parts_differ_in_targets(command, data):
+def test_accumulation_equals_one_batch_though_the_parts_differ_in_targets(adapted):
+    model, batch, _ = adapted
+    batch = sorted(batch, key=lambda s: s.n_targets)
+    start = [p.detach().clone() for p in trained(model)]
     updates = []
-    for parts in (1, 4):
-        args, model, batch, _ = prepared(command, data)
-        batch = sorted(batch, key=lambda s: s.n_targets)
-        size = len(batch) // parts
-        optimizer = torch.optim.SGD(train.trainable(model), lr=1.0)
-        loss, norm = train.train_step(model, [batch[i:i + size] for i in range(0, 16, size)],
-                                      optimizer, NO_SCALER, args)
-        updates.append((loss, norm, [p.detach().clone() for p in train.trainable(model)]))
+    for size in (16, 4):
+        with torch.no_grad():
+            for parameter, value in zip(trained(model), start):
+                parameter.copy_(value)
+        optimizer = torch.optim.SGD(trained(model), lr=1.0)
+        loss, norm = step(model, [batch[i:i + size] for i in range(0, 16, size)], optimizer)
+        updates.append((loss, norm, [p.detach().clone() for p in trained(model)]))
     (loss, norm, a), (loss4, norm4, b) = updates
     assert loss.item() == pytest.approx(loss4.item(), rel=1e-5)
     assert norm.item() == pytest.approx(norm4.item(), rel=1e-4)
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a, b))
 
 
-def test_the_gradient_is_clipped_to_norm_1(command, data):
-    args, model, batch, _ = prepared(command, data)
-    before = [p.detach().clone() for p in train.trainable(model)]
-    optimizer = torch.optim.SGD(train.trainable(model), lr=1.0)
+@pytest.mark.parametrize("clip", [1.0, 0.25, 0])
+def test_the_gradient_is_clipped_to_the_norm_asked_for_and_0_is_off(adapted, clip):
+    model, batch, _ = adapted
     for layer in hydra_layers(model).values():
         layer.scale *= 100
-    _, norm = train.train_step(model, [batch], optimizer, NO_SCALER,
-                               args)
+    before = [p.detach().clone() for p in trained(model)]
+    _, norm = step(model, [batch], torch.optim.SGD(trained(model), lr=1.0), clip=clip)
     moved = math.sqrt(sum((p - q).square().sum().item()
-                          for p, q in zip(train.trainable(model), before)))
-    assert norm > 1 and moved == pytest.approx(1, rel=1e-3)
+                          for p, q in zip(trained(model), before)))
+    assert norm > 1 and moved == pytest.approx(clip or norm.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["hydralora", "full"])
@@ -498,12 +511,13 @@ def test_the_optimiser_holds_exactly_what_trains(command, monkeypatch, method):
 
 
 @pytest.mark.slow
-def test_exact_match_is_what_greedy_decoding_would_give(command, data):
-    args, model, batch, tokenizer = prepared(command + ["--method", "full"], data)
+def test_exact_match_is_what_greedy_decoding_would_give(weights, data):
+    model, tokenizer = load_llama(weights)
+    model.requires_grad_(True)
+    batch = sequences(tokenizer, data, 16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(40):  # until some responses are right and some are wrong
-        train.train_step(model, [batch], optimizer, NO_SCALER, args)
-    model.eval()
+        step(model, [batch], optimizer)
     right = 0
     with torch.no_grad():
         for s in batch:
@@ -512,29 +526,170 @@ def test_exact_match_is_what_greedy_decoding_would_give(command, data):
                 ids = ids + [model(torch.tensor([ids]))[0, -1].argmax().item()]
             right += ids == s.ids
     assert 0 < right < len(batch)
-    assert evaluation.evaluate(model, batch, args, "")[""]["exact"] == right / len(batch)
+    found = evaluation.evaluate(model, batch, batch_size=8, precision=FP32)
+    assert found[""]["exact"] == right / len(batch)
 
 
-def test_validation_loss_is_the_mean_over_tokens_whatever_the_batches(command, data, monkeypatch):
-    args, model, batch, _ = prepared(command, data)
-    whole = evaluation.evaluate(model, batch, args, "")
-    monkeypatch.setattr(evaluation, "EVAL_BATCH", 3)
-    parts = evaluation.evaluate(model, batch, args, "")
+def test_validation_loss_is_the_mean_over_tokens_whatever_the_batches(adapted):
+    model, batch, _ = adapted
+    whole = evaluation.evaluate(model, batch, batch_size=16, precision=FP32)
+    parts = evaluation.evaluate(model, batch, batch_size=3, precision=FP32)
     total = sum(row["loss"] * row["tokens"] for name, row in whole.items() if name)
     assert whole[""]["loss"] == pytest.approx(total / whole[""]["tokens"], rel=1e-6)
     for name in whole:
         assert parts[name] == pytest.approx(whole[name], rel=1e-5)
 
 
-def test_routing_reads_real_tokens_only(command, data, monkeypatch):
-    args, model, batch, _ = prepared(command, data)
-    together = evaluation.routing_report(model, batch, args)
-    monkeypatch.setattr(evaluation, "EVAL_BATCH", 1)  # no padding at all
-    apart = evaluation.routing_report(model, batch, args)
+def test_routing_reads_real_tokens_only(adapted):
+    model, batch, _ = adapted
+    together = evaluation.routing_report(model, batch, batch_size=16, precision=FP32)
+    apart = evaluation.routing_report(model, batch, batch_size=1, precision=FP32)  # no padding
     for name, by_category in together["gate"].items():
         for category, gate in by_category.items():
             assert gate == pytest.approx(apart["gate"][name][category], abs=1e-5)
         assert together["entropy"][name] == pytest.approx(apart["entropy"][name], abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_evaluating_leaves_the_mode_of_the_model_as_it_was(adapted, mode):
+    model, batch, _ = adapted
+    model.train(mode)
+    evaluation.evaluate(model, batch, batch_size=8, precision=FP32)
+    evaluation.routing_report(model, batch, batch_size=8, precision=FP32)
+    assert {module.training for module in model.modules()} == {mode}
+
+
+# ---------------------------------------------------------------- evaluation during the run
+
+
+def test_evaluating_during_the_run_changes_no_byte_of_it(command, texts, tmp_path, capsys):
+    flags = command + ["--dropout", "0.2", "--keep-data", str(texts)]
+    assert train.main(flags + ["--out", str(tmp_path / "without")]) == 0
+    assert train.main(flags + ["--eval-every", "2"]) == 0
+    a, b = (tmp_path / name / "adapter.pt" for name in ("without", "out"))
+    assert a.read_bytes() == b.read_bytes()
+    rows = list(csv.DictReader(open(tmp_path / "out" / "log.csv")))
+    columns = ("val_loss", "exact_match", "kept_loss")
+    assert [all(row[name] for name in columns) for row in rows] == [False, True] * 3
+    assert not any(row[name] for row in rows[::2] for name in columns)
+    metrics = run_json(tmp_path)["metrics"]
+    assert float(rows[-1]["val_loss"]) == metrics["val_loss"]
+    assert float(rows[-1]["kept_loss"]) == metrics["kept"]["loss"]
+    table = capsys.readouterr().out.split("kept loss\n")[1].splitlines()[:3]
+    assert [int(line.split()[0]) for line in table] == [2, 4, 6]
+
+
+def test_the_best_adapter_of_the_run_is_kept_beside_the_last(command, tmp_path, monkeypatch):
+    # from the third step on the loss is climbed: the first evaluation is the best
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 0.01 if step < 2 else -0.01)
+    assert train.main(command + ["--eval-every", "2"]) == 0
+    rows = list(csv.DictReader(open(tmp_path / "out" / "log.csv")))
+    losses = [float(row["val_loss"]) for row in rows if row["val_loss"]]
+    args = train.parse_args(command)
+    val = load_train_val(args.data, None, share=train.VAL_SHARE, seed=0, strict=False)[1]
+    found = []
+    for name in ("adapter-best.pt", "adapter.pt"):
+        model, tokenizer = load_llama(command[1])
+        load_adapter(model, tmp_path / "out" / name)
+        val_set = encode_records(val, tokenizer, args.max_seq_len)[0]
+        rows = evaluation.evaluate(model, val_set, batch_size=8, precision=FP32)
+        found.append(rows[""]["loss"])
+    assert found == pytest.approx([min(losses), losses[-1]], rel=1e-6) and found[0] < found[1]
+
+
+def test_a_log_without_evaluations_gets_their_columns_when_the_run_is_resumed(command, tmp_path):
+    with in_step(3, interrupt):
+        assert train.main(command) == 130
+    log = tmp_path / "out" / "log.csv"
+    old = [row[:5] for row in csv.reader(open(log))]  # as 7f47de1 wrote it
+    log.write_text("".join(",".join(row) + "\r\n" for row in old))
+    assert train.main(command + ["--resume", "--eval-every", "5"]) == 0
+    rows = list(csv.DictReader(open(log)))
+    assert [bool(row["val_loss"]) for row in rows] == [False] * 4 + [True, False]
+    assert [row["loss"] for row in rows[:3]] == [row[1] for row in old[1:]]
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def test_each_parameter_group_keeps_its_own_peak_rate(command, tmp_path, monkeypatch):
+    original = train.make_optimizer
+
+    def lora_plus(model, *, lr, **settings):
+        optimizer = original(model, lr=lr, **settings)
+        group = optimizer.param_groups[0]
+        of_b = [p for name, p in adapter_parameters(model).items() if name.endswith("lora_B")]
+        numbers = {id(p) for p in of_b}
+        group["params"] = [p for p in group["params"] if id(p) not in numbers]
+        optimizer.add_param_group({"params": of_b, "lr": 4 * lr, "peak_lr": 4 * lr})
+        return optimizer
+
+    monkeypatch.setattr(train, "make_optimizer", lora_plus)
+    seen = []
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, step, constants, model, optimizer,
+                        scaler: seen.append([group["lr"] for group in optimizer.param_groups]))
+    assert train.main(command + ["--max-steps", "5", "--save-every", "1"]) == 0
+    assert len(seen) == 5 and all(b == pytest.approx(4 * a) for a, b in seen)
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "make_optimizer", lora_plus)
+    with in_step(3, interrupt):
+        assert train.main(command + ["--out", str(tmp_path / "again"), "--max-steps", "5"]) == 130
+    assert train.main(command + ["--out", str(tmp_path / "again"), "--max-steps", "5",
+                                 "--resume"]) == 0
+    a, b = (torch.load(tmp_path / name / "adapter.pt", weights_only=True)["tensors"]
+            for name in ("out", "again"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_moments_saved_in_another_layout_are_read_right(command, tmp_path):
+    """7f47de1 kept lora_B as a transposed view, and its checkpoints hold the moments so."""
+    flags = command + ["--dropout", "0.2"]
+    assert train.main(flags + ["--out", str(tmp_path / "whole")]) == 0
+    with in_step(3, interrupt):
+        assert train.main(flags) == 130
+    path = tmp_path / "out" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    for entry in state["optimizer"]["state"].values():
+        for name, value in entry.items():
+            if value.ndim == 3:
+                entry[name] = value.transpose(0, 1).contiguous().transpose(0, 1)
+    torch.save(state, path)
+    assert train.main(flags + ["--resume"]) == 0
+    a, b = (torch.load(tmp_path / name / "adapter.pt", weights_only=True)["tensors"]
+            for name in ("whole", "out"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_setting_that_a_checkpoint_lacks_had_its_default(command, tmp_path, capsys):
+    with in_step(3, interrupt):
+        assert train.main(command) == 130
+    path = tmp_path / "out" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    for name in ("clip", "warmup", "betas", "weight_decay", "gate"):
+        del state["settings"][name]
+    torch.save(state, path)
+    assert train.main(command + ["--resume", "--clip", "0.5", "--warmup", "0.1"]) == 2
+    assert "clip was 1.0, is 0.5, warmup was 0.03, is 0.1: give" in capsys.readouterr().err
+    assert train.main(command + ["--resume"]) == 0
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda state: state[0].pop("exp_avg"), "other names"),
+    (lambda state: state.pop(0), "other parameters"),
+    (lambda state: state[0].update(exp_avg=state[0]["exp_avg"].double()), "dtypes"),
+    (lambda state: state[0].update(exp_avg=state[0]["exp_avg"][:1]), "shapes"),
+    (lambda state: state[0].update(exp_avg=torch.zeros(1).expand(state[0]["exp_avg"].shape)),
+     "plain tensor"),
+])
+def test_an_optimizer_state_of_another_making_is_refused(command, tmp_path, capsys, change, reason):
+    with in_step(2, interrupt):
+        assert train.main(command) == 130
+    path = tmp_path / "out" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    change(state["optimizer"]["state"])
+    torch.save(state, path)
+    assert train.main(command + ["--resume"]) == 2
+    assert reason in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- real data on a real model
