@@ -11,9 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import train
 from data.corpus import pad
-from experiments.steps import ALPHA, DROPOUT, LR, Method, precision_of
+from experiments.steps import ALPHA, CLIP, DROPOUT, LR, Method, precision_of
 from tools.hf_layout import tensor_names
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")  # w1, w3, w2
@@ -90,7 +89,7 @@ def method(model, base, checkpoint):
         with precision_of(base):
             loss = model(**inputs).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, train.CLIP)
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

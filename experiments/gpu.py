@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 
 from experiments import parts
-from experiments.common import RESULTS
 from experiments.report import markdown
 from support.cli import Parser, one_line, report_failure, start_script
 from support.device import pick_device
@@ -170,7 +169,7 @@ def parse_args(argv):
     p.add_argument("--out", type=Path,
                    help="folder (experiments/results; with --tiny runs/gpu-tiny)")
     args = p.parse_args(argv)
-    args.out = args.out or (Path("runs/gpu-tiny") if args.tiny else RESULTS)
+    args.out = args.out or (Path("runs/gpu-tiny") if args.tiny else ROOT / "experiments/results")
     if args.device == "cpu" and not args.tiny:
         p.error("7B's shape takes hours on a CPU: give --tiny as well")
     if args.device.startswith("cuda") and not torch.cuda.is_available():

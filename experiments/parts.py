@@ -29,10 +29,12 @@ from eval_mmlu import letter_logprobs, score_prompts
 from experiments import steps
 from experiments.steps import METHODS, OURS, ours, random_base, random_batch, time_rounds
 from hydralora import HydraLinear
-from support.cli import one_line, out_of_memory
+from model import ModelArgs
+from support import memory
+from support.cli import is_out_of_memory, one_line
 from support.files import read_json
+from support.memory import GIB, Watch
 
-GIB = 2**30
 FOREIGN = ("PEFT LoRA r24", "looped HydraLoRA 3 x 8")  # may be absent, or fail in their own ways
 # method: what HydraLoRA should reach against it
 AIMS = {"LoRA r24": ("HydraLoRA 3 x 8 over LoRA r24, time", "<=", 1.10),
@@ -98,10 +100,10 @@ def attempt(report, name, device, work, foreign=False):
     try:
         return work()
     except Exception as error:
-        if not (foreign or out_of_memory(error)):
+        if not (foreign or is_out_of_memory(error)):
             raise
         reason = one_line(str(error).split(". ")[0])
-        kind = "too little memory on the card" if out_of_memory(error) else type(error).__name__
+        kind = "too little memory on the card" if is_out_of_memory(error) else type(error).__name__
     report.note(f"{name}: skipped, {kind} ({reason})")
     steps.free(device)
     return None
@@ -209,22 +211,11 @@ def compare_growth(report, base, axes, *, tokens, batch_tokens=0, device, rounds
 
 def kept_bytes(heads, tokens=512, inputs=576, outputs=1536):
     """Bytes that one adapted layer keeps for the backward pass in addition to its own weights."""
-    torch.manual_seed(0)
     layer = HydraLinear(torch.nn.Linear(inputs, outputs, bias=False), rank=8, heads=heads,
-                        dropout=steps.DROPOUT).train()
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                        dropout=steps.DROPOUT)
+    with Watch() as watch:
         y = layer(torch.randn(tokens, inputs, requires_grad=True))
-    del y  # alive until here, so that no address was used twice
-    return sum(kept.values())
+    return watch.now - y.nbytes
 
 
 # ---------------------------------------------------------------- where the time goes
@@ -492,3 +483,50 @@ def measure_commands(report, scale, device):
                           ("MMLU", measure_mmlu)):
         attempt(report, name, device, partial(measure, report, scale, device))
         steps.free(device)
+
+
+def total_memory(device):
+    """Bytes of the card; no bound on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    return math.inf
+
+
+def peak_of_step(shape, tokens, checkpoint, device):
+    """Bytes allocated at most in HydraLoRA's second step, everything included; 0 on a CPU."""
+    base = random_base(shape, device, torch.bfloat16)
+    method = ours(base, rank=8, heads=3, checkpoint=checkpoint)
+    batch = [Sequence([5] * (tokens + 1), 1, 0, "")]  # every token a target, as in --dry-run
+    method.step(batch)
+    steps.peak_beyond(partial(method.step, batch), device)
+    return steps.allocated(device, peak=True)
+
+
+def measure_memory(report, scale, device):
+    """Each size with what --dry-run computes and what it takes; what cannot fit is not tried."""
+    for size, shape in (("7B", scale.seven), ("13B", scale.thirteen)):
+        for kind, checkpoint in CHECKPOINT.items():
+            need = memory.measure_step(
+                ModelArgs(**shape), dict(rank=8, heads=3, dropout=steps.DROPOUT), dtype="bf16",
+                make_optimizer=partial(train.make_optimizer, lr=steps.LR), step=steps.take_step,
+                batch_size=1, length=scale.tokens, checkpoint=checkpoint)
+            if need.gpu > total_memory(device):
+                report.note(f"{size}, {kind}: skipped, too little memory on the card "
+                            f"({need.gpu / GIB:.1f} GiB are needed)")
+                continue
+            peak = attempt(report, f"{size}, {kind}", device, partial(
+                peak_of_step, shape, scale.tokens, checkpoint, device))
+            measured = {}
+            if peak:
+                reserved = torch.get_device_module(device).max_memory_reserved(device)
+                measured = {"measured GiB": peak / GIB,
+                            "measured over computed": peak / need.total,
+                            "held by torch GiB": reserved / GIB}
+            report.row("peak of a step and --dry-run's sum", {
+                "size": size, "activations": kind, "computed GiB": need.total / GIB, **measured,
+                "a GPU needs, by --dry-run": need.gpu / GIB})
+            steps.free(device)
+
+
+MEASURES = {"step": measure_step, "memory": measure_memory, "commands": measure_commands,
+            "growth": measure_growth, "profile": measure_profile}

@@ -35,7 +35,7 @@ SMOL = dict(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, vocab_size=32000, mul
 LLAMA_7B = dict(dim=4096, n_layers=32, n_heads=32, vocab_size=32000, multiple_of=256,
                 max_seq_len=4096)
 LLAMA_13B = {**LLAMA_7B, "dim": 5120, "n_layers": 40, "n_heads": 40}
-ALPHA, DROPOUT, LR = 32.0, 0.05, 1e-4  # of every method
+ALPHA, DROPOUT, LR, CLIP = 32.0, 0.05, 1e-4, 1.0  # of every method
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)  # only fp16 needs one
 
 # ---------------------------------------------------------------- models and batches
@@ -204,7 +204,7 @@ def on_base(base, checkpoint=False):
 
 def take_step(model, batches, optimizer):
     """One step as train.py takes it, of several micro-batches."""
-    return train.train_step(model, batches, optimizer, NO_SCALER, clip=train.CLIP,
+    return train.train_step(model, batches, optimizer, NO_SCALER, clip=CLIP,
                             precision=precision_of(model))
 
 
@@ -276,7 +276,7 @@ def head_everywhere(base):
         labels = torch.full((batch.tokens.numel(),), -100)
         labels[batch.target_index] = batch.labels
         F.cross_entropy(method.model(batch.tokens).flatten(0, 1), labels).backward()
-        torch.nn.utils.clip_grad_norm_(trained, train.CLIP)
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
         method.optimizer.step()
         method.optimizer.zero_grad(set_to_none=True)
 
