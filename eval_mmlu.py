@@ -2,7 +2,8 @@
 
 Prompts are those of Hendrycks et al. 2021 byte for byte; the answer is the likeliest of the four
 letters as the next token. A subject's questions share their first tokens, header and shots: their
-keys and values are computed once, and each batch of questions continues them.
+keys and values are computed once, and each batch of questions continues them. The paper prints
+scores without intervals; these say what a difference is worth.
 
     python eval_mmlu.py --adapter runs/hydralora/adapter.pt
     python eval_mmlu.py --compare runs/mmlu.json runs/hydralora/mmlu.json
@@ -15,7 +16,6 @@ import math
 import os
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -23,19 +23,22 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data import WORLD
-from data.mmlu import LETTERS, encode_prompt, letter_ids, read_questions
+from data.mmlu import CATEGORY, LETTERS, encode_prompt, letter_ids, read_questions
 from hydralora import base_fingerprint
-from support.cli import Parser, check_min, progress, run_script
+from support.cli import Parser, check_min, progress, report_failure, start_script
 from support.device import add_device_flags, pick_device, pick_dtype
-from support.diagnose import explained, print_default_length, stated_length
+from support.diagnose import print_default_length, stated_length
 from support.distributed import add_shard_flag, process_group
-from support.files import digest, write_json
+from support.files import digest, read_json, write_json
 from support.jsonl_resume import append_row, open_partial, read_partial, remove_partial
 from support.lock import file_lock
 from support.run_folder import load_model_and_adapter
-from support.scores import compare, print_summary, summarise
 
 QUESTION = {"subject": str, "index": int, "prediction": str, "answer": str, "logprobs": list}
+Z = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
+MOST_MOVED = 10  # subjects that --compare names
+
+# ---------------------------------------------------------------- four letters
 
 
 @torch.inference_mode()
@@ -69,41 +72,39 @@ def letter_logprobs(model, rows, letters, prefix=None):
 
 
 def score_prompts(model, prompts, letters, *, batch_size, done=(), share_prefix=True):
-    """Yields (indices, their log-probabilities) batch by batch, for one subject's encoded prompts.
+    """Yields (indices, their log-probabilities) batch by batch, for one subject's Prompts.
 
-    Batches depend on the prompts alone; one whose indices are all in `done` is passed over, so a
-    resumed run computes what an uninterrupted one would, bit for bit.
+    Batches depend on the prompts alone, and one whose indices are all in `done` is skipped, so a
+    resumed run computes what an uninterrupted one would, bit for bit. Without share_prefix every
+    prompt is computed as a whole.
     """
-    for shots in sorted({kept for _, kept in prompts}, reverse=True):
-        group = sorted((i for i, (_, kept) in enumerate(prompts) if kept == shots),
-                       key=lambda i: len(prompts[i][0]), reverse=True)
+    for shots in sorted({p.shots - p.truncated for p in prompts}, reverse=True):
+        group = [i for i, p in enumerate(prompts) if p.shots - p.truncated == shots]
+        group.sort(key=lambda i: len(prompts[i].ids), reverse=True)
         # found in the ids, since a merge may join the end of the shots to the question's start
-        shared = os.path.commonprefix([prompts[i][0] for i in group])
-        shared = shared[:len(prompts[group[-1]][0]) - 1]  # each question keeps a token of its own
+        shared = os.path.commonprefix([prompts[i].ids for i in group])
+        shared = shared[:len(prompts[group[-1]].ids) - 1]  # a question has a token of its own
         prefix = None
-        for at in range(0, len(group), batch_size):
-            batch = group[at:at + batch_size]
+        for start in range(0, len(group), batch_size):
+            batch = group[start:start + batch_size]
             if set(batch) <= set(done):
                 continue
             if share_prefix and prefix is None:
                 prefix = prefix_cache(model, shared)
-            yield batch, letter_logprobs(model, [prompts[i][0] for i in batch], letters, prefix)
-
-
-# ---------------------------------------------------------------- the run
+            rows = [prompts[i].ids for i in batch]
+            yield batch, letter_logprobs(model, rows, letters, prefix)
 
 
 def answer_questions(model, tokenizer, questions, examples, *, batch_size, done, file):
     """Completes `done`, {(subject, index): question}, and appends each new one to the file as a
-    line of JSON. Returns a Counter of how many shots the prompts kept, and one of their tokens."""
-    letters, kept, lengths = letter_ids(tokenizer), Counter(), Counter()
+    line of JSON. Returns the Prompts of all questions."""
+    letters, found = letter_ids(tokenizer), []
     total = sum(map(len, questions.values()))
     with progress(total=total, initial=len(done), unit=" questions") as bar:
         for subject, rows in questions.items():
             prompts = [encode_prompt(tokenizer, subject, examples[subject], row,
                                      model.args.max_seq_len) for row in rows]
-            kept.update(shots for _, shots in prompts)
-            lengths.update(len(ids) for ids, _ in prompts)
+            found += prompts
             before = {index for name, index in done if name == subject}
             for batch, logprobs in score_prompts(model, prompts, letters, batch_size=batch_size,
                                                  done=before):
@@ -119,59 +120,197 @@ def answer_questions(model, tokenizer, questions, examples, *, batch_size, done,
                 right = sum(q["prediction"] == q["answer"] for q in done.values())
                 bar.set_postfix_str(f"accuracy {right / len(done):.2%}", refresh=False)
                 bar.update(len(done) - bar.n)
-    return kept, lengths
+    return found
 
 
-def count_beyond(weights, longest, lengths):
-    """How many of the prompts {tokens: count} are longer than the model was made for, and says so;
-    None where that is not known, or prompts may not be longer."""
+# ---------------------------------------------------------------- intervals and comparisons
+
+
+def wilson(right, n):
+    """Wilson's interval of an accuracy: within [0, 1], and never of no width."""
+    p, shrink = right / n, 1 / (1 + Z * Z / n)
+    centre = shrink * (p + Z * Z / (2 * n))
+    half = shrink * Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def macro_interval(counts):
+    """The interval of the mean accuracy over these subjects, each (right, n): normal, from the sum
+    of their binomial variances. Two right and two wrong answers more (Agresti and Coull 1998)
+    keep the variance of a subject that is all right or all wrong from being zero."""
+    macro = sum(right / n for right, n in counts) / len(counts)
+    padded = [((right + 2) / (n + 4), n) for right, n in counts]
+    half = Z * math.sqrt(sum(p * (1 - p) / n for p, n in padded)) / len(counts)
+    return [max(0.0, macro - half), min(1.0, macro + half)]
+
+
+def paired_interval(only_a, only_b, n):
+    """The interval of accuracy B minus accuracy A on the same n questions, from how many only A and
+    only B got right: Wald's, with half a question more in each cell of the 2 x 2 table (Agresti
+    and Min 2005), so that it has a width even where A and B agree."""
+    difference = (only_b - only_a) / (n + 2)
+    half = Z * math.sqrt(((only_a + only_b + 1) / (n + 2) - difference ** 2) / (n + 2))
+    return [difference - half, difference + half]
+
+
+def mcnemar(only_a, only_b):
+    """McNemar's exact two-sided p: if A and B were equally good, each question that only one of
+    them got right would be a fair coin."""
+    n = only_a + only_b
+    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2 ** n)
+
+
+def tally(questions, name_of):
+    """{name: (right, n)} in alphabetical order, name_of(subject) being the name."""
+    counts = {}
+    for q in questions:
+        name = name_of(q["subject"])
+        right, n = counts.get(name, (0, 0))
+        counts[name] = right + (q["prediction"] == q["answer"]), n + 1
+    return dict(sorted(counts.items()))
+
+
+def summarise(questions):
+    """Micro and macro accuracy, those of subjects and categories, each with n and interval."""
+    subjects = tally(questions, lambda subject: subject)
+    categories = tally(questions, lambda subject: CATEGORY.get(subject, "uncategorised"))
+    right, n = map(sum, zip(*subjects.values()))
+    result = {"accuracy": right / n, "n": n,
+              "macro": sum(r / m for r, m in subjects.values()) / len(subjects),
+              "intervals": {"accuracy": wilson(right, n),
+                            "macro": macro_interval(subjects.values())}}
+    for key, counts in (("subjects", subjects), ("categories", categories)):
+        result[key] = {name: {"accuracy": r / m, "n": m} for name, (r, m) in counts.items()}
+        result["intervals"][key] = {name: wilson(r, m) for name, (r, m) in counts.items()}
+    return result
+
+
+def print_summary(result):
+    def line(name, n, accuracy, interval):
+        print(f"{name:40}{n:6}{accuracy:10.2%}   [{interval[0]:.2%}, {interval[1]:.2%}]")
+
+    intervals = result["intervals"]
+    print(f"\n{'':40}{'n':>6}{'accuracy':>10}   95 % interval")
+    for key in ("subjects", "categories"):
+        for name, entry in result[key].items():
+            line(name, entry["n"], entry["accuracy"], intervals[key][name])
+        print()
+    line("macro, the mean of subjects (normal)", result["n"], result["macro"], intervals["macro"])
+    line("micro, all questions (Wilson)", result["n"], result["accuracy"], intervals["accuracy"])
+
+
+def read_result(path):
+    """(settings, {(subject, index, answer): right?}) of a file that eval_mmlu.py wrote."""
+    try:
+        result = read_json(path)
+        right = {(q["subject"], q["index"], q["answer"]): q["prediction"] == q["answer"]
+                 for q in result["questions"]}
+        if not right or not all(isinstance(subject, str) for subject, _, _ in right):
+            raise ValueError("it needs questions, each with a subject")
+        return dict(result["settings"]), right
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a result of eval_mmlu.py: {error!r}") from error
+
+
+def compare(path_a, path_b):
+    """Prints what result B gains on result A; raises ValueError where their questions differ."""
+    (settings_a, a), (settings_b, b) = read_result(path_a), read_result(path_b)
+    if a.keys() != b.keys():
+        raise ValueError(f"{path_a} and {path_b} are not on the same questions: "
+                         f"{len(a.keys() - b.keys())} are only in the first, "
+                         f"{len(b.keys() - a.keys())} only in the second")
+    for key in settings_a:
+        if settings_a[key] != settings_b.get(key):
+            print(f"{key:16}A {settings_a[key]}, B {settings_b.get(key)}")
+    n, right_a, right_b = len(a), sum(a.values()), sum(b.values())
+    both = sum(a[key] and b[key] for key in a)
+    only_a, only_b = right_a - both, right_b - both
+    low, high = paired_interval(only_a, only_b, n)
+    print(f"A {right_a / n:.2%}, B {right_b / n:.2%} of {n} questions; "
+          f"right only in A {only_a}, only in B {only_b}")
+    print(f"B - A {100 * (right_b - right_a) / n:+.2f} points, 95 % interval "
+          f"[{100 * low:+.2f}, {100 * high:+.2f}] (Agresti-Min); "
+          f"McNemar's exact p {mcnemar(only_a, only_b):.3g}")
+    moves = {}
+    for key in a:
+        moves.setdefault(key[0], []).append(b[key] - a[key])
+    means = {subject: sum(values) / len(values) for subject, values in moves.items()}
+    for subject in sorted(means, key=lambda name: (-abs(means[name]), name))[:MOST_MOVED]:
+        if means[subject]:
+            print(f"{subject:40}{100 * means[subject]:+10.2f} points")
+
+
+# ---------------------------------------------------------------- the run
+
+
+def shortened_prompts(prompts, shots):
+    """How many shots were dropped, and from how many prompts; how many questions were cut too."""
+    return {"shots_dropped": sum(shots - p.shots for p in prompts),
+            "prompts_shortened": sum(p.shots < shots or p.truncated for p in prompts),
+            "prompts_cut": sum(p.truncated for p in prompts)}
+
+
+def count_overlong(weights, longest, prompts):
+    """How many prompts are longer than the model was made for, printed as well; None if that
+    length is not known, or if prompts may not exceed it."""
     stated = stated_length(weights)
     if not stated or longest <= stated:
         return None
-    beyond = sum(count for length, count in lengths.items() if length > stated)
-    print(f"{beyond} of {sum(lengths.values())} prompts are longer than the {stated} tokens that "
-          "the model was made for (max_seq_len in its params.json)")
-    return beyond
+    count = sum(len(p.ids) > stated for p in prompts)
+    print(f"{count} of {len(prompts)} prompts are longer than the {stated} tokens that the model "
+          "was made for (max_seq_len in its params.json)")
+    return count
 
 
 def score_questions(args):
-    """Measures what the arguments say, from where a stopped run was, and writes args.out."""
-    with explained(data=args.data.rglob("*.csv")):
-        questions, examples = read_questions(args.data, subjects=args.subjects, shots=args.shots,
-                                             limit=args.limit)
-    model, tokenizer = load_model_and_adapter(args)
-    # what the answers depend on: a run goes on from a partial file only if all of it is the same
-    deciding = {
+    """Answers the questions, from where a stopped run was, and writes args.out."""
+    questions, examples = read_questions(args.data, subjects=args.subjects, shots=args.shots,
+                                         limit=args.limit)
+    model, tokenizer = load_model_and_adapter(
+        args.weights, args.adapter, device=args.device, dtype=args.dtype,
+        max_seq_len=args.max_seq_len, shard_base=args.shard_base)
+    # what the answers depend on: a stopped run is continued only if all of it is the same
+    cache_key = {
         "weights_digest": digest(base_fingerprint(model)),
         "adapter_digest": digest(args.adapter.read_bytes()) if args.adapter else None,
         "data_digest": digest(questions, examples), "shots": args.shots, "limit": args.limit,
         "subjects": len(questions), "max_seq_len": model.args.max_seq_len, "dtype": args.dtype}
     settings = {"weights": str(args.weights), "adapter": args.adapter and str(args.adapter),
                 "data": str(args.data), "device": args.device, "batch_size": args.batch_size,
-                **deciding}
+                **cache_key}
     print("\n".join(f"{key:16}{value}" for key, value in settings.items()))
     print_default_length(args.weights, model.args.max_seq_len, args.max_seq_len)
     partial = Path(f"{args.out}.partial")
-    done = read_partial(partial, deciding, columns=QUESTION, name=("subject", "index"))
-    before, started = len(done), time.perf_counter()
-    with open_partial(partial, deciding, done) as file:
-        kept, lengths = answer_questions(model, tokenizer, questions, examples,
-                                         batch_size=args.batch_size, done=done, file=file)
+    done = read_partial(partial, cache_key, columns=QUESTION, name=("subject", "index"))
+    before = len(done)
+    started = time.perf_counter()
+    with open_partial(partial, cache_key, done) as file:
+        prompts = answer_questions(model, tokenizer, questions, examples,
+                                   batch_size=args.batch_size, done=done, file=file)
     seconds = time.perf_counter() - started
-    # a shortened prompt lost shots, a cut one the beginning of its question too (kept is -1)
-    result = {"settings": settings, **summarise([done[key] for key in sorted(done)]),
-              "shots_dropped": sum((args.shots - max(k, 0)) * n for k, n in kept.items()),
-              "prompts_shortened": sum(n for k, n in kept.items() if k < args.shots),
-              "prompts_cut": kept[-1], "questions": [done[key] for key in sorted(done)]}
+    answers = [done[key] for key in sorted(done)]
+    shortened = shortened_prompts(prompts, args.shots)
+    result = {"settings": settings, **summarise(answers), **shortened}
     print_summary(result)
-    print(f"{result['shots_dropped']} shots dropped from {result['prompts_shortened']} prompts too "
-          f"long for {model.args.max_seq_len} tokens, {result['prompts_cut']} of them cut as well")
-    result["prompts_beyond"] = count_beyond(args.weights, model.args.max_seq_len, lengths)
+    print(f"{shortened['shots_dropped']} shots dropped from {shortened['prompts_shortened']} "
+          f"prompts too long for {model.args.max_seq_len} tokens, {shortened['prompts_cut']} of "
+          "them cut as well")
+    result["prompts_beyond"] = count_overlong(args.weights, model.args.max_seq_len, prompts)
+    result["questions"] = answers
     print(f"{len(done) - before} questions in {seconds:.1f} s, "
-          f"{(len(done) - before) / seconds:.1f} a second")
+          f"{(len(done) - before) / seconds:.1f} per second")
     write_json(args.out, result)
     remove_partial(partial)
     print(f"wrote {args.out}")
+
+
+def run(args):
+    if args.compare:
+        compare(*args.compare)
+        return
+    with process_group(args.device, args.shard_base), file_lock(f"{args.out}.lock", args.out):
+        score_questions(args)
 
 
 def parse_args(argv):
@@ -181,40 +320,39 @@ def parse_args(argv):
     p.add_argument("--data", type=Path, default=WORLD / "quiz",
                    help="folder with dev/SUBJECT_dev.csv, test/SUBJECT_test.csv (the world's quiz)")
     p.add_argument("--adapter", type=Path, help="adapter.pt to put on the base (none)")
-    p.add_argument("--shots", type=int, default=5, help="solved examples a prompt, 0: none (5)")
+    p.add_argument("--shots", type=int, default=5, help="solved examples per prompt, 0: none (5)")
     p.add_argument("--subjects", help="names with commas between (all in --data)")
     p.add_argument("--limit", type=int, help="only the first N questions of each subject (all)")
-    p.add_argument("--max-seq-len", type=int, help="tokens a prompt may have (the checkpoint's)")
-    p.add_argument("--batch-size", type=int, default=8, help="questions a forward pass (8)")
+    p.add_argument("--max-seq-len", type=int, help="tokens per prompt (the checkpoint's)")
+    p.add_argument("--batch-size", type=int, default=8, help="questions per forward pass (8)")
     add_device_flags(p)
     add_shard_flag(p)
     p.add_argument("--out", type=Path, help="result (mmlu.json beside the adapter, or in runs/)")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), type=Path,
                    help="print what result B gains on result A, and measure nothing (off)")
     args = p.parse_args(argv)
-    args.device = pick_device(args.device)
-    args.dtype = pick_dtype(args.dtype, args.device)
     args.subjects = None if args.subjects is None else args.subjects.split(",")
     args.out = args.out or (args.adapter.parent if args.adapter else Path("runs")) / "mmlu.json"
-    check_min(args, shots=0, limit=1, max_seq_len=2, batch_size=1)
-    if args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a folder: name a file in it")
+    try:
+        args.device = pick_device(args.device)
+        args.dtype = pick_dtype(args.dtype, args.device)
+        check_min(args, shots=0, limit=1, max_seq_len=2, batch_size=1)
+        if args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a folder: name a file in it")
+    except ValueError as error:
+        p.error(str(error))
     return args
 
 
-def score_or_compare(argv):
-    args = parse_args(argv)
-    if args.compare:
-        compare(*args.compare)
-    else:
-        with process_group(args), file_lock(f"{args.out}.lock", args.out):
-            score_questions(args)
-
-
 def main(argv=None):
-    return run_script("eval_mmlu.py", lambda: score_or_compare(argv), argv,
-                      stopped="stopped; the same command goes on from here",
-                      memory="the same command with a smaller --batch-size goes on from here")
+    args = parse_args(argv)
+    start_script()
+    try:
+        return run(args) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(
+            error, "eval_mmlu.py", args, stopped="stopped; rerun the same command to continue",
+            memory="rerun the same command with a smaller --batch-size to continue")
 
 
 if __name__ == "__main__":

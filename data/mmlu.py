@@ -5,11 +5,12 @@ shots, and test/SUBJECT_test.csv, the questions; a row is question, A, B, C, D, 
 eval_mmlu.py:
 
     questions, examples = read_questions(Path("data/world/quiz"), shots=5)
-    ids, shots_kept = encode_prompt(tokenizer, subject, examples[subject], row, max_seq_len)
+    prompt = encode_prompt(tokenizer, subject, examples[subject], row, max_seq_len)
 """
 
 import csv
 import io
+from typing import NamedTuple
 
 LETTERS = ("A", "B", "C", "D")
 CATEGORIES = {  # the benchmark's own table; a subject outside it counts as "uncategorised"
@@ -92,14 +93,20 @@ def format_prompt(subject, shots, row):
     return header + "".join(format_example(s, True) for s in shots) + format_example(row, False)
 
 
+class Prompt(NamedTuple):
+    ids: list  # BOS and the prompt
+    shots: int  # how many solved examples it holds
+    truncated: bool  # whether not even the bare question fitted
+
+
 def encode_prompt(tokenizer, subject, shots, row, max_seq_len):
-    """(ids, shots kept): shots go, last first, until the prompt fits; where the bare question does
-    not fit either, its end stays behind BOS and the count is -1."""
-    for kept in range(len(shots), -1, -1):
-        ids = tokenizer.encode(format_prompt(subject, shots[:kept], row))
+    """The Prompt of a question. Shots are dropped, last first, until it fits; if the bare question
+    does not fit either, its end stays behind BOS."""
+    for count in range(len(shots), -1, -1):
+        ids = tokenizer.encode(format_prompt(subject, shots[:count], row))
         if len(ids) <= max_seq_len:
-            return ids, kept
-    return ids[:1] + ids[1 - max_seq_len:], -1
+            return Prompt(ids, count, False)
+    return Prompt(ids[:1] + ids[1 - max_seq_len:], 0, True)
 
 
 def letter_ids(tokenizer):

@@ -127,6 +127,14 @@ def same_signal_handlers():
         signal.signal(number, handler)
 
 
+def status_of(main, flags):
+    """The exit status of a script, also if its flags are refused."""
+    try:
+        return main([str(flag) for flag in flags])
+    except SystemExit as end:
+        return end.code
+
+
 def interrupt():
     """Ctrl-C to this process."""
     os.kill(os.getpid(), signal.SIGINT)

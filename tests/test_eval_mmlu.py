@@ -1,4 +1,4 @@
-"""eval_mmlu.py, data/questions.py, data/scores.py: prompts, scores, intervals, resuming."""
+"""eval_mmlu.py and data/mmlu.py: prompts, scores, intervals, resuming."""
 
 import csv
 import hashlib
@@ -20,12 +20,18 @@ from data.mmlu import (
     read_questions,
     read_rows,
 )
-from eval_mmlu import main, score_prompts
-from experiments import benchmark_mmlu
+from eval_mmlu import (
+    macro_interval,
+    main,
+    mcnemar,
+    paired_interval,
+    score_prompts,
+    summarise,
+    wilson,
+)
 from hydralora import add_hydralora, load_adapter, save_adapter
 from model import load_llama, save_llama
-from support.scores import macro_interval, mcnemar, paired_interval, summarise, wilson
-from tests.conftest import ROOT, WORLD, asset, tiny_model
+from tests.conftest import ROOT, WORLD, asset, status_of, tiny_model
 
 TOKENIZER = WORLD / "base" / "tokenizer.model"
 GOLDEN = "4ba9144a26766d9bce07bd2117de8f10a41a59fc7fc460b08d376bbcf2186064"
@@ -67,9 +73,8 @@ def weights(tmp_path_factory):
 def evaluate(weights, quiz, tmp_path):
     """Runs the script on the small quiz, 3-shot; gives (exit status, the result or None)."""
     def run(*flags, out=tmp_path / "out.json"):
-        status = main([str(flag) for flag in
-                       ("--weights", weights, "--data", quiz, "--shots", 3, "--device", "cpu",
-                        "--out", out, *flags)])
+        status = status_of(main, ["--weights", weights, "--data", quiz, "--shots", 3, "--device",
+                                  "cpu", "--out", out, *flags])
         return status, json.loads(out.read_text()) if status == 0 else None
     return run
 
@@ -103,8 +108,8 @@ def assert_scores_equal_the_twin(model, tokenizer, root, *, subjects, shots, lim
     for subject, rows in questions.items():
         prompts = [encode_prompt(tokenizer, subject, examples[subject], row, max_seq_len)
                    for row in rows]
-        kept += [shots for _, shots in prompts]
-        want = torch.tensor([uncached(model, tokenizer, ids) for ids, _ in prompts])
+        kept += [-1 if prompt.truncated else prompt.shots for prompt in prompts]
+        want = torch.tensor([uncached(model, tokenizer, prompt.ids) for prompt in prompts])
         for batch_size in batch_sizes:
             got = torch.full_like(want, math.nan)
             for batch, logprobs in score_prompts(model, prompts, letter_ids(tokenizer),
@@ -148,16 +153,18 @@ def test_shots_are_dropped_last_first_until_the_prompt_fits(tokenizer):
     lengths = [len(tokenizer.encode(format_prompt("anatomy", DEV[:k], TEST[0]))) for k in range(4)]
     for k in range(4):
         whole = tokenizer.encode(format_prompt("anatomy", DEV[:k], TEST[0]))
-        assert encode_prompt(tokenizer, "anatomy", DEV, TEST[0], lengths[k]) == (whole, k)
+        found = encode_prompt(tokenizer, "anatomy", DEV, TEST[0], lengths[k])
+        assert found == (whole, k, False)
         if k:
-            assert encode_prompt(tokenizer, "anatomy", DEV, TEST[0], lengths[k] - 1)[1] == k - 1
+            found = encode_prompt(tokenizer, "anatomy", DEV, TEST[0], lengths[k] - 1)
+            assert found.shots == k - 1
 
 
 def test_a_question_too_long_by_itself_keeps_bos_and_its_end(tokenizer):
     whole = tokenizer.encode(format_prompt("anatomy", [], TEST[0]))
     for size in (2, 10, len(whole) - 1):
-        ids, kept = encode_prompt(tokenizer, "anatomy", DEV, TEST[0], size)
-        assert (len(ids), kept) == (size, -1)
+        ids, shots, truncated = encode_prompt(tokenizer, "anatomy", DEV, TEST[0], size)
+        assert (len(ids), shots, truncated) == (size, 0, True)
         assert ids == [tokenizer.bos_id] + whole[-(size - 1):]
 
 
@@ -327,7 +334,7 @@ def test_a_terminal_sees_the_accuracy_as_it_runs(evaluate, capsys, monkeypatch):
 
 def test_dropped_shots_are_counted_and_printed(evaluate, tokenizer, capsys):
     _, result = evaluate("--max-seq-len", 150, "--subjects", "anatomy")
-    kept = [encode_prompt(tokenizer, "anatomy", DEV, row, 150)[1] for row in TEST]
+    kept = [encode_prompt(tokenizer, "anatomy", DEV, row, 150).shots for row in TEST]
     assert result["settings"]["max_seq_len"] == 150
     assert result["shots_dropped"] == sum(3 - k for k in kept) > 0
     assert f"{result['shots_dropped']} shots dropped from" in capsys.readouterr().out
@@ -340,7 +347,7 @@ def test_prompts_longer_than_the_model_was_made_for_are_counted_where_that_is_kn
     params = json.loads((weights / "params.json").read_text())
     (short / "params.json").write_text(json.dumps({**params, "max_seq_len": 150}))
     _, result = evaluate("--weights", short, "--max-seq-len", 512, "--subjects", "anatomy")
-    beyond = sum(len(encode_prompt(tokenizer, "anatomy", DEV, row, 512)[0]) > 150 for row in TEST)
+    beyond = sum(len(encode_prompt(tokenizer, "anatomy", DEV, row, 512).ids) > 150 for row in TEST)
     assert result["prompts_beyond"] == beyond > 0
     out = capsys.readouterr().out
     assert f"{beyond} of 5 prompts are longer than the 150 tokens" in out and "default" not in out
@@ -410,7 +417,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(evaluate, tmp_path, monkeypat
     monkeypatch.setattr(eval_mmlu, "letter_logprobs", stop_at_third)
     capsys.readouterr()
     assert evaluate(*flags)[0] == 130
-    assert "the same command goes on" in capsys.readouterr().err.splitlines()[-1]
+    assert "rerun the same command" in capsys.readouterr().err.splitlines()[-1]
     partial = tmp_path / "out.json.partial"
     lines = partial.read_text().splitlines()
     assert len(lines) == 1 + 4
@@ -449,7 +456,7 @@ def test_running_out_of_gpu_memory_says_what_to_do(evaluate, monkeypatch, capsys
 
     monkeypatch.setattr(eval_mmlu, "letter_logprobs", fail)
     assert evaluate()[0] == 1
-    assert "smaller --batch-size goes on" in capsys.readouterr().err.splitlines()[-1]
+    assert "with a smaller --batch-size" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_compare_prints_difference_interval_test_and_movers(tmp_path, capsys):
@@ -543,14 +550,6 @@ def test_the_script_runs_on_the_embedded_quiz_as_it_is(tmp_path):
                           tmp_path / "mmlu.json"], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert json.loads((tmp_path / "mmlu.json").read_text())["n"] == 2 * 3
-
-
-def test_the_benchmark_finds_the_same_answers_both_ways(capsys):
-    benchmark_mmlu.main(["--tokenizer", str(TOKENIZER), "--data", str(WORLD / "quiz"), "--subject",
-                         "high_school_geography", "--questions", "4", "--batch-size", "2",
-                         "--layers", "1", "--repeats", "1", "--device", "cpu"])
-    printed = capsys.readouterr().out
-    assert "4 prompts" in printed and "4 of 4 answers the same" in printed
 
 
 # ---------------------------------------------------------------- what editors and archives make
