@@ -49,7 +49,7 @@ def measure_memory(report):
     for heads, size in kept.items():
         report.row("kept for the backward pass by one adapted layer", {
             "heads": heads, "MiB": size / 2**20, "times one head": size / kept[1]})
-    report.aim("aims", "bytes kept, 8 heads over 1", kept[8] / kept[1], "<=", 1.5)
+    parts.report_aim(report, "aims", "bytes kept, 8 heads over 1", kept[8] / kept[1], "<=", 1.5)
     return {}
 
 
@@ -65,8 +65,7 @@ def measure_dolly(report, base, *, data, tokenizer, batch_size, batches, rounds)
     epochs = {OURS: grouped, "PEFT LoRA r24": padded}
     methods = {}
     for name, epoch in epochs.items():
-        method = parts.attempt(report, f"{name}, {table}", "cpu", partial(METHODS[name], base),
-                               foreign=name in parts.FOREIGN)
+        method = parts.attempt(report, name, partial(METHODS[name], base), f", {table}")
         if method:
             method.step(epoch[0])  # warm
             methods[name] = method
@@ -81,7 +80,7 @@ def measure_dolly(report, base, *, data, tokenizer, batch_size, batches, rounds)
         width = mean(max(len(s.ids) for s in batch) for batch in epochs[name])
         report.row(table, {"method": name, "records/s": rate, "positions per record": round(width)})
     if len(rates) == 2:
-        report.aim("aims", f"our loop over PEFT's, records/s ({kind} lengths)",
+        parts.report_aim(report, "aims", f"our loop over PEFT's, records/s ({kind} lengths)",
                    rates[OURS] / rates["PEFT LoRA r24"], ">=", 1.5)
     return seconds
 
@@ -120,8 +119,7 @@ def measure_compile(report, base, *, tokens, rounds):
 def measure_mmlu(report, base, *, rounds):
     """32 questions of one subject, whose lengths are the median of MMLU's 57."""
     subjects = parts.drawn_prompts(1, 32, (380, 520), base.args.vocab_size)
-    return parts.compare_prefix(report, "MMLU, five shots, drawn prompts", base.eval(), subjects,
-                                device="cpu", rounds=rounds)
+    return parts.compare_prefix(report, base.eval(), subjects, device="cpu", rounds=rounds)
 
 
 def parse_args(argv):

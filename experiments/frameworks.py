@@ -65,7 +65,7 @@ def llama(base):
 def peft_lora(base, *, rank, checkpoint=False):
     config = LoraConfig(r=rank, lora_alpha=ALPHA, lora_dropout=DROPOUT, bias="none",
                         target_modules=list(FEED_FORWARD), task_type="CAUSAL_LM")
-    return method(get_peft_model(llama(base), config), base, checkpoint)
+    return as_method(get_peft_model(llama(base), config), base, checkpoint)
 
 
 def looped_hydra(base, *, rank, heads, checkpoint=False):
@@ -74,15 +74,16 @@ def looped_hydra(base, *, rank, heads, checkpoint=False):
         for name in FEED_FORWARD:
             linear = getattr(layer.mlp, name)
             setattr(layer.mlp, name, LoopedHydra(linear, rank, heads))
-    return method(model, base, checkpoint)
+    return as_method(model, base, checkpoint)
 
 
-def method(model, base, checkpoint):
-    """The Method with the model's own loss, AdamW fused, the gradient clipped as ours is."""
+def as_method(model, base, checkpoint):
+    """With the model's own loss, AdamW fused, the gradient clipped as ours is."""
     if checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
+    method = Method(model, optimizer)
 
     def step(batch):
         inputs = padded(batch, base.output.weight.device)
@@ -93,7 +94,8 @@ def method(model, base, checkpoint):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Method(model, optimizer, step)
+    method.step = step
+    return method
 
 
 def padded(batch, device):

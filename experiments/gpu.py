@@ -104,8 +104,8 @@ def conditions(device, tiny):
 def run_part(part, out, device, tiny):
     """One part in this process. Raises ValueError if its device cannot be used."""
     device = pick_device(device)
-    if torch.device(device).index is not None:  # cuda:1 is then what is waited for
-        torch.get_device_module(device).set_device(device)
+    if ":" in device:  # cuda:1 is then what is waited for
+        torch.cuda.set_device(device)
     results = load_results(out)
     results["conditions"] = conditions(device, tiny)
 
@@ -117,8 +117,9 @@ def run_part(part, out, device, tiny):
     save(report.content)
     scale = parts.TINY if tiny else parts.FULL
     started = time.perf_counter()
-    parts.attempt(report, part, device, partial(parts.MEASURES[part], report, scale, device))
-    report.end(f"done, {time.perf_counter() - started:.0f} s")
+    parts.attempt(report, part, partial(parts.MEASURES[part], report, scale, device))
+    report.content["status"] = f"done, {time.perf_counter() - started:.0f} s"
+    save(report.content)
 
 
 def run_apart(part, out, device, tiny, limit):

@@ -25,7 +25,8 @@ import train
 from cluster import kmeans
 from data import WORLD
 from data.corpus import Sequence, length_batches
-from eval_mmlu import letter_logprobs, score_prompts
+from data.mmlu import Prompt
+from eval_mmlu import score_prompts
 from experiments import steps
 from experiments.steps import METHODS, OURS, ours, random_base, random_batch, time_rounds
 from hydralora import HydraLinear
@@ -55,32 +56,26 @@ class Report:
         self.header = None
 
     def row(self, table, cells):
-        """Adds {column: value} to the table; its first column is as wide as most names."""
+        """Adds {column: value} to the table."""
         self.content["tables"].setdefault(table, []).append(cells)
-        first, *others = cells
-        widths = [max(9, len(name)) for name in others]
-        if self.header != (table, *cells):
-            print(f"\n{table}\n{first:48}"
-                  + "".join(f"  {name:>{width}}" for name, width in zip(others, widths)))
-            self.header = (table, *cells)
-        print(f"{show(cells[first]):48}"
-              + "".join(f"  {show(cells[name]):>{width}}" for name, width in zip(others, widths)),
-              flush=True)
+        widths = [48, *(max(9, len(name)) for name in list(cells)[1:])]
+        header = (table, *cells)
+        if header != self.header:
+            self.header = header
+            print(f"\n{table}")
+            print_line(cells, widths)
+        print_line(map(show, cells.values()), widths)
         self.save(self.content)
-
-    def aim(self, table, claim, measured, relation, bound):
-        holds = measured <= bound if relation == "<=" else measured >= bound
-        self.row(table, {"aim": claim, "wanted": f"{relation} {bound}", "measured": measured,
-                         "holds": holds})
 
     def note(self, text):
         self.content["notes"].append(one_line(text))
         print(one_line(text), flush=True)
         self.save(self.content)
 
-    def end(self, status):
-        self.content["status"] = status
-        self.save(self.content)
+
+def print_line(cells, widths):
+    first, *others = (f"{cell:>{width}}" for cell, width in zip(cells, widths))
+    print("  ".join([f"{first.strip():{widths[0]}}", *others]), flush=True)
 
 
 def show(value):
@@ -94,59 +89,66 @@ def show(value):
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def attempt(report, name, device, work, foreign=False):
-    """work(), or None with a note if the device has too little memory; for foreign code, whatever
-    its error is."""
+def attempt(report, name, work, where=""):
+    """work(), or None with a note if the device has too little memory; for what is foreign,
+    whatever its error is."""
     try:
         return work()
     except Exception as error:
-        if not (foreign or is_out_of_memory(error)):
+        full = is_out_of_memory(error)
+        if not full and name not in FOREIGN:
             raise
+        kind = "too little memory on the card" if full else type(error).__name__
         reason = one_line(str(error).split(". ")[0])
-        kind = "too little memory on the card" if is_out_of_memory(error) else type(error).__name__
-    report.note(f"{name}: skipped, {kind} ({reason})")
-    steps.free(device)
+    report.note(f"{name}{where}: skipped, {kind} ({reason})")
+    steps.free()
     return None
+
+
+def report_aim(report, table, claim, measured, relation, bound):
+    holds = measured <= bound if relation == "<=" else measured >= bound
+    report.row(table, {"aim": claim, "wanted": f"{relation} {bound}", "measured": measured,
+                       "holds": holds})
 
 
 # ---------------------------------------------------------------- steps, and how their cost grows
 
 
-class Result(NamedTuple):
-    seconds: list  # per round
-    tokens: int  # positions per round
+class Trial(NamedTuple):
+    method: steps.Method
+    batches: list  # a round is a step on each of them
     flops: int  # of the products and the attention of a round
     peak: float | None  # GiB on a GPU, weights and optimiser included
 
-    @property
-    def tokens_per_second(self):
-        return self.tokens / median(self.seconds)
+
+class Result(NamedTuple):
+    seconds: list  # of each round
+    tokens_per_second: float  # in the median round
+    flops: int
+    peak: float | None
 
 
-def first_rounds(make, device):
-    """(method, batches, flops, bytes at the peak): make() and two rounds, which warm it up."""
+def prepare_trial(make, device):
+    """The Trial of what make() returns, a Method and its batches, after two rounds, which warm
+    it up."""
     method, batches = make()
     with FlopCounterMode(display=False) as counter:
         method.steps(batches)
-    peak = method.resident() + steps.peak_beyond(partial(method.steps, batches), device)
-    return method, batches, counter.get_total_flops(), peak
+    extra = steps.extra_peak(partial(method.steps, batches), device)
+    peak = None if extra is None else (method.resident() + extra) / GIB
+    return Trial(method, batches, counter.get_total_flops(), peak)
 
 
 def run_trials(report, where, makers, *, device, rounds, budget=math.inf):
-    """Times steps round by round. makers: {name: function that returns (Method, batches)}; returns
-    {name: Result}, without those that are skipped with a note because memory is too small."""
-    trials = {}
-    for name, make in makers.items():
-        trial = attempt(report, f"{name}, {where}", device, partial(first_rounds, make, device),
-                        foreign=name in FOREIGN)
-        if trial:
-            trials[name] = trial
-    works = {name: partial(method.steps, batches)
-             for name, (method, batches, *_) in trials.items()}
-    seconds = time_rounds(works, rounds, device, budget)
-    return {name: Result(seconds[name], steps.positions(batches), flops,
-                         peak / GIB if steps.allocated(device) else None)
-            for name, (_, batches, flops, peak) in trials.items()}
+    """{name: Result} of {name: function that returns a Method and its batches}, timed round by
+    round. What finds too little memory is left out with a note."""
+    trials = {name: attempt(report, name, partial(prepare_trial, make, device), f", {where}")
+              for name, make in makers.items()}
+    trials = {name: trial for name, trial in trials.items() if trial}
+    seconds = time_rounds({name: partial(trial.method.steps, trial.batches)
+                           for name, trial in trials.items()}, rounds, device, budget)
+    return {name: Result(seconds[name], steps.positions(trial.batches) / median(seconds[name]),
+                         trial.flops, trial.peak) for name, trial in trials.items()}
 
 
 def product_flops(width, dtype, device):
@@ -160,8 +162,8 @@ def product_flops(width, dtype, device):
 
 def compare_methods(report, table, methods, base, batches, *, device, product, rounds,
                     budget=math.inf):
-    """A row per method: its steps on the batches, against the operations per second of a large
-    product. Returns {name: seconds of each round}."""
+    """A row for each of {name: function that makes a Method on the base}: its steps on the batches,
+    against the operations per second of a large product. {name: seconds of each round}."""
     makers = {name: lambda make=make: (make(base), batches) for name, make in methods.items()}
     results = run_trials(report, table, makers, device=device, rounds=rounds, budget=budget)
     seconds = {name: result.seconds for name, result in results.items()}
@@ -183,25 +185,25 @@ def report_aims(report, table, seconds):
     for name, (claim, relation, bound) in AIMS.items():
         if name in ratio:
             value = ratio[name] if relation == "<=" else 1 / ratio[name]
-            report.aim(table, claim, value, relation, bound)
+            report_aim(report, table, claim, value, relation, bound)
 
 
 def compare_growth(report, base, axes, *, tokens, batch_tokens=0, device, rounds):
     """Rows along each of {axis: values}, the others being 3 heads, rank 8 and rows of `tokens`: as
-    many rows as batch_tokens hold, at least one. Returns {axis: {value: seconds of each round}}."""
-    def trial(heads=3, rank=8, length=tokens):
+    many rows as batch_tokens hold, at least one. {axis: {value: seconds of each round}}."""
+    def make(heads=3, rank=8, length=tokens):
         rows = max(1, batch_tokens // length)
         return (ours(base, heads=heads, rank=rank),
                 [random_batch(rows, length, base.args.vocab_size)])
 
     found = {axis: {} for axis in axes}
     for axis, values in axes.items():
-        makers = {value: partial(trial, **{axis: value}) for value in values}
+        makers = {value: partial(make, **{axis: value}) for value in values}
         # on a CPU all take turns, on a GPU each has the memory for itself
         groups = [makers] if device == "cpu" else [{value: makers[value]} for value in values]
         for group in groups:
             results = run_trials(report, axis, group, device=device, rounds=rounds)
-            steps.free(device)
+            steps.free()
             for value, result in results.items():
                 report.row(axis, {axis: value, "tokens/s": result.tokens_per_second,
                                   "peak GiB": result.peak})
@@ -221,18 +223,18 @@ def kept_bytes(heads, tokens=512, inputs=576, outputs=1536):
 # ---------------------------------------------------------------- where the time goes
 
 
-def operation_kind(name, shapes, vocab):
+def kind_of(operation, shapes, vocab):
     """A matrix product is the head's if a side of it is the vocabulary, an adapter's if a side of
     it is at most 64 wide, else the base's."""
-    sides = {side for shape in shapes for side in shape}
-    if name in ("aten::mm", "aten::addmm", "aten::bmm"):
+    if operation in ("aten::mm", "aten::addmm", "aten::bmm"):
+        sides = {side for shape in shapes for side in shape}
         if vocab in sides:
             return "head: products"
         return "adapters: products" if min(sides) <= 64 else "base: products"
     kinds = {"attention": ["attention"], "softmax of loss and gate": ["softmax", "nll_loss"],
              "dropout": ["dropout", "bernoulli"], "optimiser, clipping": ["adam", "foreach"]}
     for kind, words in kinds.items():
-        if any(word in name for word in words):
+        if any(word in operation for word in words):
             return kind
     return "the rest: norms, SwiGLU, rotary, additions"
 
@@ -245,7 +247,7 @@ def profile(report, method, batch, device):
     for event in record.key_averages(group_by_input_shape=True):
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue  # a kernel: the operation that launched it has its time
-        kind = operation_kind(event.key, event.input_shapes, method.model.args.vocab_size)
+        kind = kind_of(event.key, event.input_shapes, method.model.args.vocab_size)
         own = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total
         spent[kind] = spent.get(kind, 0) + own
     for kind in sorted(spent, key=spent.get, reverse=True):
@@ -255,7 +257,7 @@ def profile(report, method, batch, device):
 
 def compare_compiled(report, base, cases, *, backend, device, rounds):
     """{case: batches} with and without torch.compile of every block, in turn; all blocks are one
-    graph. Returns {case: {"plain", "compiled": seconds of each round}}."""
+    graph. {case: {"plain", "compiled": seconds of each round}}."""
     from torch._dynamo.utils import counters
     plain, compiled = (ours(base, rank=8, heads=3) for _ in range(2))
     for layer in compiled.model.layers:
@@ -263,8 +265,9 @@ def compare_compiled(report, base, cases, *, backend, device, rounds):
     found = {}
     for case, batches in cases.items():
         plain.steps(batches)
-        started = time.perf_counter()  # the clock, since compiling starts other processes
-        steps.seconds_of(partial(compiled.step, batches[0]), device)
+        started = time.perf_counter()  # and no processor time: compiling starts processes
+        compiled.step(batches[0])
+        steps.wait(device)
         first = time.perf_counter() - started
         compiled.steps(batches)
         found[case] = time_rounds({"plain": partial(plain.steps, batches),
@@ -281,7 +284,7 @@ def compare_compiled(report, base, cases, *, backend, device, rounds):
 
 
 def drawn_prompts(subjects, questions, shots, vocab_size):
-    """[[(ids, shots)] of each subject]: a header and five shots that its questions share, between
+    """The Prompts of each subject: a header and five shots that its questions share, between
     shots[0] and shots[1] tokens, and 20 to 130 tokens per question, as a subject of MMLU has them
     in the median."""
     numbers = random.Random(0)
@@ -289,44 +292,40 @@ def drawn_prompts(subjects, questions, shots, vocab_size):
     def ids(count):
         return [numbers.randrange(3, vocab_size) for _ in range(count)]
 
-    shared = [[1, *ids(numbers.randint(*shots))] for _ in range(subjects)]
-    each = [questions // subjects + (i < questions % subjects) for i in range(subjects)]
-    return [[(prefix + ids(numbers.randint(20, 130)), 5) for _ in range(count)]
-            for prefix, count in zip(shared, each)]
+    prefixes = [[1, *ids(numbers.randint(*shots))] for _ in range(subjects)]
+    counts = [questions // subjects + (i < questions % subjects) for i in range(subjects)]
+    return [[Prompt(prefix + ids(numbers.randint(20, 130)), 5, False) for _ in range(count)]
+            for prefix, count in zip(prefixes, counts)]
 
 
-def compare_prefix(report, table, model, subjects, *, device, rounds):
+def compare_prefix(report, model, subjects, *, device, rounds):
     """Scores drawn_prompts in two ways, in turn: with the keys and values of a subject's header and
-    shots computed once, and every prompt whole. Returns {way: seconds of each round}."""
-    letters = [5, 6, 7, 8]
-    batches, shared, whole = [], [], []
+    shots computed once, and every prompt whole. {way: seconds of each round}."""
+    scores = {}
 
-    def score_shared():
-        batches.clear(), shared.clear()
-        for prompts in subjects:
-            for batch, logprobs in score_prompts(model, prompts, letters, batch_size=8):
-                batches.append([prompts[i][0] for i in batch])
-                shared.extend(logprobs)
+    def score(way):
+        scores[way] = torch.tensor([
+            four for prompts in subjects for _, logprobs in score_prompts(
+                model, prompts, [5, 6, 7, 8], batch_size=8, share_prefix=way == "shared prefix")
+            for four in logprobs])
 
-    def score_whole():
-        whole.clear()
-        for rows in batches:
-            whole.extend(letter_logprobs(model, rows, letters))
-
-    list(score_prompts(model, subjects[0][:8], letters, batch_size=8))  # warm
-    seconds = time_rounds({"shared prefix": score_shared, "whole": score_whole}, rounds, device)
+    list(score_prompts(model, subjects[0][:8], [5], batch_size=8))  # warm
+    seconds = time_rounds({way: partial(score, way) for way in ("shared prefix", "whole")},
+                          rounds, device)
     middle = steps.medians(seconds)
-    for way, value in middle.items():
-        report.row(table, {"prompts": way, "questions": len(shared), "seconds": value,
-                           "questions/s": len(shared) / value})
-    a, b = torch.tensor(shared), torch.tensor(whole)
+    for way, values in scores.items():
+        report.row("MMLU, five shots, drawn prompts", {
+            "prompts": way, "questions": len(values), "seconds": middle[way],
+            "questions/s": len(values) / middle[way]})
+    shared, whole = scores.values()
     report.note(f"MMLU: the shared prefix is {middle['whole'] / middle['shared prefix']:.2f} times "
-                f"as fast; {(a.argmax(1) == b.argmax(1)).sum().item()} of {len(a)} answers are the "
-                f"same, log-probabilities within {(a - b).abs().max().item():.2g}")
+                f"as fast; {(shared.argmax(1) == whole.argmax(1)).sum().item()} of {len(whole)} "
+                "answers are the same, log-probabilities within "
+                f"{(shared - whole).abs().max().item():.2g}")
     return seconds
 
 
-# ================================================================ the parts of gpu.py
+# ---------------------------------------------------------------- the parts of gpu.py
 
 
 @dataclass
@@ -349,7 +348,6 @@ class Scale:
     k_max: int = 10
     backend: str = "inductor"
     main: tuple = ()  # further flags of the main command
-    lines: int = 0  # records of the world that the main command reads, 0: all
 
 
 CHECKPOINT = {"plain": False, "checkpointed": True}
@@ -357,8 +355,8 @@ FULL = Scale(seven=steps.LLAMA_7B, thirteen=steps.LLAMA_13B)
 SMALL = dict(dim=128, n_layers=2, n_heads=2, vocab_size=768, multiple_of=32, max_seq_len=256)
 TINY = Scale(seven=SMALL, thirteen={**SMALL, "n_layers": 3}, tokens=48, rounds=1, dolly=2,
              heads=(1, 2), ranks=(4, 8), lengths=(32, 64), product=128, subjects=2, questions=6,
-             shots=(20, 30), records=(60, 16), k_max=3, backend="eager", lines=48,
-             main=("--max-steps", "3", "--max-seq-len", "128"))
+             shots=(20, 30), records=(60, 16), k_max=3, backend="eager",
+             main=("--max-steps", "3", "--data", str(WORLD / "val.jsonl")))
 
 
 def dolly_batches(count, tokens):
@@ -388,7 +386,7 @@ def measure_step(report, scale, device):
             seconds = compare_methods(report, f"{case}, {kind}", methods, base, batches,
                                       device=device, product=product, rounds=scale.rounds,
                                       budget=scale.budget)
-            steps.free(device)
+            steps.free()
             if kind == "plain" and case == whole:
                 report_aims(report, "aims, as on a CPU", seconds)
 
@@ -400,7 +398,7 @@ def measure_growth(report, scale, device):
 
 
 def launches(method, batches, seconds):
-    """What a GPU launches in a step of so many seconds, as cells of a row; {} on a CPU."""
+    """What a GPU launches in a round of so many seconds, as cells of a row; {} on a CPU."""
     with torch.profiler.profile() as record:
         method.steps(batches)
     kernels = [event for event in record.key_averages()
@@ -414,15 +412,15 @@ def launches(method, batches, seconds):
 
 def measure_profile(report, scale, device):
     base = random_base(scale.seven, device, torch.bfloat16)
-    exact = dolly_batches(scale.dolly, scale.tokens)
+    method = ours(base, rank=8, heads=3)
     whole = [random_batch(1, scale.tokens, base.args.vocab_size)]
+    exact = dolly_batches(scale.dolly, scale.tokens)
     cases = {f"1 x {scale.tokens} tokens": whole, "Dolly's lengths": exact,
              "Dolly's lengths up to multiples of 64": rounded_up(exact)}
-    method = ours(base, rank=8, heads=3)
     for case, batches in cases.items():
         method.steps(batches)
-        works = {case: partial(method.steps, batches)}
-        seconds = median(time_rounds(works, scale.rounds, device)[case])
+        work = partial(method.steps, batches)
+        seconds = median(time_rounds({case: work}, scale.rounds, device)[case])
         report.row("launches", {"case": case, "seconds": seconds,
                                 **launches(method, batches, seconds)})
     profile(report, method, whole[0], device)
@@ -435,37 +433,32 @@ def measure_main(report, scale, device):
     """The first command of the README, whole, in this process."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
-        flags = ["--heads", "3", "--rank", "8", "--device", device, "--out", str(run), *scale.main]
-        if scale.lines:
-            for flag, name in (("--data", "train"), ("--val-data", "val")):
-                lines = (WORLD / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
-                Path(folder, name).write_text("\n".join(lines[:scale.lines]), encoding="utf-8")
-                flags += [flag, f"{folder}/{name}"]
         said = io.StringIO()
         started = time.perf_counter()
         with redirect_stdout(said), redirect_stderr(said):
-            status = train.main(flags)
+            status = train.main(["--heads", "3", "--rank", "8", "--device", device,
+                                 "--out", str(run), *scale.main])
         seconds = time.perf_counter() - started
         if status:
             raise RuntimeError(said.getvalue().strip().split("\n")[-1])
         result = read_json(run / "run.json")
+    metrics = result["metrics"]
     report.row("the main command", {
         "dtype": result["settings"]["dtype"], "seconds": seconds, "training": result["seconds"],
-        "loss base": result["metrics"]["val_loss_base"], "tuned": result["metrics"]["val_loss"],
-        "exact match": result["metrics"]["exact_match"],
-        "peak GiB": result["peak_gib"] if steps.allocated(device) else None})
+        "loss base": metrics["val_loss_base"], "tuned": metrics["val_loss"],
+        "exact match": metrics["exact_match"],
+        "peak GiB": None if device == "cpu" else result["peak_gib"]})
 
 
 def measure_mmlu(report, scale, device):
     model = random_base(scale.seven, device, torch.bfloat16).eval()
     subjects = drawn_prompts(scale.subjects, scale.questions, scale.shots, model.args.vocab_size)
-    compare_prefix(report, "MMLU, five shots, drawn prompts", model, subjects, device=device,
-                   rounds=1)
+    compare_prefix(report, model, subjects, device=device, rounds=1)
 
 
 def measure_kmeans(report, scale, device):
-    generator = torch.Generator().manual_seed(0)
     count, width = scale.records
+    generator = torch.Generator().manual_seed(0)
     centres = torch.randn(8, width, generator=generator)
     x = centres[torch.randint(8, (count,), generator=generator)]
     x = (x + torch.randn(count, width, generator=generator)).to(device)
@@ -473,59 +466,57 @@ def measure_kmeans(report, scale, device):
         steps.wait(device)
         started = time.perf_counter()
         _, _, inertia = kmeans(x, k)
-        seconds = time.perf_counter() - started
         report.row(f"k-means, {count:,} x {width:,}", {
-            "k": k, "seconds": seconds, "inertia": inertia})
+            "k": k, "seconds": time.perf_counter() - started, "inertia": inertia})
 
 
 def measure_commands(report, scale, device):
     for name, measure in (("k-means", measure_kmeans), ("the main command", measure_main),
                           ("MMLU", measure_mmlu)):
-        attempt(report, name, device, partial(measure, report, scale, device))
-        steps.free(device)
+        attempt(report, name, partial(measure, report, scale, device))
+        steps.free()
 
 
 def total_memory(device):
     """Bytes of the card; no bound on a CPU."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_properties(device).total_memory
-    return math.inf
+    return math.inf if device == "cpu" else torch.cuda.get_device_properties(device).total_memory
 
 
 def peak_of_step(shape, tokens, checkpoint, device):
-    """Bytes allocated at most in HydraLoRA's second step, everything included; 0 on a CPU."""
-    base = random_base(shape, device, torch.bfloat16)
-    method = ours(base, rank=8, heads=3, checkpoint=checkpoint)
-    batch = [Sequence([5] * (tokens + 1), 1, 0, "")]  # every token a target, as in --dry-run
+    """GiB that HydraLoRA's second step takes at most, everything included, and GiB that torch
+    holds of the card by then; (None, None) on a CPU."""
+    method = ours(random_base(shape, device, torch.bfloat16), rank=8, heads=3,
+                  checkpoint=checkpoint)
+    batch = [Sequence([5] * (tokens + 1), 1, 0, "")]  # all targets, as --dry-run assumes
     method.step(batch)
-    steps.peak_beyond(partial(method.step, batch), device)
-    return steps.allocated(device, peak=True)
+    if steps.extra_peak(partial(method.step, batch), device) is None:
+        return None, None
+    return (torch.cuda.max_memory_allocated(device) / GIB,
+            torch.cuda.max_memory_reserved(device) / GIB)
 
 
 def measure_memory(report, scale, device):
     """Each size with what --dry-run computes and what it takes; what cannot fit is not tried."""
-    for size, shape in (("7B", scale.seven), ("13B", scale.thirteen)):
-        for kind, checkpoint in CHECKPOINT.items():
-            need = memory.measure_step(
-                ModelArgs(**shape), dict(rank=8, heads=3, dropout=steps.DROPOUT), dtype="bf16",
-                make_optimizer=partial(train.make_optimizer, lr=steps.LR), step=steps.take_step,
-                batch_size=1, length=scale.tokens, checkpoint=checkpoint)
-            if need.gpu > total_memory(device):
-                report.note(f"{size}, {kind}: skipped, too little memory on the card "
-                            f"({need.gpu / GIB:.1f} GiB are needed)")
-                continue
-            peak = attempt(report, f"{size}, {kind}", device, partial(
-                peak_of_step, shape, scale.tokens, checkpoint, device))
-            measured = {}
-            if peak:
-                reserved = torch.get_device_module(device).max_memory_reserved(device)
-                measured = {"measured GiB": peak / GIB,
-                            "measured over computed": peak / need.total,
-                            "held by torch GiB": reserved / GIB}
-            report.row("peak of a step and --dry-run's sum", {
-                "size": size, "activations": kind, "computed GiB": need.total / GIB, **measured,
-                "a GPU needs, by --dry-run": need.gpu / GIB})
-            steps.free(device)
+    settings = dict(rank=8, heads=3, dropout=steps.DROPOUT)
+    cases = [(size, shape, kind) for size, shape in (("7B", scale.seven), ("13B", scale.thirteen))
+             for kind in CHECKPOINT]
+    for size, shape, kind in cases:
+        need = memory.measure_step(ModelArgs(**shape), settings, batch_size=1, length=scale.tokens,
+                                   make_optimizer=partial(train.make_optimizer, lr=steps.LR),
+                                   step=steps.take_step, dtype="bf16", checkpoint=CHECKPOINT[kind])
+        computed, wanted = need.total / GIB, need.gpu / GIB
+        if need.gpu > total_memory(device):
+            report.note(f"{size}, {kind}: skipped, too little memory on the card ({wanted:.1f} GiB "
+                        "are needed)")
+            continue
+        found = attempt(report, size, partial(peak_of_step, shape, scale.tokens, CHECKPOINT[kind],
+                                              device), f", {kind}")
+        measured, held = found or (None, None)
+        report.row("peak of a step and --dry-run's sum", {
+            "size": size, "activations": kind, "computed GiB": computed, "measured GiB": measured,
+            "measured over computed": measured and measured / computed,
+            "held by torch GiB": held, "a GPU needs, by --dry-run": wanted})
+        steps.free()
 
 
 MEASURES = {"step": measure_step, "memory": measure_memory, "commands": measure_commands,

@@ -14,8 +14,6 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from unittest import mock
 
@@ -96,13 +94,14 @@ def positions(batches):
 
 
 def wait(device):
-    torch.get_device_module(device).synchronize()
+    if device != "cpu":
+        torch.cuda.synchronize(device)
 
 
 def seconds_of(work, device="cpu"):
-    """Seconds that work() takes on the device. On one CPU thread they are this process's processor
-    time, which other work on the machine hardly changes."""
-    one_thread = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+    """Seconds that work() takes on the device. On one CPU thread they are this process's
+    processor time, which other work on the machine hardly changes."""
+    one_thread = device == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if one_thread else time.perf_counter
     wait(device)
     started = clock()
@@ -112,8 +111,9 @@ def seconds_of(work, device="cpu"):
 
 
 def time_rounds(works, rounds, device="cpu", budget=math.inf):
-    """{name: seconds of each round} of {name: work}. Every work() runs once per round, so that what
-    slows the machine for a while slows all of them. No round begins after `budget` seconds."""
+    """{name: seconds of each round} of {name: work}. Every work() runs once per round, so that
+    what slows the machine for a while slows all of them. No round begins after `budget` seconds.
+    """
     seconds = {name: [] for name in works}
     started = time.perf_counter()
     for _ in range(rounds):
@@ -136,45 +136,41 @@ def time_ratios(seconds, name):
             for other, values in seconds.items()}
 
 
-def allocated(device, peak=False):
-    """Bytes that torch has allocated on a GPU, now or at most; 0 on a CPU, where torch does not
-    count them."""
-    module = torch.get_device_module(device)
-    if not hasattr(module, "memory_allocated"):
-        return 0
-    return module.max_memory_allocated(device) if peak else module.memory_allocated(device)
-
-
-def peak_beyond(work, device):
-    """Bytes that work() allocates at most in addition to those that were allocated before."""
+def extra_peak(work, device):
+    """Bytes that work() allocates on a GPU at most, in addition to those of before; None on a CPU,
+    where torch does not count them."""
     wait(device)
-    before = allocated(device)
-    if before:
-        torch.get_device_module(device).reset_peak_memory_stats(device)
+    if device == "cpu":
+        work()
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     work()
     wait(device)
-    return allocated(device, peak=True) - before
+    return torch.cuda.max_memory_allocated(device) - before
 
 
-def free(device):
+def free():
+    """Gives the GPU back what nothing refers to any more."""
     gc.collect()
-    module = torch.get_device_module(device)
-    if hasattr(module, "empty_cache"):
-        module.empty_cache()
+    torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------- a step of every method
 
 
-@dataclass
 class Method:
-    """What trains in a benchmark: step(batch) takes one optimiser step on a list of sequences."""
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer | None
-    step: Callable
+    """What trains in a benchmark. One with a step of its own replaces `step`."""
+
+    def __init__(self, model, optimizer=None):
+        self.model = model
+        self.optimizer = optimizer
+
+    def step(self, batch):
+        """One optimiser step on a list of sequences, as train.py takes it."""
+        take_step(self.model, [batch], self.optimizer)
 
     def steps(self, batches):
-        """One step per batch."""
         for batch in batches:
             self.step(batch)
 
@@ -184,6 +180,12 @@ class Method:
         return (sum(p.nbytes for p in self.model.parameters())
                 + sum(value.nbytes for state in states for value in state.values()
                       if torch.is_tensor(value)))
+
+
+def take_step(model, batches, optimizer):
+    """One step as train.py takes it, of several micro-batches."""
+    return train.train_step(model, batches, optimizer, NO_SCALER, clip=CLIP,
+                            precision=precision_of(model))
 
 
 def precision_of(model):
@@ -202,34 +204,28 @@ def on_base(base, checkpoint=False):
     return model.requires_grad_(False).train()
 
 
-def take_step(model, batches, optimizer):
-    """One step as train.py takes it, of several micro-batches."""
-    return train.train_step(model, batches, optimizer, NO_SCALER, clip=CLIP,
-                            precision=precision_of(model))
-
-
-def ours(base, *, rank, heads, dropout=DROPOUT, checkpoint=False):
+def ours(base, *, rank, heads, checkpoint=False):
     """HydraLoRA, or with one head LoRA, as hydralora.py and train.py have it."""
     model = on_base(base, checkpoint)
-    add_hydralora(model, rank=rank, heads=heads, alpha=ALPHA, dropout=dropout)
-    optimizer = train.make_optimizer(model, lr=LR)
-    return Method(model, optimizer, lambda batch: take_step(model, [batch], optimizer))
+    add_hydralora(model, rank=rank, heads=heads, alpha=ALPHA, dropout=DROPOUT)
+    return Method(model, train.make_optimizer(model, lr=LR))
 
 
 def floor(base, checkpoint=False):
     """The least that training below the first layer costs: the frozen model forward, head and loss
     at the targets, and the gradient of the activations from the loss down to the embedding's
     output. No adapter, no weight's gradient, no optimiser."""
-    model = on_base(base, checkpoint)
-    model.tok_embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_())
+    method = Method(on_base(base, checkpoint))
+    method.model.tok_embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_())
 
     def step(sequences):
         batch = collate(sequences, base.output.weight.device)
         with precision_of(base):
-            logits = target_logits(model, batch)
+            logits = target_logits(method.model, batch)
         F.cross_entropy(logits, batch.labels).backward()
 
-    return Method(model, None, step)
+    method.step = step
+    return method
 
 
 def peft_lora(base, checkpoint=False):
@@ -263,7 +259,8 @@ def mask_on_x(base):
         with mock.patch.object(HydraLinear, "project", project_masked_on_x):
             take_step(method.model, [batch], method.optimizer)
 
-    return Method(method.model, method.optimizer, step)
+    method.step = step
+    return method
 
 
 def head_everywhere(base):
@@ -280,15 +277,17 @@ def head_everywhere(base):
         method.optimizer.step()
         method.optimizer.zero_grad(set_to_none=True)
 
-    return Method(method.model, method.optimizer, step)
+    method.step = step
+    return method
 
 
 def optimizer_not_fused(base):
     """AdamW one tensor and one operation at a time."""
-    model = ours(base, rank=8, heads=3).model
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, foreach=False, fused=False)
-    return Method(model, optimizer, lambda batch: take_step(model, [batch], optimizer))
+    method = ours(base, rank=8, heads=3)
+    trained = [p for p in method.model.parameters() if p.requires_grad]
+    method.optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, foreach=False,
+                                         fused=False)
+    return method
 
 
 VARIANTS = {"HydraLoRA, mask on x": mask_on_x,
