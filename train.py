@@ -301,14 +301,14 @@ def heads(text):
     if text == "auto":
         return text
     if not (text.isdecimal() and len(text) < 5 and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"must be auto or a number from 1 to 9999, got {text}")
+        raise argparse.ArgumentTypeError("must be auto or a number from 1 to 9999")
     return int(text)
 
 
 def betas(text):
     numbers = tuple(float(beta) for beta in text.split(","))
     if len(numbers) != 2 or not all(0 <= beta < 1 for beta in numbers):
-        raise argparse.ArgumentTypeError(f"must be two numbers, at least 0 and below 1, got {text}")
+        raise argparse.ArgumentTypeError("must be two numbers, at least 0 and below 1")
     return numbers
 
 

@@ -15,7 +15,6 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -31,6 +30,7 @@ from experiments import scaling
 from hydralora import add_hydralora, base_fingerprint
 from model import generate
 from support import distributed, evaluation
+from support.device import autocast
 from tests.conftest import in_step
 from tools import generate as talk
 
@@ -65,10 +65,10 @@ def run_silent_at(step, *argv):
 def look(weights, data):
     """Of a shared base: which bytes this process holds, and whether the model is that of one
     process in what it computes, in what it is known by, and with and without adapters."""
-    args = SimpleNamespace(device="cpu", shard_base=True, dtype="fp32", batch_size=4)
-    with distributed.process_group(args):
-        model, tokenizer = distributed.load(weights, args, dtype=torch.float32)
-        whole, _ = distributed.load(weights, SimpleNamespace(device="cpu"), dtype=torch.float32)
+    settings = dict(batch_size=4, precision=autocast("cpu", "fp32"))
+    with distributed.process_group("cpu", shard_base=True):
+        model, tokenizer = distributed.load_model(weights, device="cpu", shard_base=True)
+        whole, _ = distributed.load_model(weights, device="cpu")
         held = {name: p.to_local() if hasattr(p, "to_local") else p
                 for name, p in model.named_parameters()}
         found = {"fingerprint": base_fingerprint(model) == base_fingerprint(whole),
@@ -80,8 +80,8 @@ def look(weights, data):
             torch.manual_seed(0)
             add_hydralora(one)
             val, _ = encode_records(read_records(data)[:7], tokenizer, 128)
-            both.append([evaluation.evaluate(one, val, args, ""),
-                         evaluation.routing_report(one, val, args),
+            both.append([evaluation.evaluate(one, val, **settings),
+                         evaluation.routing_report(one, val, **settings),
                          generate(one, tokenizer, ["Name it.", "A"], max_new_tokens=4)])
         found["equal"] = both[0] == both[1]
     return found
@@ -90,7 +90,11 @@ def look(weights, data):
 def scaling_steps(*argv):
     """How many steps of training the benchmark takes in this process."""
     taken, original = [], train.train_step
-    with mock.patch.object(train, "train_step", lambda *given: taken.append(1) or original(*given)):
+    def counted(*given, **settings):
+        taken.append(1)
+        return original(*given, **settings)
+
+    with mock.patch.object(train, "train_step", counted):
         scaling.main(list(argv))
     return len(taken)
 
