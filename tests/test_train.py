@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import traceback
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from model import ModelArgs, Transformer, load_llama, save_llama
 from support import evaluation
 from support.device import autocast
 from support.files import file_fingerprint
-from tests.conftest import WORLD, asset, in_step, interrupt, tiny_model
+from tests.conftest import ROOT, WORLD, asset, in_step, interrupt, tiny_model
 
 FP32 = autocast("cpu", "fp32")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -398,6 +399,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(command, tmp_
 
 
 # ---------------------------------------------------------------- the loop
+
+
+def test_from_main_to_backward_there_are_four_functions(command, monkeypatch):
+    seen, original = [], torch.Tensor.backward
+
+    def backward(*arguments, **settings):
+        frames = [frame for frame in traceback.extract_stack()
+                  if frame.filename.startswith(str(ROOT)) and "tests" not in frame.filename]
+        seen.append([frame.name for frame in frames if ".venv" not in frame.filename])
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    assert train.main(command) == 0
+    assert seen == [["main", "run", "train", "train_step"]] * 6
 
 
 def test_adapters_on_the_head_alone_train(command, tmp_path):
