@@ -1,13 +1,13 @@
-"""How fast a step is and what it costs: ours, the least it could be, and the known frameworks.
+"""How fast a step is, of ours, of the known frameworks, and the least it could be.
 
     OMP_NUM_THREADS=1 python -m experiments.benchmark --json benchmark.json
 
-A random LLaMA of SmolLM-135M's shape takes training steps by every method in turn, in one process,
-several rounds; the tables show medians and their ratios. With one thread a step is timed by the
-processor time of this process, so other work on the machine hardly counts; with more threads by the
-clock on the wall. transformers and peft are compared with when they are installed
-(requirements-optional.txt). Dolly's real lengths need --data and --tokenizer; without them the
-lengths are drawn to be like Dolly's.
+A random LLaMA of SmolLM-135M's shape takes training steps by every method in turn, in
+one process, several rounds; the tables show medians and their ratios. With one thread a
+step is timed by the processor time of this process, so other work on the machine hardly
+counts; with more threads by the clock on the wall. transformers and peft are compared
+with when they are installed (requirements-optional.txt). Dolly's real lengths need
+--data and --tokenizer; without them the lengths are drawn to be like Dolly's.
 """
 
 import platform
@@ -44,7 +44,7 @@ def measure_step(report, base, *, tokens, rounds):
 
 
 def measure_memory(report):
-    """The bytes that one adapted layer, 576 -> 1536, keeps of 512 tokens for the backward pass."""
+    """What one adapted layer, 576 -> 1536, keeps of 512 tokens for the backward pass."""
     kept = {heads: parts.kept_bytes(heads) for heads in HEADS}
     for heads, size in kept.items():
         report.row("kept for the backward pass by one adapted layer", {
@@ -54,8 +54,8 @@ def measure_memory(report):
 
 
 def measure_dolly(report, base, *, data, tokenizer, batch_size, batches, rounds):
-    """Our loop, on batches of like length, against PEFT's LoRA on randomly ordered padded ones.
-    Every round takes other batches of the epoch."""
+    """Our loop, on batches of like length, against PEFT's LoRA on randomly ordered
+    padded ones. Every round takes other batches of the epoch."""
     kind = "Dolly's" if data and tokenizer else "drawn"
     table = f"{kind} lengths, batches of {batch_size}"
     sequences = steps.dolly_sequences(data, tokenizer)

@@ -1,9 +1,9 @@
-"""Where the adapters' dropout acts: on A x, as hydralora.py has it, or on x, as LoRA's authors do.
+"""Dropout on A x, as hydralora.py has it, against dropout on x, as in LoRA's paper.
 
-A mask on x (T, width) has to be drawn, multiplied and kept for the backward pass in every adapted
-layer; one on A x (T, rank) costs almost nothing. Is anything lost? Trains HydraLoRA on the embedded
-world both ways, seed by seed, and compares the validation losses. experiments/benchmark.py measures
-the time of both.
+A mask on x (T, width) has to be drawn, multiplied and kept for the backward pass in
+every adapted layer; one on A x (T, rank) costs almost nothing. Is anything lost? Trains
+HydraLoRA on the embedded world both ways, seed by seed, and compares the validation
+losses. experiments/benchmark.py measures the time of both.
 
     python -m experiments.compare_dropout --dropout 0.1 --epochs 1 --seeds 3
 """

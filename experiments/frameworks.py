@@ -1,9 +1,10 @@
-"""The same LLaMA in `transformers`, to compare with: PEFT's LoRA, and a looped HydraLoRA.
+"""The same LLaMA in `transformers`: PEFT's LoRA, and a looped HydraLoRA.
 
-PEFT has no HydraLoRA. LoopedHydra is written here after equation 2 in the shape that public
-implementations give it: a Python loop over the heads, in which each head draws a dropout mask of
-its own on x, computes A x again and adds its full-width output. Imported by parts.py when
-transformers and peft are installed (requirements-optional.txt).
+PEFT has no HydraLoRA. LoopedHydra is written here after equation 2 in the shape that
+public implementations give it: a Python loop over the heads, in which each head draws a
+dropout mask of its own on x, computes A x again and adds its full-width output.
+Imported by parts.py when transformers and peft are installed
+(requirements-optional.txt).
 """
 
 import torch
@@ -43,8 +44,8 @@ class LoopedHydra(nn.Module):
 
 
 def llama(base):
-    """transformers' LLaMA on the weights of a Transformer, frozen. Their rows are in Meta's order,
-    so only time and memory mean anything."""
+    """transformers' LLaMA on the weights of a Transformer, frozen. Their rows are in
+    Meta's order, so only time and memory mean anything."""
     args = base.args
     config = LlamaConfig(
         hidden_size=args.dim, num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads,
@@ -99,10 +100,10 @@ def as_method(model, base, checkpoint):
 
 
 def padded(batch, device):
-    """The keyword arguments of a batch as a collator of `transformers` makes them: padded on the
-    right, the prompt and the padding without labels, the mask only where something is padded.
-    Each sequence has as many positions as in ours: transformers shifts the labels itself, so it is
-    given one token less."""
+    """The keyword arguments of a batch as a collator of `transformers` makes them:
+    padded on the right, the prompt and the padding without labels, the mask only where
+    something is padded. Each sequence has as many positions as in ours: transformers
+    shifts the labels itself, so it is given one token less."""
     ids, mask = pad([s.ids[:-1] for s in batch])
     labels = torch.full_like(ids, -100)
     for row, s in enumerate(batch):

@@ -3,11 +3,11 @@
     python -m experiments.gpu                          # writes experiments/results/gpu.json, gpu.md
     python -m experiments.gpu --device cpu --tiny      # all of it in small, to see that it runs
 
-Needs a CUDA card, torch 2.11 or newer, and no weights or data: the models are random and made on
-the card. Each part (experiments/parts.py) runs in a process of its own under its own limit of
-time. Every figure is written as it comes, so a part that fails or runs out of time or memory takes
-nothing with it; what was left out is named with the reason. transformers and peft are compared with
-when they are installed.
+Needs a CUDA card, torch 2.11 or newer, and no weights or data: the models are random
+and made on the card. Each part (experiments/parts.py) runs in a process of its own
+under its own limit of time. Every figure is written as it comes, so a part that fails
+or runs out of time or memory takes nothing with it; what was left out is named with the
+reason. transformers and peft are compared with when they are installed.
 """
 
 import datetime
@@ -55,7 +55,7 @@ def save_results(out, results):
 
 
 def as_markdown(content):
-    """gpu.md: the conditions, then each part with its tables, its notes and how it ended."""
+    """gpu.md: the conditions, then each part with its status, tables and notes."""
     lines = ["# The GPU path, measured", "",
              markdown(["what", "value"], content["conditions"].items())]
     for name in (name for name in PARTS if name in content["parts"]):
@@ -123,8 +123,8 @@ def run_part(part, out, device, tiny):
 
 
 def run_apart(part, out, device, tiny, limit):
-    """One part in a process of its own, ended after so many seconds. Returns None, or why it did
-    not finish."""
+    """One part in a process of its own, ended after `limit` seconds. Returns None, or
+    why it did not finish."""
     command = [sys.executable, "-m", "experiments.gpu", "--part", part, "--device", device,
                "--out", str(out.resolve()), *["--tiny"] * tiny]
     # a file and no pipe: what a killed process has started may hold a pipe open
@@ -142,7 +142,7 @@ def run_apart(part, out, device, tiny, limit):
 
 
 def run_parts(out, device, tiny):
-    """All parts in turn; returns 1 if one failed. Earlier results in `out` are removed first."""
+    """Removes earlier results and runs all parts in turn; returns 1 if one failed."""
     for name in ("gpu.json", "gpu.md"):
         (out / name).unlink(missing_ok=True)
     started, failed = time.perf_counter(), False

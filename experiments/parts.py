@@ -2,8 +2,8 @@
 
     python -m experiments.gpu --part step
 
-The first half serves both commands. The second half holds the parts of gpu.py, on models of 7B's
-shape in bf16; each takes a Report, a Scale and a device.
+The first half serves both commands. The second half holds the parts of gpu.py, on
+models of 7B's shape in bf16; each takes a Report, a Scale and a device.
 """
 
 import io
@@ -47,8 +47,8 @@ AIMS = {"LoRA r24": ("HydraLoRA 3 x 8 over LoRA r24, time", "<=", 1.10),
 
 
 class Report:
-    """Where a part puts what it finds: rows of named tables, and notes. Each is printed, and
-    save(content) is called, before the call returns."""
+    """Where a part puts what it finds: rows of named tables, and notes. Each is
+    printed, and save(content) is called, before the call returns."""
 
     def __init__(self, save=None):
         self.content = {"status": "running", "tables": {}, "notes": []}
@@ -90,8 +90,8 @@ def show(value):
 
 
 def attempt(report, name, work, where=""):
-    """work(), or None with a note if the device has too little memory; for what is foreign,
-    whatever its error is."""
+    """work(), or None with a note if the device has too little memory; for what is
+    foreign, whatever its error is."""
     try:
         return work()
     except Exception as error:
@@ -129,8 +129,8 @@ class Result(NamedTuple):
 
 
 def prepare_trial(make, device):
-    """The Trial of what make() returns, a Method and its batches, after two rounds, which warm
-    it up."""
+    """The Trial of what make() returns, a Method and its batches, after two rounds,
+    which warm it up."""
     method, batches = make()
     with FlopCounterMode(display=False) as counter:
         method.steps(batches)
@@ -140,8 +140,8 @@ def prepare_trial(make, device):
 
 
 def run_trials(report, where, makers, *, device, rounds, budget=math.inf):
-    """{name: Result} of {name: function that returns a Method and its batches}, timed round by
-    round. What finds too little memory is left out with a note."""
+    """{name: Result} of {name: function that returns a Method and its batches}, timed
+    round by round. What finds too little memory is left out with a note."""
     trials = {name: attempt(report, name, partial(prepare_trial, make, device), f", {where}")
               for name, make in makers.items()}
     trials = {name: trial for name, trial in trials.items() if trial}
@@ -152,7 +152,7 @@ def run_trials(report, where, makers, *, device, rounds, budget=math.inf):
 
 
 def product_flops(width, dtype, device):
-    """Operations per second of a large matrix product: what this device reaches at best."""
+    """Operations per second of a large matrix product: the most that a device reaches."""
     a = torch.randn(width, width, device=device).to(dtype)
     for _ in range(3):
         a @ a
@@ -162,8 +162,9 @@ def product_flops(width, dtype, device):
 
 def compare_methods(report, table, methods, base, batches, *, device, product, rounds,
                     budget=math.inf):
-    """A row for each of {name: function that makes a Method on the base}: its steps on the batches,
-    against the operations per second of a large product. {name: seconds of each round}."""
+    """A row for each of {name: function that makes a Method on the base}: its steps on
+    the batches, against the operations per second of a large product. {name: seconds of
+    each round}."""
     makers = {name: lambda make=make: (make(base), batches) for name, make in methods.items()}
     results = run_trials(report, table, makers, device=device, rounds=rounds, budget=budget)
     seconds = {name: result.seconds for name, result in results.items()}
@@ -180,7 +181,7 @@ def compare_methods(report, table, methods, base, batches, *, device, product, r
 
 
 def report_aims(report, table, seconds):
-    """What HydraLoRA reaches of its aims, by the seconds that compare_methods returned."""
+    """Which aims HydraLoRA reaches, by the seconds that compare_methods returned."""
     ratio = steps.time_ratios(seconds, OURS)
     for name, (claim, relation, bound) in AIMS.items():
         if name in ratio:
@@ -189,8 +190,9 @@ def report_aims(report, table, seconds):
 
 
 def compare_growth(report, base, axes, *, tokens, batch_tokens=0, device, rounds):
-    """Rows along each of {axis: values}, the others being 3 heads, rank 8 and rows of `tokens`: as
-    many rows as batch_tokens hold, at least one. {axis: {value: seconds of each round}}."""
+    """Rows along each of {axis: values}, the others being 3 heads, rank 8 and rows of
+    `tokens`: as many rows as batch_tokens hold, at least one. {axis: {value: seconds of
+    each round}}."""
     def make(heads=3, rank=8, length=tokens):
         rows = max(1, batch_tokens // length)
         return (ours(base, heads=heads, rank=rank),
@@ -212,7 +214,7 @@ def compare_growth(report, base, axes, *, tokens, batch_tokens=0, device, rounds
 
 
 def kept_bytes(heads, tokens=512, inputs=576, outputs=1536):
-    """Bytes that one adapted layer keeps for the backward pass in addition to its own weights."""
+    """Bytes that one adapted layer, its weights apart, keeps for the backward pass."""
     layer = HydraLinear(torch.nn.Linear(inputs, outputs, bias=False), rank=8, heads=heads,
                         dropout=steps.DROPOUT)
     with Watch() as watch:
@@ -224,8 +226,8 @@ def kept_bytes(heads, tokens=512, inputs=576, outputs=1536):
 
 
 def kind_of(operation, shapes, vocab):
-    """A matrix product is the head's if a side of it is the vocabulary, an adapter's if a side of
-    it is at most 64 wide, else the base's."""
+    """A matrix product is the head's if a side of it is the vocabulary, an adapter's if
+    a side of it is at most 64 wide, else the base's."""
     if operation in ("aten::mm", "aten::addmm", "aten::bmm"):
         sides = {side for shape in shapes for side in shape}
         if vocab in sides:
@@ -240,7 +242,7 @@ def kind_of(operation, shapes, vocab):
 
 
 def profile(report, method, batch, device):
-    """A row per kind of operation: its share of a step's time, on a GPU of its kernels' time."""
+    """A row per kind of operation: its share of a step's time (GPU: kernels' time)."""
     with torch.profiler.profile(record_shapes=True) as record:
         method.step(batch)
     spent = {}
@@ -256,8 +258,8 @@ def profile(report, method, batch, device):
 
 
 def compare_compiled(report, base, cases, *, backend, device, rounds):
-    """{case: batches} with and without torch.compile of every block, in turn; all blocks are one
-    graph. {case: {"plain", "compiled": seconds of each round}}."""
+    """{case: batches} with and without torch.compile of every block, in turn; all
+    blocks are one graph. {case: {"plain", "compiled": seconds of each round}}."""
     from torch._dynamo.utils import counters
     plain, compiled = (ours(base, rank=8, heads=3) for _ in range(2))
     for layer in compiled.model.layers:
@@ -284,9 +286,9 @@ def compare_compiled(report, base, cases, *, backend, device, rounds):
 
 
 def drawn_prompts(subjects, questions, shots, vocab_size):
-    """The Prompts of each subject: a header and five shots that its questions share, between
-    shots[0] and shots[1] tokens, and 20 to 130 tokens per question, as a subject of MMLU has them
-    in the median."""
+    """The Prompts of each subject: a header and five shots that its questions share,
+    between shots[0] and shots[1] tokens, and 20 to 130 tokens per question, as a
+    subject of MMLU has them in the median."""
     numbers = random.Random(0)
 
     def ids(count):
@@ -299,8 +301,9 @@ def drawn_prompts(subjects, questions, shots, vocab_size):
 
 
 def compare_prefix(report, model, subjects, *, device, rounds):
-    """Scores drawn_prompts in two ways, in turn: with the keys and values of a subject's header and
-    shots computed once, and every prompt whole. {way: seconds of each round}."""
+    """Scores drawn_prompts in two ways, in turn: with the keys and values of a
+    subject's header and shots computed once, and every prompt whole. {way: seconds of
+    each round}."""
     scores = {}
 
     def score(way):
@@ -398,7 +401,8 @@ def measure_growth(report, scale, device):
 
 
 def launches(method, batches, seconds):
-    """What a GPU launches in a round of so many seconds, as cells of a row; {} on a CPU."""
+    """What a GPU launches in a round of so many seconds, as cells of a row; {} on a
+    CPU."""
     with torch.profiler.profile() as record:
         method.steps(batches)
     kernels = [event for event in record.key_averages()
@@ -483,8 +487,8 @@ def total_memory(device):
 
 
 def peak_of_step(shape, tokens, checkpoint, device):
-    """GiB that HydraLoRA's second step takes at most, everything included, and GiB that torch
-    holds of the card by then; (None, None) on a CPU."""
+    """GiB that HydraLoRA's second step takes at most, everything included, and GiB that
+    torch holds of the card by then; (None, None) on a CPU."""
     method = ours(random_base(shape, device, torch.bfloat16), rank=8, heads=3,
                   checkpoint=checkpoint)
     batch = [Sequence([5] * (tokens + 1), 1, 0, "")]  # all targets, as --dry-run assumes
@@ -496,7 +500,8 @@ def peak_of_step(shape, tokens, checkpoint, device):
 
 
 def measure_memory(report, scale, device):
-    """Each size with what --dry-run computes and what it takes; what cannot fit is not tried."""
+    """Each size with what --dry-run computes and what it takes; what cannot fit is not
+    tried."""
     settings = dict(rank=8, heads=3, dropout=steps.DROPOUT)
     cases = [(size, shape, kind) for size, shape in (("7B", scale.seven), ("13B", scale.thirteen))
              for kind in CHECKPOINT]

@@ -1,4 +1,4 @@
-"""A checkpoint of LLaMA 2 7B's shape with random weights, and what it takes to load and train it.
+"""A random checkpoint of LLaMA 2 7B's shape, and what it takes to load and train it.
 
     python -m experiments.random_checkpoint write --out random-7b --tokenizer tokenizer.model
     python -m experiments.random_checkpoint load --weights random-7b     # time and peak memory
@@ -6,9 +6,9 @@
 
 Under torchrun `load` and `step` take --shard-base, and print the peak of each process.
 
-Writes bf16 in Meta's layout, split over --shards files as Meta splits it, one tensor in memory at a
-time: torch.save is given maps of a file that was filled tensor by tensor. Peaks are this process's
-resident memory, pages of mapped files included (ru_maxrss).
+Writes bf16 in Meta's layout, split over --shards files as Meta splits it, one tensor in
+memory at a time: torch.save is given maps of a file that was filled tensor by tensor.
+Peaks are this process's resident memory, pages of mapped files included (ru_maxrss).
 """
 
 import json
@@ -29,7 +29,7 @@ from support.device import peak_resident
 
 
 def part_shape(name, shape, shards):
-    """The shape of a tensor's part in one shard: 1 / shards of the rows or columns, norms whole."""
+    """A shard's part of a tensor: 1 / shards of the rows or columns, norms whole."""
     split = SPLIT_DIM.get(name.split(".")[-2])
     return [size // shards if axis == split else size for axis, size in enumerate(shape)]
 
@@ -61,7 +61,7 @@ def write(out, tokenizer, *, shards, layers, dim):
 
 
 def take_steps(model, tokens):
-    """Two optimiser steps of HydraLoRA 3 x 8 as train.py takes them; the first warms up."""
+    """Two steps of HydraLoRA 3 x 8 as train.py takes them; the first warms up."""
     model.checkpoint_activations = True
     add_hydralora(model, rank=8, heads=3, dropout=train.PAPER_RECIPE["dropout"])
     optimizer = train.make_optimizer(model.train(), lr=train.PAPER_RECIPE["lr"])

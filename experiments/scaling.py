@@ -1,11 +1,11 @@
-"""Several processes of one thread against one of them: the same steps, side by side in one run.
+"""The same training steps by several processes of one thread, and by one of them.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m experiments.scaling
 
-Rank 0 takes a step alone while the others wait, then all take the same step together, and so on;
-medians of the rounds. Processor time is the longest of any process: if other work runs on the
-machine, it shows what the clock would without it. The model is six of the 30 layers of
-experiments/benchmark.py.
+Rank 0 takes a step alone while the others wait, then all take the same step together,
+and so on; medians of the rounds. Processor time is the longest of any process: if other
+work runs on the machine, it shows what the clock would without it. The model is six of
+the 30 layers of experiments/benchmark.py.
 """
 
 import time
@@ -27,8 +27,7 @@ def timed_step(method, batches):
 
 
 def measure(method, batches, rounds):
-    """{"one": [(seconds, processor seconds)], "all": the same}, a pair per round; of all processes
-    the longest."""
+    """{"one", "all": [(seconds, processor seconds) of each round, at the slowest]}."""
     found = {"one": [], "all": []}
     for _ in range(rounds + 1):
         dist.barrier()

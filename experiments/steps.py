@@ -1,12 +1,12 @@
-"""What the benchmarks share: shapes, random batches, clocks, and a training step of every method.
+"""What the benchmarks share: shapes, batches, clocks, and a step of every method.
 
     base = random_base(SMOL)
     method = ours(base, rank=8, heads=3)
     batch = random_batch(2, 256, base.args.vocab_size)
     seconds = time_rounds({"HydraLoRA": lambda: method.step(batch)}, rounds=5)
 
-The models are random and need no download. All methods train on the same base weights, which they
-share; ours take their step by train.train_step.
+The models are random and need no download. All methods train on the same base weights,
+which they share; ours take their step by train.train_step.
 """
 
 import gc
@@ -54,7 +54,7 @@ def random_base(shape, device="cpu", dtype=torch.float32):
 
 
 def random_batch(rows, tokens, vocab_size, seed=0):
-    """A batch of `tokens` positions per row, the loss on the second half (Dolly: 0.45)."""
+    """A batch of `tokens` positions per row, the second half targets (Dolly: 0.45)."""
     numbers = random.Random(seed)
     batch = []
     for row in range(rows):
@@ -64,7 +64,7 @@ def random_batch(rows, tokens, vocab_size, seed=0):
 
 
 def dolly_sequences(data=None, tokenizer=None):
-    """Dolly's records encoded, or without both paths random ones whose lengths are spread alike."""
+    """Dolly's records encoded; without the paths, random ones of similar lengths."""
     if data and tokenizer:
         return encode_records(read_records(data), Tokenizer(tokenizer), 1024)[0]
     numbers = random.Random(0)
@@ -73,8 +73,7 @@ def dolly_sequences(data=None, tokenizer=None):
 
 
 def evenly_chosen(batches, count, offset=0.5):
-    """`count` of an epoch's batches, at even distances in the order of their padded width, so that
-    a few represent all."""
+    """`count` of an epoch's batches, at even distances in the order of their width."""
     ordered = sorted(batches, key=lambda batch: max(len(s.ids) for s in batch))
     return [ordered[int((i + offset) / count * len(ordered))] for i in range(count)]
 
@@ -99,8 +98,8 @@ def wait(device):
 
 
 def seconds_of(work, device="cpu"):
-    """Seconds that work() takes on the device. On one CPU thread they are this process's
-    processor time, which other work on the machine hardly changes."""
+    """Seconds that work() takes on the device. On one CPU thread they are this
+    process's processor time, which other work on the machine hardly changes."""
     one_thread = device == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if one_thread else time.perf_counter
     wait(device)
@@ -111,9 +110,9 @@ def seconds_of(work, device="cpu"):
 
 
 def time_rounds(works, rounds, device="cpu", budget=math.inf):
-    """{name: seconds of each round} of {name: work}. Every work() runs once per round, so that
-    what slows the machine for a while slows all of them. No round begins after `budget` seconds.
-    """
+    """{name: seconds of each round} of {name: work}. Every work() runs once per round,
+    so that a slow moment of the machine hits all of them. No round begins after
+    `budget` seconds."""
     seconds = {name: [] for name in works}
     started = time.perf_counter()
     for _ in range(rounds):
@@ -129,7 +128,7 @@ def medians(seconds):
 
 
 def time_ratios(seconds, name):
-    """{other: how many times as long `name` takes}, compared round by round; {} without it."""
+    """{other: how many times as long `name` takes}, round by round; {} without it."""
     if name not in seconds:
         return {}
     return {other: statistics.median(a / b for a, b in zip(seconds[name], values))
@@ -137,8 +136,8 @@ def time_ratios(seconds, name):
 
 
 def extra_peak(work, device):
-    """Bytes that work() allocates on a GPU at most, in addition to those of before; None on a CPU,
-    where torch does not count them."""
+    """Bytes that work() allocates on a GPU at most, in addition to those of before;
+    None on a CPU, where torch does not count them."""
     wait(device)
     if device == "cpu":
         work()
@@ -189,7 +188,7 @@ def take_step(model, batches, optimizer):
 
 
 def precision_of(model):
-    """The autocast of a training run on this base: products in the dtype of its weights."""
+    """Autocast to the dtype of the base's weights."""
     weight = model.output.weight
     dtype = "fp32" if weight.dtype == torch.float32 else "bf16"
     return autocast(str(weight.device), dtype)
@@ -212,9 +211,9 @@ def ours(base, *, rank, heads, checkpoint=False):
 
 
 def floor(base, checkpoint=False):
-    """The least that training below the first layer costs: the frozen model forward, head and loss
-    at the targets, and the gradient of the activations from the loss down to the embedding's
-    output. No adapter, no weight's gradient, no optimiser."""
+    """The least that training below the first layer costs: the frozen model forward,
+    head and loss at the targets, and the gradient of the activations from the loss down
+    to the embedding's output. No adapter, no weight's gradient, no optimiser."""
     method = Method(on_base(base, checkpoint))
     method.model.tok_embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_())
 
@@ -246,8 +245,8 @@ METHODS = {OURS: partial(ours, rank=8, heads=3), "LoRA r24": partial(ours, rank=
 
 
 def project_masked_on_x(layer, x):
-    """HydraLinear.project with the dropout mask on x instead of A x, at full width in every layer;
-    the router reads x without it."""
+    """HydraLinear.project with the dropout mask on x instead of A x, at full width in
+    every layer; the router reads x without it."""
     masked = F.dropout(x, layer.settings.dropout, layer.training)
     return F.linear(masked, layer.lora_A.flatten(0, -2)), F.linear(x, layer.router)
 
