@@ -1,10 +1,8 @@
-"""Files written whole or not at all, and files of others opened so that no code in them runs.
+"""Writes a file whole or not at all, and reads any file without running code in it.
 
     write_file("adapter.pt", lambda file: save_adapter(model, file))
     write_json("run.json", result)
     state = read_torch("checkpoint.pt", "a checkpoint of a run")
-
-Every script writes its results and reads foreign files through this module.
 """
 
 import hashlib
@@ -18,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from model import save_llama
 from support.distributed import rank
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -29,7 +26,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @contextmanager
 def wrap_disk_errors(path):
-    """Inside, an error of the disk becomes an OSError that names the path and what to do."""
+    """Within this context, an error of the disk becomes an OSError that names the path
+    and what to do."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -41,78 +39,72 @@ def wrap_disk_errors(path):
         raise
 
 
+def move_into_place(temporary, path):
+    """Renames a finished file so that a power cut leaves the whole new or old one."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    with suppress(PermissionError):  # Windows opens no folder
+        folder = os.open(Path(path).parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
 def write_file(path, write):
-    """write(file) to a temporary name, synced and renamed, then the folder synced: whatever happens
-    the path holds the whole new file or the former one. Raises OSError where it cannot be written.
-    A temporary file that a kill left behind is never read, and the next write replaces it.
-    Of several processes the first writes; the others call write too, since it may ask all of them
-    for their parts of the base."""
+    """Calls write(file) on a temporary file and renames it: whatever happens, path is
+    the whole new file or the old one. What a kill leaves behind is never read, and the
+    next write replaces it. Raises OSError if it cannot be written. Only rank 0 writes;
+    the other ranks call write too, since it may ask each for its part of the base."""
     if rank():
         with open(os.devnull, "wb") as nowhere:
             write(nowhere)
         return
     temporary = f"{path}.tmp"
     try:
-        with wrap_disk_errors(path), open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
         with wrap_disk_errors(path):
-            os.replace(temporary, path)
+            with open(temporary, "wb") as file:
+                write(file)
+            move_into_place(temporary, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    sync_folder(Path(path).parent)
-
-
-def sync_folder(path):
-    """Makes a rename in the folder outlast a power cut, where the system can open a folder."""
-    try:
-        folder = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows
-        return
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_text(path, text):
-    """The text as UTF-8, whole or not at all."""
+    """Writes the text as UTF-8, whole or not at all."""
     write_file(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path, value):
-    """The value as JSON, whole or not at all."""
+    """Writes the value as JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_llama(model, tokenizer_path, folder, dtype=None):
-    """save_llama into a folder that may hold other files: each of the three is whole or the former
-    one, and params.json is there only when all of them are. Raises what save_llama raises, and
-    OSError where it cannot be written. What a kill left behind, the next call removes."""
+def write_llama(model, tokenizer_path, folder):
+    """save_llama into a folder that may hold other files. Each of its three files is
+    whole, new or old, and params.json is there only if all three are new, so a mixture
+    is never loaded. Raises what save_llama raises, and OSError if it cannot be written.
+    The next call removes what a kill left behind."""
+    from model import save_llama  # here alone: it loads sentencepiece
     folder = Path(folder)
     unfinished = folder / "unfinished.tmp"
     with wrap_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            save_llama(model, tokenizer_path, unfinished, dtype)
+            save_llama(model, tokenizer_path, unfinished)
             (folder / "params.json").unlink(missing_ok=True)
             for name in ("tokenizer.model", "consolidated.00.pth", "params.json"):
-                with open(unfinished / name, "rb+") as file:
-                    os.fsync(file.fileno())
-                os.replace(unfinished / name, folder / name)
+                move_into_place(unfinished / name, folder / name)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    sync_folder(folder)
 
 
 @contextmanager
 def atomic_dir(path):
-    """Yields an empty folder that becomes `path` if all goes well inside, and is gone otherwise.
-    Raises ValueError where path exists already, or cannot be made."""
+    """Yields an empty folder, which becomes `path` at the end and is removed after an
+    error. Raises ValueError if path exists already, or its parent does not."""
     path = Path(path)
     if os.path.lexists(path):
         raise ValueError(f"{path} exists already: name another folder, or move it away")
@@ -129,8 +121,8 @@ def atomic_dir(path):
 
 
 def placeholder_reason(path):
-    """Why a file is not what its name says, whatever that is: a Git LFS pointer, a web page, or
-    unreadable. None where it is none of these, or no file."""
+    """Why a file is not what its name promises, whatever that is: it is a Git LFS
+    pointer, a web page, or unreadable. None if it is none of these, or no file."""
     path = Path(path)
     if not path.is_file():
         return None
@@ -141,18 +133,18 @@ def placeholder_reason(path):
         return f"{path} cannot be read ({error.strerror})"
     if head.startswith(LFS_POINTER):
         size = re.search(rb"size (\d+)", head)
-        return (f"{path} is a Git LFS pointer, not the file itself"
-                f"{f' of {int(size[1]):,} bytes' if size else ''}: get it with `git lfs pull` in "
-                "the repository that it was cloned with")
+        of_size = f" of {int(size[1]):,} bytes" if size else ""
+        return (f"{path} is a Git LFS pointer, not the file itself{of_size}: get it with "
+                "`git lfs pull` in the repository that it was cloned with")
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return f"{path} is a web page, not the file itself: download it again by its own link"
     return None
 
 
 def read_torch(path, kind, mmap=False):
-    """What torch.save wrote: tensors and plain values, nothing else, so no code in it can run.
-    Raises ValueError, saying that the file is not `kind`, for whatever cannot be read so. torch's
-    own words are not passed on: they advise to trust the file, or to save it again."""
+    """What torch.save wrote: tensors and plain values, nothing else, so no code in it
+    can run. Raises ValueError, "PATH is not `kind`", for any other file. torch's own
+    words are not passed on: they advise to trust the file, or to save it again."""
     try:
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # a damaged file raises half a dozen types
@@ -164,8 +156,8 @@ def read_torch(path, kind, mmap=False):
 
 
 def parse_json(text, place):
-    """The JSON object in a text. Raises ValueError, naming the place, for NaN, Infinity, a name
-    given twice and anything but an object."""
+    """The JSON object in a text. Raises ValueError, naming the place, for NaN,
+    Infinity, a repeated name and anything but an object."""
     def no_constant(name):
         raise ValueError(f"it holds {name}")
 
@@ -184,7 +176,7 @@ def parse_json(text, place):
 
 
 def read_json(path):
-    """The JSON object in a file. Raises ValueError where there is none."""
+    """The JSON object in a file. Raises ValueError if there is none."""
     if not Path(path).is_file():
         raise ValueError(f"there is no {path}")
     if reason := placeholder_reason(path):
@@ -193,8 +185,8 @@ def read_json(path):
 
 
 def check_tensors(tensors):
-    """Raises ValueError unless this is {name: dense floating-point tensor} whose values all stand
-    in the file: a tensor with strides of zero can claim a terabyte and hold one number."""
+    """Raises ValueError unless this is {name: plain floating-point tensor} with all of
+    its values in the file: strides of zero can claim a terabyte and hold one number."""
     if not isinstance(tensors, dict):
         raise ValueError(f"tensors by name were wanted, found {type(tensors).__name__}")
     for name, tensor in tensors.items():
@@ -206,29 +198,36 @@ def check_tensors(tensors):
             raise ValueError(f"{name} is not a plain tensor of floating-point numbers")
 
 
-def shape_mismatches(shapes, tensors):
-    """Names that are missing from {name: tensor}, extra, or of another shape than {name: shape}."""
-    return sorted(name for name in shapes.keys() | tensors.keys()
-                  if name not in shapes or name not in tensors
-                  or shapes[name] != tensors[name].shape)
-
-
 def check_finite(tensors, path):
-    """Raises ValueError when a value of {name: tensor} is not finite: it must not reach the path,
-    or must not be taken from it."""
+    """Raises ValueError if {name: tensor} has a value that is not finite. The path,
+    which it would be written to or was read from, is for the message."""
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise ValueError(f"{path}: {len(bad)} of {len(tensors)} tensors hold values that are not "
                          f"finite, {bad[0]} the first: they are neither written nor loaded")
 
 
-# ---------------------------------------------------------------- fingerprints
+def shape_mismatches(shapes, tensors):
+    """Names in {name: tensor} that are missing, extra, or not of {name: shape}."""
+    return sorted(name for name in shapes.keys() | tensors.keys()
+                  if name not in shapes or name not in tensors
+                  or shapes[name] != tensors[name].shape)
 
-READ_WHOLE, SAMPLES, SAMPLE_BYTES = 2**24, 64, 2**18  # shards up to 16 MiB are read whole
+
+# ---------------------------------------------------------------- fingerprints
+# Files: file_fingerprint and weights_fingerprint. run.json records them; they show whether a run
+# reads the same files again, and a changed byte changes them.
+# Values: hydralora.base_fingerprint, some numbers of each weight of a loaded model. An adapter
+# records it, since the same base may come in other files and another dtype.
+# digest makes a short key of anything, such as of base_fingerprint and all settings.
+
+READ_WHOLE = 2**24  # bytes up to which a shard is read whole; a larger one is sampled
+SAMPLES = 64
+SAMPLE_BYTES = 2**18
 
 
 def digest(*content):
-    """16 hexadecimal digits that tell one content from another."""
+    """16 hexadecimal digits that depend on the whole content."""
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
@@ -238,9 +237,9 @@ def file_fingerprint(path):
 
 
 def weights_fingerprint(folder):
-    """sha256 of params.json and of the shards in a folder of Meta's layout. A shard over 16 MiB
-    counts by its size and 64 evenly spaced blocks, the last of which is the archive's directory
-    with a checksum of every tensor: seconds, not minutes, for 7B."""
+    """sha256 of params.json and the shards in a folder in Meta's layout. A shard over
+    16 MiB counts by its size and 64 evenly spaced blocks, the last of which is the
+    archive's directory with a checksum of every tensor. 7B takes seconds."""
     found = hashlib.sha256((Path(folder) / "params.json").read_bytes())
     for path in sorted(Path(folder).glob("consolidated.*.pth")):
         size = path.stat().st_size

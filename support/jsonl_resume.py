@@ -1,4 +1,4 @@
-"""The rows of a long run, kept line by line, so that a stopped run goes on from where it was.
+"""The rows of a long run, saved line by line, so that a stopped run can be resumed.
 
     done = read_partial(path, settings, columns={"index": int, "answer": str}, name=("index",))
     with open_partial(path, settings, done) as file:
@@ -6,8 +6,8 @@
     ...                                 # write the result
     remove_partial(path)
 
-The first line holds the settings that the rows depend on; each further line is one row. Of several
-processes the first reads, writes and removes the file, and the others are told what it holds.
+The first line holds the settings that the rows depend on; every other line is a row.
+Only rank 0 reads, writes and removes the file; it broadcasts what it read.
 """
 
 import json
@@ -18,23 +18,23 @@ from support.files import write_text
 
 
 def read_partial(path, settings, *, columns, name):
-    """{tuple of the columns in `name`: row} as a stopped run left them, a torn last line dropped.
-    Raises ValueError when its settings were others, since its rows would not be this run's, and
-    for a row that has not exactly these columns {name: type}."""
+    """{values of the columns in `name`: row} of a stopped run, without a line that was
+    cut short. Raises ValueError if its settings were others, since its rows would be
+    wrong here, and for a row that does not have exactly these columns, {name: type}."""
     return run_on_rank0(lambda: parse_partial(path, settings, columns, name))
 
 
 def parse_partial(path, settings, columns, name):
-    lines = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = []
     for line in text.split("\n"):
         try:
             lines.append(json.loads(line))
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # cut short
             break
     if lines and lines[0] != settings:
-        first = lines[0] if isinstance(lines[0], dict) else {}
-        differ = [key for key in settings if first.get(key) != settings[key]]
+        before = lines[0] if isinstance(lines[0], dict) else {}
+        differ = [key for key in settings if before.get(key) != settings[key]]
         raise ValueError(f"{path} is of a stopped run with another {', '.join(differ)}: finish it, "
                          "delete that file, or choose another --out")
     done = {tuple(row[key] for key in name): row for row in lines[1:]
@@ -45,7 +45,7 @@ def parse_partial(path, settings, columns, name):
 
 
 def open_partial(path, settings, done):
-    """The file, open for further rows, after the settings and the rows that are done."""
+    """The file, open for more rows, after the settings and the rows that are done."""
     if rank():
         return open(os.devnull, "w", encoding="utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,14 @@
-"""One folder, one run: a process holds what it writes, and a second one is told who that is.
+"""One folder, one run: while a process writes somewhere, a second one is refused.
 
-    with file_lock(out / ".lock", out):
-        ...                             # a second run into `out` is refused in one line
+    with file_lock(f"{out}/.lock", out):
+        ...                             # no other process is in such a block for the same path
 
-A lock is a folder with one empty file, whose name is its holder: process, when it began, host. One
-rename puts such a folder in place, or a new holder's name over that of a dead one; of several that
-try, one succeeds. So the file system need not know locks, and what a kill left behind, which names
-a process that is gone, holds nothing. Machines are told apart by their host names.
+The kernel holds the lock, on a file that names the process, and releases it when that
+process ends, even by a kill: a file that was left behind locks nothing. The file is
+PATH.pid, since older versions made a folder at PATH; such a folder is ignored.
 """
 
 import os
-import shutil
 import socket
 import time
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,106 +17,74 @@ from pathlib import Path
 from support.distributed import run_on_rank0
 from support.files import wrap_disk_errors
 
-TRIES, PAUSE = 20, 0.01  # others may come and go meanwhile; seconds
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+    fcntl = None
 
-
-def began(pid):
-    """When a process began, as Linux tells it: in which run of the machine, and at which tick of
-    its clock. "" for one that has ended, "unknown" on other systems."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
-        state, *numbers = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return "unknown"
-    return "" if state in b"ZX" else f"{boot}.{numbers[18].decode()}"
-
-
-def lives(holder):
-    """Whether the process that a lock names may still run: of another host, this one cannot know.
-    A process id is given away again, so one that began at another time is somebody else's."""
-    pid, start, host = holder.split("-", 2)
-    if host != socket.gethostname():
-        return True
-    if os.name == "nt":
-        return False  # take() finds out: Windows renames no file that a process has open
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    return began(pid) in (start, "unknown")
-
-
-def in_use(lock, what, holder):
-    """The refusal that names who holds the lock."""
-    pid, _, host = holder.split("-", 2)
-    if host == socket.gethostname():
-        return ValueError(f"{what} is held by process {pid} on {host}, which writes there: wait "
-                          "for it, or name another --out")
-    return ValueError(f"{what} is held by process {pid} on another machine, {host}: wait for it, "
-                      f"name another --out, or delete {lock} if it has ended")
-
-
-def take(lock, what, me):
-    """Makes `me` the holder and returns the file that says so, open, see lives(). Raises ValueError
-    where another process holds the lock."""
-    claim = Path(f"{lock}.{me}")
-    for left in reversed(range(TRIES)):
-        holder = None
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            holder = next(iter(os.listdir(lock)), None) if lock.exists() else None
-            if holder and lives(holder):
-                raise in_use(lock, what, holder)
-            if holder:
-                os.rename(lock / holder, lock / me)  # fails where another was quicker
-            else:
-                claim.mkdir(exist_ok=True)
-                (claim / me).touch()
-                os.rename(claim, lock)  # so does this, unless the folder there is empty
-            return open(lock / me, "rb")
-        except OSError as error:
-            shutil.rmtree(claim, ignore_errors=True)
-            if not left and holder:
-                raise in_use(lock, what, holder) from error
-            if not left:
-                raise
-            with suppress(OSError):
-                lock.rmdir()  # an empty one, which Windows does not rename over
-            time.sleep(PAUSE)
+PAUSE = 0.2  # seconds in which a process that has just taken the lock writes its name
+FAR = 2**30  # on Windows nobody else can read the locked byte: one beyond the name
 
 
 @contextmanager
-def file_lock(lock, what):
-    """file_lock_alone; of several processes the first does it for all, and what it refuses, all
-    refuse."""
+def file_lock(path, what):
+    """Holds the lock of `what`, the path that a refusal names; under torchrun, rank 0
+    holds it for all ranks. Folders made for the file are removed at the end if nothing
+    else was put in them. Raises ValueError if another process holds the lock, OSError
+    if the file cannot be written."""
     with ExitStack() as stack:
-        run_on_rank0(lambda: stack.enter_context(file_lock_alone(lock, what)))
+        run_on_rank0(lambda: stack.enter_context(process_lock(Path(f"{path}.pid"), what)))
         yield
 
 
 @contextmanager
-def file_lock_alone(lock, what):
-    """Inside, this process alone holds the lock, and with it `what`, the path that it writes to.
-    The folder that the lock lies in is made where there is none, and goes again if nothing else was
-    put in it. Raises ValueError where another process holds the lock, OSError where none can be.
-    """
-    lock, me = Path(lock), f"{os.getpid()}-{began(os.getpid())}-{socket.gethostname()}"
+def process_lock(path, what):
     made, file = [], None
     try:
-        with wrap_disk_errors(lock.parent):
-            made = [path for path in lock.parents if not path.exists()]
-            file = take(lock, what, me)
-        for path in lock.parent.iterdir():  # claims of processes that were killed within take()
-            name = path.name.removeprefix(f"{lock.name}.")
-            if name != path.name and name.count("-") > 1 and not lives(name):
-                shutil.rmtree(path, ignore_errors=True)
+        with wrap_disk_errors(path.parent):
+            made = [folder for folder in path.parents if not folder.exists()]
+            file = open_locked(path, what)
         yield
     finally:
+        if file and not fcntl:
+            file.close()  # Windows removes no open file, so none that another one locks
         if file:
-            file.close()
-            (lock / me).unlink(missing_ok=True)
-        for path in (lock, *made):
             with suppress(OSError):
-                path.rmdir()
+                path.unlink()
+            file.close()
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def open_locked(path, what):
+    """The file, open and locked, with this process's name in it."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # the last holder just removed file or folder
+            file = open(path, "ab+", buffering=0)
+            take_lock(file, what)
+            if os.path.samefile(file.fileno(), path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return file
+
+
+def take_lock(file, what):
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            file.seek(FAR)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        time.sleep(PAUSE)
+        with file:
+            file.seek(0)
+            holder = file.read().decode() or "another process"
+        raise ValueError(f"{what} is held by {holder}, which writes there: wait for it, or name "
+                         "another --out") from None
+    except OSError as error:
+        print(f"warning: the file system of {what} has no locks ({error.strerror}): make sure that "
+              "no other run writes there")

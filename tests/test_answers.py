@@ -222,4 +222,4 @@ def test_a_second_run_into_one_file_is_refused(answer, tmp_path, capsys, monkeyp
     assert answer()[0] == 0
     (status, printed), out = seen[0], tmp_path / "answers.jsonl"
     assert status == 2 and f"generate.py: {out} is held by process" in printed
-    assert not Path(f"{out}.lock").exists()
+    assert not Path(f"{out}.lock.pid").exists()

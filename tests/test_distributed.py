@@ -340,7 +340,7 @@ def test_a_killed_process_or_a_signal_ends_all_in_time_and_the_checkpoint_stands
     assert lines[0].startswith("stopped; " if victim == "all" else "train.py: another process")
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert f"of step {state['step']};" in lines[0]
-    assert not (out / ".lock").exists() and not (out / "run.json").exists()
+    assert not (out / ".lock.pid").exists() and not (out / "run.json").exists()
 
 
 def wait_for(path, process):

@@ -267,7 +267,7 @@ for i, moment in enumerate([*moments, *exact]):
         assert wait(child(out, "--resume")) == 0, (i, held)
     elif "run.json" in held:  # killed after all was written
         done["whole"] += 1
-        if ".lock" in held:  # just before it let go: that holds nothing
+        if ".lock.pid" in held:  # just before it released the lock, which locks nothing
             assert wait(child(out, "--overwrite")) == 0, (i, held)
     else:
         done["none"] += 1
@@ -824,8 +824,7 @@ BAD = {
     "tokenizer of Llama 3": (T, text("w/tokenizer.model", "IQ== 0\nIg== 1\n"), [],
                              "a tokenizer of Llama 3"),
     "length beyond the default": (T, unsaid_length, ["--max-seq-len", "8192"],
-                                  "4096, a default", "w/params.json says no length",
-                                  "write it there as max_seq_len"),
+                                  "4096, a default", "w/params.json has no max_seq_len"),
     "adapter is whole, the shard is not": (E, text(SHARD, "x"), ["--adapter", ADAPTER],
                                            "consolidated.00.pth is not a whole PyTorch"),
     "adapter damaged within": (E, spoil(ADAPTER), ["--adapter", ADAPTER], "mine.pt is not an",
