@@ -359,7 +359,8 @@ SMALL = dict(dim=128, n_layers=2, n_heads=2, vocab_size=768, multiple_of=32, max
 TINY = Scale(seven=SMALL, thirteen={**SMALL, "n_layers": 3}, tokens=48, rounds=1, dolly=2,
              heads=(1, 2), ranks=(4, 8), lengths=(32, 64), product=128, subjects=2, questions=6,
              shots=(20, 30), records=(60, 16), k_max=3, backend="eager",
-             main=("--max-steps", "3", "--data", str(WORLD / "val.jsonl")))
+             main=("--weights", str(WORLD / "base"), "--data", str(WORLD / "val.jsonl"),
+                   "--max-steps", "3"))
 
 
 def dolly_batches(count, tokens):
