@@ -13,6 +13,7 @@ Peaks are this process's resident memory, pages of mapped files included (ru_max
 
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from experiments.steps import LLAMA_7B, random_batch, take_step
 from hydralora import add_hydralora
 from model import SPLIT_DIM, ModelArgs, Tokenizer, Transformer
 from support import distributed
-from support.cli import Parser
+from support.cli import Parser, report_failure, start_script
 from support.device import peak_resident
 
 
@@ -85,18 +86,22 @@ def print_peaks(command, weights):
               f"memory {peak / 1e9:.2f} GB, {peak / size:.3f} times the files")
 
 
-def main(argv=None):
+def parse_args(argv):
     p = Parser("experiments.random_checkpoint", __doc__)
     p.add_argument("command", choices=["write", "load", "step"])
     p.add_argument("--out", type=Path, help="write: the folder to make")
     p.add_argument("--tokenizer", help="write: a tokenizer.model to copy into the folder")
     p.add_argument("--shards", type=int, default=1, help="write: files to split over (1)")
     p.add_argument("--layers", type=int, default=32, help="write: fewer for a trial (32)")
-    p.add_argument("--dim", type=int, default=4096, help="write: width, a multiple of 128 (4096)")
+    p.add_argument("--dim", type=int, default=4096,
+                   help="write: width, a multiple of 128 (4096)")
     p.add_argument("--weights", help="load, step: the folder")
     p.add_argument("--shard-base", action="store_true", help="load, step: shard the base (off)")
-    p.add_argument("--tokens", type=int, default=64, help="step: tokens of the one sequence (64)")
-    args = p.parse_args(argv)
+    p.add_argument("--tokens", type=int, default=64, help="step: tokens of the sequence (64)")
+    return p.parse_args(argv)
+
+
+def run(args):
     started = time.perf_counter()
     if args.command == "write":
         write(args.out, args.tokenizer, shards=args.shards, layers=args.layers, dim=args.dim)
@@ -111,5 +116,15 @@ def main(argv=None):
         print(f"{args.command}: {time.perf_counter() - started:.1f} s in all")
 
 
+def main(argv=None):
+    args = parse_args(argv)
+    start_script()
+    try:
+        return run(args) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error, "experiments.random_checkpoint", args, stopped="stopped",
+                              memory="step with fewer --tokens needs less")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

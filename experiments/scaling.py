@@ -8,6 +8,7 @@ work runs on the machine, it shows what the clock would without it. The model is
 the 30 layers of experiments/benchmark.py.
 """
 
+import sys
 import time
 from statistics import median
 from unittest import mock
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from experiments.steps import SMOL, ours, random_base, random_batch, take_step
 from support import distributed
-from support.cli import Parser
+from support.cli import Parser, report_failure, start_script
 
 
 def timed_step(method, batches):
@@ -41,28 +42,44 @@ def measure(method, batches, rounds):
     return {name: rows[1:] for name, rows in found.items()}  # the first warms up
 
 
-def main(argv=None):
+def parse_args(argv):
     p = Parser("experiments.scaling", __doc__)
     p.add_argument("--rounds", type=int, default=7, help="pairs of steps (7)")
     p.add_argument("--layers", type=int, default=6, help="layers of the model (6)")
     p.add_argument("--tokens", type=int, default=256, help="tokens per row (256)")
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def run(args):
+    processes = distributed.world_size()
     with distributed.process_group("cpu"):
-        processes = distributed.world_size()
         method = ours(random_base({**SMOL, "n_layers": args.layers}), rank=8, heads=3)
         rows = random_batch(2 * processes, args.tokens, SMOL["vocab_size"])
         found = measure(method, [[row] for row in rows], args.rounds)
-        if distributed.rank():
-            return
         print(f"{'':16}{'seconds':>9}{'tokens/s':>10}{'processor s':>13}")
-        medians = {}
+        medians = []
         for name, times in found.items():
-            wall, processor = medians[name] = [median(column) for column in zip(*times)]
+            if not times:  # another rank than 0 takes no step alone
+                continue
+            wall, processor = (median(column) for column in zip(*times))
+            medians.append((wall, processor))
             label = "1 process" if name == "one" else f"{processes} processes"
-            print(f"{label:16}{wall:9.3f}{len(rows) * args.tokens / wall:10.0f}{processor:13.3f}")
-        wall, processor = (one / several for one, several in zip(medians["one"], medians["all"]))
-        print(f"times as fast: {wall:.2f} by the clock, {processor:.2f} by processor time")
+            speed = len(rows) * args.tokens / wall
+            print(f"{label:16}{wall:9.3f}{speed:10.0f}{processor:13.3f}")
+        if distributed.rank() == 0:
+            wall, processor = (one / several for one, several in zip(*medians))
+            print(f"times as fast: {wall:.2f} by the clock, {processor:.2f} by processor time")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    start_script()
+    try:
+        return run(args) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error, "experiments.scaling", args, stopped="stopped",
+                              memory="--layers with fewer layers needs less")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
