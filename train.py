@@ -18,6 +18,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -210,8 +211,8 @@ def set_up(args):
 def run(args):
     """One run, from the settings to the files. Returns the exit status."""
     if args.dry_run:
-        from support.memory import print_needs
-        return print_needs(args, adapter_settings(args), MAX_SEQ_LEN)
+        dry_run(args)
+        return 0
     with (distributed.process_group(args.device, args.shard_base),
           file_lock(f"{args.out}/.lock", args.out)):
         out = distributed.run_on_rank0(lambda: run_folder.check_out(
@@ -262,6 +263,30 @@ def run(args):
             error.hint = run_folder.resume_hint(out)
             raise
     return 0
+
+
+def measure_memory(args, shape, length, checkpoint):
+    """The Need of a step of this run: see support/memory.py. shape is the base's ModelArgs."""
+    from support.memory import measure_step
+    step = partial(train_step, scaler=torch.amp.GradScaler("cpu", enabled=False), clip=args.clip,
+                   precision=autocast("cpu", args.dtype))
+    return measure_step(shape, adapter_settings(args), step=step, dtype=args.dtype,
+                        make_optimizer=partial(make_optimizer, lr=args.lr), gpus=args.gpus or 1,
+                        batch_size=args.batch_size, length=length, checkpoint=checkpoint)
+
+
+def dry_run(args):
+    """Prints the memory that the run needs. Reads params.json only."""
+    from support.memory import print_needs, read_shape
+    shape = read_shape(args.weights)
+    length = args.max_seq_len or min(MAX_SEQ_LEN, shape.max_seq_len)
+    print(f"{args.method}, base and products in {args.dtype}, batches of {args.batch_size} x "
+          f"{length} tokens")
+    if args.gpus:
+        print(f"each of {args.gpus} GPUs with --shard-base: 1 / {args.gpus} of every block; "
+              "embedding, head and adapters whole")
+    print_needs(partial(measure_memory, args, shape), length, gpu_memory=args.gpu_memory,
+                limit=model_length(args.weights, shape.max_seq_len))
 
 
 def report(setup, args, base, result):

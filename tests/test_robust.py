@@ -475,7 +475,7 @@ def test_what_is_not_finite_is_never_written_nor_loaded(model, tmp_path):
     whole = (tmp_path / "a.pt").read_bytes()
     with torch.no_grad():
         model.layers[1].feed_forward.w2.router[0, 0] = math.inf
-    with pytest.raises(ValueError, match=r"a.pt: 1 of 18 tensors .* layers.1.feed_forward.w2.rout"):
+    with pytest.raises(ValueError, match=r"a.pt: .* 1 of 18 .* layers.1.feed_forward.w2.router"):
         save_adapter(model, tmp_path / "a.pt")
     assert (tmp_path / "a.pt").read_bytes() == whole
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -485,7 +485,7 @@ def test_what_is_not_finite_is_never_written_nor_loaded(model, tmp_path):
     content = torch.load(tmp_path / "a.pt", weights_only=True)
     content["tensors"]["layers.0.feed_forward.w1.lora_A"][0, 0] = math.nan
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="not finite, layers.0.feed_forward.w1.lora_A"):
+    with pytest.raises(ValueError, match=r"not finite\): layers.0.feed_forward.w1.lora_A"):
         load_adapter(tiny_model(), tmp_path / "a.pt")
     other = tiny_model()
     with torch.no_grad():
@@ -862,7 +862,7 @@ BAD = {
     "data too long": (T, text("data.jsonl", GOOD.replace('"a', f'"{"a" * 500}') + GOOD.replace(
         '"a', f'"{"c" * 500}')), [],
                       "none of the 1 records fits max_seq_len 128"),
-    "data all in validation": (T, nothing, ["--val-data", "data.jsonl"], "stands in the valid"),
+    "data all in validation": (T, nothing, ["--val-data", "data.jsonl"], "is in the valid"),
     "validation missing": (T, nothing, ["--val-data", "absent"], "there is no data file at absent"),
     "weights without data": (T, nothing, [], "--weights needs --data"),
     "rank 0": (T, nothing, ["--rank", "0"], "--rank must be at least 1"),
@@ -928,13 +928,13 @@ BAD = {
     "adapter of another shape": (E, change(ADAPTER, lambda a: a["tensors"].update(
         {KEY: torch.zeros(2, 31)})), ["--adapter", ADAPTER], KEY),
     "adapter with a key missing": (E, change(ADAPTER, lambda a: a["tensors"].pop(KEY)),
-                                   ["--adapter", ADAPTER], KEY, "missing, extra or mis-shaped"),
+                                   ["--adapter", ADAPTER], KEY, "(missing, unexpected"),
     "adapter with a key more": (E, change(ADAPTER, lambda a: a["tensors"].update(
         more=torch.zeros(1))), ["--adapter", ADAPTER], "more"),
     "adapter of NaN": (E, change(ADAPTER, lambda a: a["tensors"][KEY].fill_(math.nan)),
                        ["--adapter", ADAPTER], "not finite"),
     "adapter that asks for a terabyte": (E, change(ADAPTER, lambda a: a["config"].update(
-        rank=10**11)), ["--adapter", ADAPTER], "does not fit its own config"),
+        rank=10**11)), ["--adapter", ADAPTER], "do not match its config"),
     "adapter not of its run": (E, change("run/adapter.pt", lambda a: a["tensors"][KEY].mul_(2)),
                                ["--adapter", "run/adapter.pt"], "adapter: not what the run.json"),
     "run.json broken": (E, text("run/run.json", "{"), ["--adapter", "run/adapter.pt"],
@@ -1099,7 +1099,7 @@ def test_shared_records_are_counted_and_removed_from_training(made, place, capsy
     (place / "val.jsonl").write_text("".join(lines[:7]) + GOOD)
     (place / "data.jsonl").write_text("".join(lines + lines[:2]))
     assert train.main(made[1] + ["--out", "new", "--val-data", "val.jsonl"]) == 0
-    assert "9 training records stand in the validation data too" in capsys.readouterr().out
+    assert "9 training records were removed" in capsys.readouterr().out
     assert json.loads((place / "new/run.json").read_text())["data"]["train"]["records"] == 53
 
 
