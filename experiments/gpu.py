@@ -35,10 +35,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 600  # seconds of all parts together
 # part: (seconds that it may take, what it measures), in the order in which they run
 PARTS = {"step": (150, "a step of 7B's shape: ours, the floor, the known frameworks"),
-         "memory": (50, "the measured peak against --dry-run's sum"),
+         "memory": (90, "the measured peak against --dry-run's sum"),
          "commands": (130, "the main command, MMLU, k-means"),
          "growth": (90, "how the cost grows with heads, rank and length"),
-         "profile": (160, "where a step's time goes, and torch.compile")}
+         "profile": (140, "where a step's time goes, and torch.compile")}
 PACKAGES = ("torch", "transformers", "peft", "numpy", "sentencepiece")
 
 # ---------------------------------------------------------------- what is written
