@@ -29,7 +29,7 @@ from data import QUIZ_SHOTS, WORLD
 from data.corpus import collate, encode_records, encode_texts, length_batches, load_train_val
 from hydralora import GATES, TARGETS, HydraSettings, adapters_disabled, add_hydralora
 from support import distributed, evaluation, run_folder
-from support.cli import Parser, check_min, flag, progress, report_failure, start_script
+from support.cli import Parser, check_min, flag, progress, run_script
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
 from support.diagnose import model_length, print_default_length, warn_of_spare_rows
 from support.evaluation import evaluate, target_logits
@@ -307,16 +307,11 @@ def report(setup, args, base, result):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    start_script()
-    try:
-        return run(args)
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(
-            error, "train.py", args,
-            stopped="stopped before training; --out is as it was: start again",
-            memory="--checkpoint-activations needs less, also with --resume; so does a new run "
-                   "with a smaller --batch-size or --max-seq-len")
+    return run_script(
+        "train.py", parse_args, run, argv,
+        stopped="stopped before training; --out is as it was: start again",
+        memory="--checkpoint-activations needs less, also with --resume; so does a new run with a "
+               "smaller --batch-size or --max-seq-len")
 
 
 # ---------------------------------------------------------------- settings
