@@ -61,13 +61,13 @@ def normal_levels() -> Tensor:
     return (levels / levels[-1]).float()
 
 
-def encode(blocks: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """(codes, scales) of weights (blocks, weights per block); scales are (blocks, 1)."""
+def encode(blocks: Tensor, levels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(codes, scales) of weights (blocks, weights per block), each by the nearest of 16
+    levels, or of int8's 255 without them. Scales are (blocks, 1)."""
     scales = blocks.abs().amax(1, keepdim=True)
     relative = blocks.float() / scales.float().clamp_min(1e-30)  # of zeros: zeros
-    if kind == "int8":
+    if levels is None:
         return (127 * relative).round().to(torch.int8), scales
-    levels = normal_levels().to(blocks.device)
     middles = (levels[1:] + levels[:-1]) / 2  # the nearest level changes there
     codes = torch.bucketize(relative, middles, out_int32=True).to(torch.uint8)
     return codes[:, ::2] * 16 + codes[:, 1::2], scales
@@ -95,17 +95,18 @@ class QuantizedLinear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.kind = kind
         self.bias = None
-        if kind == "nf4" and weight.numel() % BLOCK:
-            raise ValueError(f"nf4 takes blocks of {BLOCK} weights, and a layer of "
-                             f"{self.out_features} x {self.in_features} is no multiple")
-        size = BLOCK if kind == "nf4" else self.in_features
+        size, levels, pairs = self.in_features, None, None
+        if kind == "nf4":
+            size = BLOCK
+            if weight.numel() % size:
+                raise ValueError(f"nf4 takes blocks of {size} weights, and a layer of "
+                                 f"{self.out_features} x {self.in_features} is no multiple")
+            levels = normal_levels().to(weight.device)
+            # (256, 2): the two levels that a byte stands for
+            pairs = torch.cartesian_prod(levels, levels).to(weight.dtype)
         blocks = weight.detach().reshape(-1, size)
-        parts = [encode(part, kind) for part in blocks.split(max(1, CHUNK // size))]
+        parts = [encode(part, levels) for part in blocks.split(max(1, CHUNK // size))]
         codes, scales = (torch.cat(part) for part in zip(*parts))
-        pairs = None
-        if kind == "nf4":  # (256, 2): the two levels that a byte stands for
-            levels = normal_levels()
-            pairs = torch.cartesian_prod(levels, levels).to(weight.device, weight.dtype)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         self.register_buffer("pairs", pairs)
