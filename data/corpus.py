@@ -169,6 +169,20 @@ def length_batches(sequences, batch_size, generator=None, pool=50):
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+def cut_by_tokens(sequences, tokens, least=1):
+    """The sequences, longest first, in lists of at most so many positions each, padding counted
+    (one sequence may be longer); at least `least` lists if there are as many sequences."""
+    rows = sorted(sequences, key=lambda s: len(s.ids), reverse=True)
+    most = max(1, len(rows) // least)
+    parts = []
+    while rows:
+        width = len(rows[0].ids) - 1  # the last token is only a target
+        count = min(most, max(1, tokens // width))
+        parts.append(rows[:count])
+        rows = rows[count:]
+    return parts
+
+
 def to_device(values, device):
     """A tensor of the values. Pinned on its way to a CUDA GPU: a copy from ordinary memory would
     first wait for all that the GPU has still to do."""
