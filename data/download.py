@@ -1,13 +1,16 @@
-"""Open a file on disk, or download it: the one step both prepare_*.py scripts share.
+"""What both prepare_*.py share: they open or download a source and write all or nothing.
 
-A download stays in memory until the script has verified it, so a broken one leaves nothing on
-the disk. Nothing here runs on import; the command that uses it is
+A download stays in memory until the script has checked it, and nothing appears under
+the final name before all of it is on the disk. The commands that use it are
 
     python -m data.prepare_dolly
+    python -m data.prepare_mmlu
 """
 
 import http.client
 import io
+import os
+import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -17,8 +20,8 @@ def is_url(source):
 
 
 def open_source(source):
-    """An open binary file for `source`, a path or a URL; raises ValueError with one line that
-    says what failed and what to do."""
+    """An open binary file of a path or a URL. Raises ValueError, one line that says
+    what failed and what to do."""
     if not is_url(source):
         if not Path(source).is_file():
             raise ValueError(f"there is no file {source}: correct --source, or leave it out to "
@@ -26,9 +29,25 @@ def open_source(source):
         return open(source, "rb")
     print(f"downloading {source}", flush=True)
     try:
-        # one read(): http.client reports a connection cut short only when it is asked for all
+        # one read(): http.client reports a lost connection only if it is asked for everything
         with urllib.request.urlopen(source, timeout=60) as response:
             return io.BytesIO(response.read())
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ValueError(f"cannot download {source} ({error}): check the network, or pass "
                          "another URL or a file on disk with --source (see --help)") from None
+
+
+def write_atomic(out, files):
+    """Writes all of {path: bytes} or nothing, by one rename. Each path is `out` itself,
+    a file, or is in the folder `out`, which must be absent or empty."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".prepare-") as folder:
+        new = Path(folder) / out.name
+        for path, data in files.items():
+            part = new / path.relative_to(out)
+            part.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(new, out)

@@ -33,12 +33,20 @@ CATEGORY = {subject: name for name, subjects in CATEGORIES.items() for subject i
 
 
 def read_rows(path):
-    """Rows [question, A, B, C, D, answer] of a csv file, every cell text (the option "None" too).
-    Raises ValueError naming the file and the row, counted from 1."""
+    """The rows of a csv file. Raises ValueError if it is absent, broken or empty."""
     if not path.is_file():
         raise ValueError(f"there is no {path}: --data takes a folder with dev/SUBJECT_dev.csv and "
                          "test/SUBJECT_test.csv, --subjects takes names of its files")
-    rows, read, data = [], 0, path.read_bytes()
+    rows = parse_rows(path.read_bytes(), path)
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    return rows
+
+
+def parse_rows(data, path):
+    """Rows [question, A, B, C, D, answer] of a csv file's bytes, every cell text (the option "None"
+    too). Raises ValueError naming the file and the row, counted from 1."""
+    rows, read = [], 0
     try:
         for row in csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True):
             read += 1
@@ -58,8 +66,6 @@ def read_rows(path):
         raise ValueError(f"{path}, row {read + 1}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}, row {read}: {error}") from None
-    if not rows:
-        raise ValueError(f"{path} is empty")
     return rows
 
 

@@ -1,8 +1,8 @@
-"""Lay out Dolly-15K (databricks, CC-BY-SA-3.0), the data of HydraLoRA section 4, for train.py.
+"""Dolly-15K (databricks, CC-BY-SA-3.0), the data of HydraLoRA section 4, for train.py.
 
-Takes the public file, downloaded or already on disk, verifies it, and writes it unchanged: 15,011
-lines of JSON with the fields instruction, context, response and category. Then
-`train.py --data data/dolly/databricks-dolly-15k.jsonl` reads it.
+Takes the public file, downloaded or already on disk, checks it, and writes it
+unchanged: 15,011 lines of JSON with the fields instruction, context, response and
+category. Then `train.py --data data/dolly/databricks-dolly-15k.jsonl` reads it.
 
     python -m data.prepare_dolly                         # downloads 13 MB
     python -m data.prepare_dolly --source my-dolly.jsonl
@@ -12,15 +12,13 @@ import argparse
 import collections
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
-from data.download import is_url, open_source
+from data.download import is_url, open_source, write_atomic
 
 URL = ("https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/main/"
        "databricks-dolly-15k.jsonl")
-# of the file behind URL since its commit d72c16e, as that repository's Git LFS pointer states it
+# of the file at URL since commit d72c16e, as the repository's Git LFS pointer states it
 SHA256 = "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec"
 RECORDS = 15_011
 FIELDS = {"instruction", "context", "response", "category"}
@@ -29,7 +27,7 @@ CATEGORIES = {"brainstorming", "classification", "closed_qa", "creative_writing"
 
 
 def category_of(line):
-    """The category of one line; raises ValueError where the line is not a Dolly record."""
+    """The category of one line. Raises ValueError if the line is not a Dolly record."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -44,7 +42,7 @@ def category_of(line):
 
 
 def count_categories(data):
-    """Records per category of a whole Dolly file; raises ValueError where it is not one."""
+    """Records per category. Raises ValueError if the file is not the whole of Dolly."""
     counts = collections.Counter()
     for number, line in enumerate(data.splitlines(), start=1):
         try:
@@ -52,22 +50,10 @@ def count_categories(data):
         except ValueError as error:
             raise ValueError(f"line {number}: {error}; get the file again") from None
     if counts.total() != RECORDS or set(counts) != CATEGORIES:
-        raise ValueError(f"found {counts.total():,} records in {len(counts)} categories, expected "
-                         f"{RECORDS:,} in {len(CATEGORIES)}: the file is cut short or another "
-                         "edition; get it again")
+        raise ValueError(f"found {counts.total():,} records in {len(counts)} categories, "
+                         f"expected {RECORDS:,} in {len(CATEGORIES)}: the file is cut short or "
+                         "another edition; get it again")
     return counts
-
-
-def write(data, out):
-    """All of `data` at `out`, or nothing: one rename of a file that is already on the disk."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".prepare_dolly-") as folder:
-        temporary = Path(folder) / out.name
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, out)
 
 
 def prepare(source, out):
@@ -77,31 +63,31 @@ def prepare(source, out):
         data = file.read()
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != SHA256 and is_url(source):
-        raise ValueError(f"the download has sha256 {sha256}, expected {SHA256}: try again, or "
-                         "fetch the file another way and pass its path with --source")
+        raise ValueError(f"the download has sha256 {sha256}, expected {SHA256}: try again, "
+                         "or get the file another way and pass its path with --source")
     counts = count_categories(data)
     if out.exists() and out.read_bytes() != data:
         raise ValueError(f"{out} exists and differs from {source}: move it away, or choose "
                          "another --out")
-    write(data, out)
+    write_atomic(out, {out: data})
     for category, count in sorted(counts.items()):
         print(f"{category:<24}{count:>7,}")
     print(f"{'records':<24}{counts.total():>7,}")
     if sha256 == SHA256:
         print("sha256 of the public original")
     else:
-        print("note: not the public original byte for byte; the count and fields are its own, the "
-              "order may not be")
+        print("note: not the public original byte for byte; it has as many records with the "
+              "same fields, perhaps in another order")
     print(f"wrote {out}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Verify Dolly-15K and lay it out for train.py.")
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Check Dolly-15K and lay it out for train.py.")
     parser.add_argument("--source", default=URL,
                         help="a file on disk, or a URL to download; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("data/dolly/databricks-dolly-15k.jsonl"),
-                        help="the file to write; default: %(default)s")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="the file to write; default: %(default)s",
+                        default=Path("data/dolly/databricks-dolly-15k.jsonl"))
+    args = parser.parse_args(argv)
     try:
         prepare(args.source, args.out)
     except (OSError, ValueError) as error:

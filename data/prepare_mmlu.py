@@ -1,23 +1,21 @@
-"""Lay out MMLU (Hendrycks et al., MIT), a benchmark of HydraLoRA section 4, for eval_mmlu.py.
+"""MMLU (Hendrycks et al., MIT), a benchmark of HydraLoRA section 4, for eval_mmlu.py.
 
-Takes the public tar, downloaded or on disk, or the folder it unpacks to, and copies the files
-dev/SUBJECT_dev.csv, val/SUBJECT_val.csv and test/SUBJECT_test.csv of its 57 subjects byte for byte
-once every row has been verified. Then `eval_mmlu.py --data data/mmlu` reads them.
+Takes the public tar, downloaded or on disk, or the folder that it unpacks to. Checks
+every row and copies the files dev/SUBJECT_dev.csv, val/SUBJECT_val.csv and
+test/SUBJECT_test.csv of its 57 subjects, byte for byte, for `eval_mmlu.py --data
+data/mmlu`.
 
     python -m data.prepare_mmlu                   # downloads 166 MB, most of it auxiliary_train
     python -m data.prepare_mmlu --source data.tar
 """
 
 import argparse
-import csv
-import io
-import os
 import re
 import tarfile
-import tempfile
 from pathlib import Path
 
-from data.download import is_url, open_source
+from data.download import is_url, open_source, write_atomic
+from data.mmlu import parse_rows
 
 URL = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
 MIRROR = "https://huggingface.co/datasets/cais/mmlu/resolve/main/data.tar"
@@ -30,8 +28,8 @@ LARGEST = 16 * 2 ** 20  # bytes in one file; the largest real one has 1.9 MB
 
 
 def read_tar(file):
-    """The wanted files of a tar, {name: bytes}. Members are picked by their whole name and never
-    unpacked, so a path that climbs out of the folder, a link or a device is just not wanted."""
+    """The wanted files of a tar, {name: bytes}. Members are chosen by their whole name
+    and never unpacked, so links, devices and paths out of the folder are not wanted."""
     files = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -44,7 +42,7 @@ def read_tar(file):
                                      "the MMLU tar; get it again")
                 files[name] = tar.extractfile(member).read()
     except tarfile.TarError as error:
-        raise ValueError(f"--source is not a whole, uncompressed tar ({error}): get the tar "
+        raise ValueError(f"--source is not a whole, uncompressed tar ({error}): get it "
                          "again") from None
     return files
 
@@ -57,51 +55,24 @@ def read_folder(root):
     return {name: path.read_bytes() for name, path in paths.items() if NAME.fullmatch(name)}
 
 
-def count_rows(name, data):
-    """Questions in one file; raises ValueError with the line number of the first broken one."""
-    count, reader = 0, None
-    try:
-        # newline="": quoted fields contain newlines, which the csv module must see unchanged
-        reader = csv.reader(io.StringIO(data.decode(), newline=""), strict=True)
-        for row in reader:
-            if len(row) != 6:
-                raise ValueError(f"found {len(row)} columns, expected question, 4 options, answer")
-            if row[5] not in ("A", "B", "C", "D"):
-                raise ValueError(f"found the answer {row[5][:30]!r}, not A, B, C or D")
-            count += 1
-    except (csv.Error, ValueError) as error:
-        where = f"{name} line {reader.line_num}" if reader else name
-        raise ValueError(f"{where}: {error}; get the data again") from None
-    return count
-
-
-def check_splits(files):
-    """Row count of each split; raises ValueError where the files are not the whole of MMLU."""
+def count_rows(files):
+    """Rows per split. Raises ValueError if the files are not the whole of MMLU."""
     counts, subjects = {}, {}
     for split, expected in ROWS.items():
         names = sorted(name for name in files if name.startswith(f"{split}/"))
         subjects[split] = [Path(name).name.removesuffix(f"_{split}.csv") for name in names]
         if len(names) != SUBJECTS or subjects[split] != subjects["dev"]:
-            raise ValueError(f"found {len(names)} files {split}/SUBJECT_{split}.csv, expected the "
-                             f"same {SUBJECTS} subjects in dev, val and test: --source must be "
-                             "MMLU's data.tar or its folder")
-        counts[split] = sum(count_rows(name, files[name]) for name in names)
+            raise ValueError(f"found {len(names)} files {split}/SUBJECT_{split}.csv, expected "
+                             f"the same {SUBJECTS} subjects in dev, val and test: --source must "
+                             "be MMLU's data.tar or its folder")
+        try:
+            counts[split] = sum(len(parse_rows(files[name], name)) for name in names)
+        except ValueError as error:
+            raise ValueError(f"{error}; get the data again") from None
         if counts[split] not in expected:
             raise ValueError(f"found {counts[split]} rows in {split}, expected "
                              f"{' or '.join(map(str, expected))}; get the data again")
     return counts
-
-
-def write(files, out):
-    """All of the files in the folder `out`, or nothing: one rename of a finished folder."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".prepare_mmlu-") as folder:
-        temporary = Path(folder) / "mmlu"
-        for name, data in files.items():
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        os.replace(temporary, out)
 
 
 def prepare(source, out):
@@ -113,24 +84,24 @@ def prepare(source, out):
     else:
         with open_source(source) as file:
             files = read_tar(file)
-    counts = check_splits(files)
-    write(files, out)
+    counts = count_rows(files)
+    write_atomic(out, {out / name: data for name, data in files.items()})
     for split, count in counts.items():
         print(f"{split:<5}{SUBJECTS:>4} subjects{count:>7} rows")
     if counts["val"] != ROWS["val"][0]:
-        print(f"note: val is an earlier edition, {counts['val']} rows where the present data.tar "
-              f"has {ROWS['val'][0]}")
+        print(f"note: val is an earlier edition, {counts['val']} rows; the present data.tar has "
+              f"{ROWS['val'][0]}")
     print(f"wrote {out}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Verify MMLU and lay it out for eval_mmlu.py.")
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Check MMLU and lay it out for eval_mmlu.py.")
     parser.add_argument("--source", default=URL,
                         help="the tar, the folder it unpacks to, or a URL to download; default: "
-                             f"%(default)s (the authors' copy, should it be down: {MIRROR})")
+                             f"%(default)s (if that is down, the authors' copy: {MIRROR})")
     parser.add_argument("--out", type=Path, default=Path("data/mmlu"),
                         help="the folder to make; default: %(default)s")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         prepare(args.source, args.out)
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""Records from a file: Dolly's or Alpaca's fields or a chat of two turns, what is not used named.
+"""Reads records from a file: Dolly's or Alpaca's fields, or a chat of two turns.
 
-HydraLoRA, section 4, tunes on Dolly-15K; people bring files of many other makers. Nothing of a
-prompt is lost in silence, and one bad record does not end a run:
+HydraLoRA, section 4, tunes on Dolly-15K; people bring files of many other makers. One
+bad record does not end a run, and no text of a record is left out without a message:
 
     records = read_records("data/world/train.jsonl")
     records.print_remarks("train.jsonl")    # what was skipped, and which fields are not used
@@ -11,47 +11,52 @@ import json
 from collections import Counter
 from pathlib import Path
 
-CONTEXT_NAMES = ("context", "input")  # Dolly's name, Alpaca's name
-RESPONSE_NAMES = ("response", "output")
+FIELDS = {"instruction": ("instruction",), "context": ("context", "input"),
+          "response": ("response", "output"), "category": ("category",)}  # Dolly's, Alpaca's
+REQUIRED = ("instruction", "response")
+WANTED = "wanted instruction, context or input, response or output"
 CHAT_NAMES = ("messages", "conversations")  # of OpenAI's layout and of ShareGPT's
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "system": "system"}
-WANTED = "wanted instruction, context or input, response or output"
-MOST_UNUSABLE = 0.1  # a larger share of a file's records is no accident
-FIRST_NAMED = 3
+MAX_UNUSABLE = 0.1  # a file with a larger share of unusable records is refused
+N_NAMED = 3  # unusable records that are named one by one
 
 
 class Record(dict):
-    """instruction, context, response, category; place is where it stood, such as "line 3"."""
+    """instruction, context, response, category; place is "line 3" of its file."""
 
     place = None
 
 
 class Records(list):
-    """Records of a file, and a report on the rest of it: {"unusable": {reason: records},
-    "not_used": {field: records}}."""
+    """Records of a file, and a report on what was not read: {"unusable": {reason:
+    number of records}, "not_used": {field: number of records}}."""
 
-    def __init__(self, records=(), report=None, first=()):
+    def __init__(self, records=(), report=None, first_unusable=()):
         super().__init__(records)
         self.report = report or {}
-        self.first = first  # what is wrong with the first unusable ones, and where they stand
+        self.first_unusable = first_unusable  # a sentence about each
 
     def print_remarks(self, path):
-        """Says what of the file does not reach the model; nothing where all of it does."""
-        if reasons := self.report.get("unusable"):
-            print(f"{path}: skipped: {format_counts(reasons)}; the first: {'; '.join(self.first)}")
-        if unused := self.report.get("not_used"):
-            print(f"{path}: not used: {format_counts(unused)}")
+        """Prints what of the file does not reach the model, if anything."""
+        unusable = self.report.get("unusable")
+        if unusable:
+            first = "; ".join(self.first_unusable)
+            print(f"{path}: skipped: {format_counts(unusable)}; the first: {first}")
+        not_used = self.report.get("not_used")
+        if not_used:
+            print(f"{path}: not used: {format_counts(not_used)}")
 
 
 def format_counts(counts):
     """"history (12 records), system (12)"."""
     (first, n), *rest = counts.items()
-    return ", ".join([f"{first} ({n} record{'s' * (n != 1)})", *(f"{k} ({v})" for k, v in rest)])
+    more = [f"{name} ({count})" for name, count in rest]
+    return ", ".join([f"{first} ({n} record{'s' * (n != 1)})", *more])
 
 
 class Unusable(ValueError):
-    """A record that cannot be trained on: the reason to count it under, and the whole sentence."""
+    """A record that cannot be trained on; reason is what it is counted under."""
 
     def __init__(self, reason, sentence):
         super().__init__(sentence)
@@ -59,28 +64,33 @@ class Unusable(ValueError):
 
 
 def read_records(path, *, strict=False):
-    """The Records of JSON lines or one JSON array. Raises ValueError, naming the file and the line
-    or record, where the file is not that, where more than a tenth of it cannot be trained on, and
-    with strict for the first such record."""
-    records, reasons, unused, first = [], Counter(), Counter(), []
+    """The Records of a file of JSON lines or of one JSON array.
+
+    Raises ValueError, which names file and line, if the file is neither, if more than a
+    tenth of its records cannot be used, and with strict if any record cannot.
+    """
+    records, first_unusable = [], []
+    unusable, not_used = Counter(), Counter()
     rows = read_rows(Path(path))
     for place, row in rows:
         try:
             record, others = read_record(row, place)
         except Unusable as error:
             if strict:
-                raise ValueError(f"{path}, {error}: mend it, or leave out --strict") from None
-            reasons[error.reason] += 1
-            first += [str(error)] * (len(first) < FIRST_NAMED)
+                raise ValueError(f"{path}, {error}: correct it, or omit --strict") from None
+            unusable[error.reason] += 1
+            if len(first_unusable) < N_NAMED:
+                first_unusable.append(str(error))
             continue
         record.place = place
         records.append(record)
-        unused.update(others)
-    if reasons.total() > MOST_UNUSABLE * len(rows):
-        raise ValueError(f"{path}: {reasons.total()} of {len(rows)} records cannot be used "
-                         f"({format_counts(reasons)}), more than a tenth; the first: "
-                         f"{'; '.join(first)}")
-    return Records(records, {"unusable": dict(reasons), "not_used": dict(unused)}, first)
+        not_used.update(others)
+    if unusable.total() > MAX_UNUSABLE * len(rows):
+        raise ValueError(f"{path}: {unusable.total()} of {len(rows)} records cannot be used "
+                         f"({format_counts(unusable)}), more than a tenth; the first: "
+                         f"{'; '.join(first_unusable)}")
+    report = {"unusable": dict(unusable), "not_used": dict(not_used)}
+    return Records(records, report, first_unusable)
 
 
 def read_rows(path):
@@ -93,9 +103,10 @@ def read_rows(path):
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     if text.lstrip().startswith("["):
         rows = [(f"record {i}", row) for i, row in enumerate(parse(text, path), start=1)]
-    else:  # split at newlines only: str.splitlines would cut inside a string at U+2028
+    else:
+        # split at "\n" only: str.splitlines would also cut at U+2028, inside a string
         lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        reject_wrapped_json(text, lines, path)
+        reject_wrapped_json(text, len(lines), path)
         rows = [(f"line {i}", parse(line, f"{path}, line {i}")) for i, line in lines]
     if not rows:
         raise ValueError(f"{path} holds no records: it needs JSON lines or one JSON array")
@@ -109,66 +120,68 @@ def parse(text, place):
         raise ValueError(f"{place} is not valid JSON: {error}") from None
 
 
-def reject_wrapped_json(text, lines, path):
-    """Raises ValueError where the whole file is one JSON object around the records, or over
-    several lines: it is valid JSON, and no broken line."""
+def reject_wrapped_json(text, n_lines, path):
+    """Raises ValueError if the file is one JSON object with the list of records inside,
+    or one JSON value over several lines: valid JSON, but not JSON lines."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
         return
-    lists = [name for name, value in whole.items() if isinstance(value, list)
-             and any(isinstance(row, dict) for row in value)] if isinstance(whole, dict) else []
-    around = [name for name in lists if name not in CHAT_NAMES]
-    if around and "instruction" not in whole:
-        raise ValueError(f"{path} is one JSON object with the records under {around[0]!r}: write "
-                         "that list alone into the file, as a JSON array or JSON lines")
-    if len(lines) > 1:
-        raise ValueError(f"{path} is one JSON value, {type(whole).__name__}, over {len(lines)} "
-                         "lines: it needs a JSON array of records, or a record a line")
+    if isinstance(whole, dict) and "instruction" not in whole:
+        for name, value in whole.items():
+            is_records = isinstance(value, list) and any(isinstance(row, dict) for row in value)
+            if is_records and name not in CHAT_NAMES:
+                raise ValueError(f"{path} is one JSON object with the records under {name!r}: "
+                                 "write that list alone into the file, as a JSON array or "
+                                 "JSON lines")
+    if n_lines > 1:
+        raise ValueError(f"{path} is one JSON value, {type(whole).__name__}, over {n_lines} "
+                         "lines: it needs a JSON array of records, or one record per line")
 
 
 # ---------------------------------------------------------------- one record
 
 
 def read_record(row, place):
-    """(Record, names of the fields that hold text and are not used). The Record has the four names
-    used everywhere else; no context or category is "". Raises Unusable."""
+    """(Record, names of the fields whose text is not used). The Record has the four
+    names of FIELDS; an absent context or category is "". Raises Unusable."""
     if not isinstance(row, dict):
         raise Unusable("not an object", f"{place} is not a JSON object but {type(row).__name__}")
-    chat = next((name for name in CHAT_NAMES if "instruction" not in row and name in row), None)
-    turns, unused = read_chat(row[chat], place) if chat else ({}, [])
-    texts = {**{key: value for key, value in row.items() if key != chat}, **turns}
-    record, used = Record(), {chat}
-    for name, names in (("instruction", ("instruction",)), ("context", CONTEXT_NAMES),
-                        ("response", RESPONSE_NAMES), ("category", ("category",))):
-        given = {n: text_of(texts[n], n, place) for n in names if texts.get(n) is not None}
-        if not given and name in ("instruction", "response"):
+    texts, not_used = row, []
+    chat = [name for name in CHAT_NAMES if name in row]
+    if chat and "instruction" not in row:
+        turns, not_used = read_chat(row[chat[0]], place)
+        texts = {**row, **turns}
+        del texts[chat[0]]
+    record, used = Record(), set()
+    for name, spellings in FIELDS.items():
+        given = {s: text_of(texts[s], s, place) for s in spellings if texts.get(s) is not None}
+        if not given and name in REQUIRED:
             found = ", ".join(sorted(map(str, row))) or "no field"
             raise Unusable(f"no {name}", f"{place} needs a text under "
-                           f"{' or '.join(map(repr, names))}: it has {found}; {WANTED}")
-        # of two names the first that is not empty counts; a second text that differs is not used
-        chosen = next((n for n, text in given.items() if text.strip()), names[0])
-        record[name] = given.get(chosen, "")
-        used |= {n for n, text in given.items() if text in ("", record[name]) or not text.strip()}
-        if name in ("instruction", "response") and not record[name].strip():
+                           f"{' or '.join(map(repr, spellings))}: it has {found}; {WANTED}")
+        filled = [text for text in given.values() if text.strip()]
+        if not filled and name in REQUIRED:
             raise Unusable(f"empty {name}", f"{place} has an empty {name}")
-    unused += [name for name, value in texts.items() if name not in used and has_text(value)]
-    return record, unused
+        record[name] = filled[0] if filled else given.get(spellings[0], "")
+        used |= {s for s, text in given.items() if text == record[name]}
+    others = [name for name, value in texts.items() if name not in used and has_text(value)]
+    return record, not_used + others
 
 
 def text_of(value, name, place):
-    """The value, which must be a text that UTF-8 can write."""
+    """The value, which must be a text that UTF-8 can encode."""
     if not isinstance(value, str):
         kind = type(value).__name__
         raise Unusable(f"{name} is {kind}", f"{place} needs a text under {name!r}, found {kind}")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise Unusable("half a surrogate pair", f"{place} has half a surrogate pair under "
-                       f"{name!r}: JSON can write it, UTF-8 cannot; mend the text")
+                       f"{name!r}: JSON can write it, UTF-8 cannot; correct the text")
     return value
 
 
 def has_text(value):
-    """Whether a JSON value is a text, or holds one, that is not empty."""
+    """Whether a JSON value is a non-empty text, or contains one."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -177,11 +190,11 @@ def has_text(value):
 
 
 def read_chat(turns, place):
-    """({instruction, response}, [fields not used]) of a chat with one turn of the user and one of
-    the assistant. A system turn is not used."""
+    """({instruction, response}, [fields not used]) of a chat with one turn of the user
+    and one of the assistant. A system turn is not used. Raises Unusable."""
     def refuse(reason):
-        raise Unusable(reason, f"{place} has {reason}: one of the user and one of the assistant "
-                       "can be read")
+        raise Unusable(reason, f"{place} has {reason}: only a chat of one user turn and one "
+                       "assistant turn can be read")
 
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         refuse("turns that are no list of objects")
@@ -195,5 +208,6 @@ def read_chat(turns, place):
     spoken = [(role, text) for role, text in said if role != "system"]
     if [role for role, _ in spoken] != ["user", "assistant"]:
         refuse(f"a chat of {len(spoken)} turn{'s' * (len(spoken) != 1)}")
+    system = any(role == "system" and has_text(text) for role, text in said)
     return ({"instruction": spoken[0][1], "response": spoken[1][1]},
-            ["system"] if any(role == "system" and has_text(text) for role, text in said) else [])
+            ["system"] if system else [])

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from data import WORLD
 from data.corpus import read_records
-from data.families import FAMILIES, atoms
-from data.make_world import write_records
+from data.make.families import FAMILIES, atoms
+from data.make.world import write_records
 from experiments.common import FULL, best_rate, lora, quiz_accuracy, run_all, sweep
 from experiments.report import difference, interval, show
 from support.cli import Parser, flag, run_script

@@ -1,4 +1,4 @@
-"""data/corpus.py: what is read, what a sequence is, what a batch holds."""
+"""data/corpus.py and data/records.py: what is read, what a sequence is, what a batch holds."""
 
 import json
 
@@ -11,6 +11,7 @@ from data.corpus import (
     collate,
     encode_record,
     encode_records,
+    encode_texts,
     length_batches,
     load_train_val,
     prompt_text,
@@ -22,11 +23,25 @@ from tests.conftest import asset
 
 DOLLY = {"instruction": "Name the town.", "context": "Ada lives in Oslo.", "response": "Oslo",
          "category": "closed_qa"}
+MINIMAL = {"instruction": "a", "context": "", "response": "b", "category": ""}
+EMPTY = {"instruction": "a", "output": ""}
 
 
 def write(path, text):
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def write_rows(path, rows):
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def fish(count, **more):
+    return [{"instruction": f"Name fish {i}.", "response": f"Fish {i}.", **more}
+            for i in range(count)]
+
+
+# ---------------------------------------------------------------- reading
 
 
 def test_json_lines_and_one_array_read_alike_dolly_and_alpaca_fields_too(tmp_path):
@@ -37,30 +52,28 @@ def test_json_lines_and_one_array_read_alike_dolly_and_alpaca_fields_too(tmp_pat
     assert read_records(lines) == read_records(str(array)) == [DOLLY, DOLLY]
 
 
-def test_context_and_category_may_be_absent(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"instruction": "a", "response": "b", "input": null}')
-    assert read_records(path) == [{"instruction": "a", "context": "", "response": "b",
-                                   "category": ""}]
-
-
-def test_a_line_separator_inside_a_text_does_not_cut_the_record(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"instruction": "a\u2028b", "response": "c\x85d"}\n')
-    assert read_records(path)[0]["instruction"] == "a\u2028b"
+@pytest.mark.parametrize("text, changes", [
+    ('{"instruction": "a", "response": "b", "input": null, "history": [{"x": 1}]}', {}),
+    ('\ufeff{"instruction": "a\u2028b", "response": "c\x85d"}\n',  # a byte-order mark, separators
+     {"instruction": "a\u2028b", "response": "c\x85d"})])
+def test_absent_or_other_fields_and_line_separators_in_a_text_are_read(tmp_path, text, changes):
+    assert read_records(write(tmp_path / "a.jsonl", text)) == [{**MINIMAL, **changes}]
 
 
 @pytest.mark.parametrize("text, message", [
     ("", "holds no records"), ("[]", "holds no records"),
     ('{"instruction": "a", "response": "b"}\n{"instr', "line 2 is not valid JSON"),
     ('[{"instruction": "a"', "not valid JSON"), ("[" * 100000, "not valid JSON"),
-    ('{"instruction": "a", "response": "b"}\n3', "line 2 is not a JSON object but int"),
     ('{"response": "b"}', "line 1 needs a text under 'instruction': it has response; wanted"),
     ('{"instruction": "a"}', "needs a text under 'response' or 'output'"),
-    ('{"instruction": "a", "response": 5}', "found int"),
-    ('{"instruction": " ", "response": "b"}', "empty instruction"),
-    ('{"instruction": "a", "response": ""}', "empty response"),
     ('[{"instruction": "a", "response": "b"}, {"instruction": "a"}]', "record 2 needs"),
-])
-def test_a_broken_file_is_refused_with_its_line(tmp_path, text, message):
+    ('{"data": [{"instruction": "a", "output": "b"}]}', "records under 'data'"),
+    ('{"version": 1,\n "rows": [{"a": 1}]}', "records under 'rows'"),
+    ('{\n"instruction": "a",\n"output": "b"}', "one JSON value, dict, over 3 lines"),
+    ('"text"', "line 1 is not a JSON object but str"),
+    ('{"prompt": "a", "completion": "b"}',
+     "it has completion, prompt; wanted instruction, context or input, response or output")])
+def test_a_broken_file_is_refused_with_its_line_or_layout(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read_records(write(tmp_path / "a.jsonl", text))
 
@@ -73,116 +86,12 @@ def test_a_file_that_is_absent_or_not_utf8_is_refused(tmp_path):
         read_records(tmp_path / "b.jsonl")
 
 
-@pytest.mark.slow
 def test_dolly_reads_whole():
     records = read_records(asset("dolly/databricks-dolly-15k.jsonl"))
     assert len(records) == 15011 and len({r["category"] for r in records}) == 8
 
 
-# ---------------------------------------------------------------- sequences
-
-
-def test_a_sequence_is_bos_prompt_eos_response_eos(tokenizer):
-    ids, start, shortened = encode_record(DOLLY, tokenizer, 100)
-    prompt = tokenizer.encode("Name the town.\nAda lives in Oslo.", bos=False)
-    response = tokenizer.encode("Oslo", bos=False)
-    assert ids == [1] + prompt + [2] + response + [2]
-    assert ids[start:] == response + [2] and not shortened
-
-
-def test_without_a_context_there_is_no_newline():
-    assert prompt_text({**DOLLY, "context": ""}) == "Name the town."
-
-
-def test_a_record_too_long_loses_the_start_of_its_context_only(tokenizer):
-    record = {**DOLLY, "context": "Ben is a baker. " * 20 + "Ada lives in Oslo."}
-    whole = len(encode_record(record, tokenizer, 1000)[0])
-    for limit in range(whole - 1, 30, -7):
-        ids, start, shortened = encode_record(record, tokenizer, limit)
-        assert len(ids) == limit and shortened
-        assert tokenizer.decode(ids[start:]) == "Oslo"
-        prompt = tokenizer.decode(ids[:start - 1])
-        assert prompt.startswith("Name the town.\n")
-        assert record["context"].endswith(prompt.removeprefix("Name the town.\n"))
-
-
-def test_a_record_whose_instruction_and_response_do_not_fit_is_skipped_and_counted(tokenizer):
-    long = {**DOLLY, "response": "bread " * 50}
-    sequences, report = encode_records([DOLLY, long, DOLLY], tokenizer, 40)
-    assert report == {"records": 2, "shortened": 0, "skipped": 1}
-    assert [s.record for s in sequences] == [0, 2]
-    with pytest.raises(ValueError, match="none of the 1 records fits max_seq_len 40"):
-        encode_records([long], tokenizer, 40)
-
-
-# ---------------------------------------------------------------- splits and batches
-
-
-def test_held_out_records_are_drawn_by_seed_and_leave_the_rest():
-    records = [{"id": i} for i in range(100)]
-    train, val = train_val_split(records, 0.05, seed=3)
-    assert len(val) == 5 and sorted(r["id"] for r in train + val) == list(range(100))
-    assert train_val_split(records, 0.05, seed=3) == (train, val)
-    assert train_val_split(records, 0.05, seed=4) != (train, val)
-    assert [len(part) for part in train_val_split(records[:2], 0.05, seed=0)] == [1, 1]
-    with pytest.raises(ValueError, match="cannot be split"):
-        train_val_split(records[:1], 0.05, seed=0)
-
-
-def test_duplicates_across_the_split_are_found_by_prompt_and_response():
-    other = {**DOLLY, "category": "another"}
-    assert without_duplicates([DOLLY, {**DOLLY, "response": "Rome"}], [other]) == [
-        {**DOLLY, "response": "Rome"}]
-
-
-def sequences_of(tokenizer, lengths):
-    records = [{"instruction": "a " * n, "context": "", "response": "b", "category": str(i)}
-               for i, n in enumerate(lengths)]
-    return encode_records(records, tokenizer, 1000)[0]
-
-
-def test_every_sequence_comes_once_an_epoch_in_batches_of_like_length(tokenizer):
-    lengths = torch.randint(1, 60, (203,), generator=torch.Generator().manual_seed(0)).tolist()
-    sequences = sequences_of(tokenizer, lengths)
-    batches = length_batches(sequences, 8, torch.Generator().manual_seed(0))
-    assert sorted(s.record for batch in batches for s in batch) == list(range(203))
-    padded = sum(len(b) * max(len(s.ids) for s in b) for b in batches)
-    assert padded < 1.1 * sum(len(s.ids) for s in sequences)  # in file order it is 1.7 times
-    again = length_batches(sequences, 8, torch.Generator().manual_seed(0))
-    other = length_batches(sequences, 8, torch.Generator().manual_seed(1))
-    assert again == batches != other
-
-
-def test_labels_are_the_response_and_its_eos_at_the_places_before_them(tokenizer):
-    batch = sequences_of(tokenizer, [3, 9])
-    tokens, real, places, labels = collate(batch)
-    width = tokens.shape[1]
-    want_places, want_labels = [], []
-    for row, s in enumerate(batch):  # the slow twin
-        for i in range(len(s.ids) - 1):
-            assert tokens[row, i] == s.ids[i]
-            if i + 1 >= s.response_start:
-                want_places.append(row * width + i)
-                want_labels.append(s.ids[i + 1])
-        assert real[row].tolist() == [i < len(s.ids) - 1 for i in range(width)]
-    assert places.tolist() == want_places and labels.tolist() == want_labels
-    assert tokenizer.decode(labels[:2].tolist()) == "b" and labels[1] == tokenizer.eos_id
-
-
-# ---------------------------------------------------------------- what people feed in
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def plain(count, **more):
-    return [{"instruction": f"Name fish {i}.", "response": f"Fish {i}.", **more}
-            for i in range(count)]
-
-
-@pytest.mark.parametrize("row, context, response, unused", [
+@pytest.mark.parametrize("row, context, response, not_used", [
     ({"context": "", "input": "The sea.", "output": "a"}, "The sea.", "a", {}),
     ({"context": None, "input": "The sea.", "output": "a"}, "The sea.", "a", {}),
     ({"context": "The lake.", "input": " ", "response": "a"}, "The lake.", "a", {}),
@@ -192,38 +101,27 @@ def plain(count, **more):
     ({"response": "", "output": "b"}, "", "b", {}),
     ({"response": "a", "output": "b", "id": 7, "tags": [], "more": {"x": [1, " "]}}, "", "a",
      {"output": 1}),
-    ({"response": "a", "system": "Be brief.", "history": [["Hi.", "Hello."]], "note": ""}, "", "a",
-     {"system": 1, "history": 1}),
+    ({"response": "a", "system": "Be brief.", "history": [["Hi.", "Hello."]], "note": ""}, "",
+     "a", {"system": 1, "history": 1}),
 ], ids=str)
-def test_no_text_of_a_record_is_lost_in_silence(tmp_path, row, context, response, unused):
-    path = write_rows(tmp_path / "a.jsonl", [{"instruction": "Sum it up.", "category": "x", **row}])
+def test_every_text_of_a_record_is_used_or_reported(tmp_path, row, context, response, not_used):
+    path = write_rows(tmp_path / "a.jsonl", [{"instruction": "Sum it up.", **row}])
     records = read_records(path)
     assert records == [{"instruction": "Sum it up.", "context": context, "response": response,
-                        "category": "x"}]
-    assert records.report["not_used"] == unused
+                        "category": ""}]
+    assert records.report["not_used"] == not_used
 
 
-def test_fields_that_are_not_used_are_named_once_with_their_counts(tmp_path, capsys):
-    rows = plain(12, history=[["Hi.", "Hello."]]) + plain(30) + plain(1, system="Be brief.")
-    train, _ = load_train_val(write_rows(tmp_path / "a.jsonl", rows), None, share=0.1, seed=0,
-                          strict=False)
-    out = capsys.readouterr().out
-    assert out.count("not used: history (12 records), system (1)") == 1
-    assert train.report["not_used"] == {"history": 12, "system": 1}
-
-
-BAD_ROWS = [({"instruction": "a", "output": ""}, "empty response", "has an empty response"),
-            ({"instruction": " ", "output": "b"}, "empty instruction", "an empty instruction"),
-            ({"instruction": "a\ud800", "output": "b"}, "half a surrogate pair", "surrogate"),
-            ({"instruction": "a", "output": 5}, "output is int", "found int"),
-            ({"instruction": "a", "output": "b", "input": ["x"]}, "input is list", "found list"),
-            ({"output": "b"}, "no instruction", "wanted instruction"),
-            (7, "not an object", "is not a JSON object but int")]
-
-
-@pytest.mark.parametrize("row, reason, words", BAD_ROWS, ids=str)
-def test_one_bad_record_is_skipped_counted_and_named(tmp_path, capsys, row, reason, words):
-    path = write_rows(tmp_path / "a.jsonl", [*plain(15), row, *plain(15), row])
+@pytest.mark.parametrize("row, reason, words", [
+    (EMPTY, "empty response", "has an empty response"),
+    ({"instruction": " ", "output": "b"}, "empty instruction", "an empty instruction"),
+    ({"instruction": "a\ud800", "output": "b"}, "half a surrogate pair", "surrogate"),
+    ({"instruction": "a", "output": 5}, "output is int", "found int"),
+    ({"instruction": "a", "output": "b", "input": ["x"]}, "input is list", "found list"),
+    ({"output": "b"}, "no instruction", "wanted instruction"),
+    (7, "not an object", "is not a JSON object but int")], ids=str)
+def test_a_bad_record_is_skipped_counted_and_named(tmp_path, capsys, row, reason, words):
+    path = write_rows(tmp_path / "a.jsonl", [*fish(15), row, *fish(15), row])
     records = read_records(path)
     assert len(records) == 30 and records.report["unusable"] == {reason: 2}
     assert [r.place for r in records[14:16]] == ["line 15", "line 17"]
@@ -235,65 +133,163 @@ def test_one_bad_record_is_skipped_counted_and_named(tmp_path, capsys, row, reas
         read_records(path, strict=True)
 
 
-def test_only_the_first_three_bad_records_are_named_and_a_tenth_is_too_many(tmp_path, capsys):
-    bad = {"instruction": "a", "output": ""}
-    records = read_records(write_rows(tmp_path / "a.jsonl", [*[bad] * 5, *plain(45)]))
+def test_the_first_three_bad_records_are_named_and_more_than_a_tenth_is_refused(tmp_path, capsys):
+    records = read_records(write_rows(tmp_path / "a.jsonl", [*[EMPTY] * 5, *fish(45)]))
     records.print_remarks("a.jsonl")
     out = capsys.readouterr().out
     assert "line 3 " in out and "line 4 " not in out
     with pytest.raises(ValueError, match=r"6 of 51 records cannot be used \(empty response"):
-        read_records(write_rows(tmp_path / "b.jsonl", [*[bad] * 6, *plain(45)]))
+        read_records(write_rows(tmp_path / "b.jsonl", [*[EMPTY] * 6, *fish(45)]))
 
 
-CHAT = {"messages": [{"role": "user", "content": "Name a fish."},
-                     {"role": "assistant", "content": "Trout."}]}
-SHAREGPT = {"conversations": [{"from": "human", "value": "Name a fish."},
-                              {"from": "gpt", "value": "Trout."}]}
+CHAT = [{"role": "user", "content": "Name a fish."}, {"role": "assistant", "content": "Trout."}]
+SHAREGPT = [{"from": "human", "value": "Name a fish."}, {"from": "gpt", "value": "Trout."}]
 
 
-@pytest.mark.parametrize("row", [CHAT, SHAREGPT], ids=["messages", "conversations"])
-def test_a_chat_of_one_question_and_one_answer_is_a_record(tmp_path, row):
-    name, turns = next(iter(row.items()))
+@pytest.mark.parametrize("name, turns", [("messages", CHAT), ("conversations", SHAREGPT)])
+def test_a_chat_of_one_question_and_one_answer_is_a_record(tmp_path, name, turns):
     system = {"role": "system", "from": "system", "content": "Be brief.", "value": "Be brief."}
-    records = read_records(write_rows(tmp_path / "a.jsonl", [row, {name: [system, *turns]}]))
-    want = {"instruction": "Name a fish.", "context": "", "response": "Trout.", "category": ""}
+    records = read_records(write_rows(tmp_path / "a.jsonl", [{name: turns},
+                                                             {name: [system, *turns]}]))
+    want = {**MINIMAL, "instruction": "Name a fish.", "response": "Trout."}
     assert records == [want, want] and records.report["not_used"] == {"system": 1}
 
 
 @pytest.mark.parametrize("turns, words", [
-    (CHAT["messages"] * 2, "a chat of 4 turns"), (CHAT["messages"][:1], "a chat of 1 turn:"),
-    (CHAT["messages"][::-1], "a chat of 2 turns"), ("hello", "no list of objects"),
+    (CHAT * 2, "a chat of 4 turns"), (CHAT[:1], "a chat of 1 turn:"),
+    (CHAT[::-1], "a chat of 2 turns"), ("hello", "no list of objects"),
     ([{"role": "tool", "content": "x"}], "a turn of 'tool'"),
-    ([{"role": "user", "content": ["x"]}, CHAT["messages"][1]], "found list")], ids=str)
-def test_other_chats_are_skipped_by_reason_or_refused_by_name(tmp_path, turns, words):
-    path = tmp_path / "a.jsonl"
-    assert len(read_records(write_rows(path, [{"messages": turns}, *plain(20)]))) == 20
+    ([{"role": "user", "content": ["x"]}, CHAT[1]], "found list")], ids=str)
+def test_another_chat_is_a_bad_record(tmp_path, turns, words):
     with pytest.raises(ValueError, match=words):
-        read_records(write_rows(path, [{"messages": turns}]))
+        read_records(write_rows(tmp_path / "a.jsonl", [{"messages": turns}]))
 
 
-@pytest.mark.parametrize("text, words", [
-    ('{"data": [{"instruction": "a", "output": "b"}]}', "records under 'data'"),
-    ('{"version": 1,\n "rows": [{"a": 1}]}', "records under 'rows'"),
-    ('{\n"instruction": "a",\n"output": "b"}', "one JSON value, dict, over 3 lines"),
-    ('"text"', "line 1 is not a JSON object but str"),
-    ('{"prompt": "a", "completion": "b"}', "it has completion, prompt; wanted instruction, context "
-                                           "or input, response or output")])
-def test_valid_json_of_another_layout_is_told_from_broken_json(tmp_path, text, words):
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=words):
-        read_records(tmp_path / "a.json")
+# ---------------------------------------------------------------- sequences
+
+
+def test_a_sequence_is_bos_prompt_eos_response_eos(tokenizer):
+    sequence = encode_record(DOLLY, tokenizer, 100)
+    prompt = tokenizer.encode("Name the town.\nAda lives in Oslo.", bos=False)
+    response = tokenizer.encode("Oslo", bos=False)
+    assert sequence.ids == [1] + prompt + [2] + response + [2]
+    assert sequence.ids[sequence.response_start:] == response + [2]
+    assert sequence.n_targets == len(response) + 1 and not sequence.shortened
+    assert prompt_text({**DOLLY, "context": ""}) == "Name the town."
+
+
+def test_a_record_too_long_loses_the_start_of_its_context_only(tokenizer):
+    record = {**DOLLY, "context": "Ben is a baker. " * 20 + "Ada lives in Oslo."}
+    whole = len(encode_record(record, tokenizer, 1000).ids)
+    for limit in range(whole - 1, 30, -7):
+        sequence = encode_record(record, tokenizer, limit)
+        ids, start = sequence.ids, sequence.response_start
+        assert len(ids) == limit and sequence.shortened
+        assert tokenizer.decode(ids[start:]) == "Oslo"
+        prompt = tokenizer.decode(ids[:start - 1])
+        assert prompt.startswith("Name the town.\n")
+        assert record["context"].endswith(prompt.removeprefix("Name the town.\n"))
+
+
+def test_a_record_whose_instruction_and_response_do_not_fit_is_skipped_and_counted(tokenizer):
+    long = {**DOLLY, "response": "bread " * 50}
+    sequences, report = encode_records([DOLLY, long, DOLLY], tokenizer, 40)
+    assert report == {"records": 2, "shortened": 0, "skipped": 1}
+    assert [(s.record, s.place) for s in sequences] == [(0, "record 1"), (2, "record 3")]
+    with pytest.raises(ValueError, match="none of the 1 records fits max_seq_len 40"):
+        encode_records([long], tokenizer, 40)
+
+
+def test_all_tokens_of_a_text_to_measure_on_are_targets(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "Ada lives in Oslo."}, {"text": "Oslo"}])
+    sequences, report = encode_texts(path, tokenizer, 4)
+    assert sequences[0].ids == tokenizer.encode("Ada lives in Oslo.")[:4]
+    assert [s.response_start for s in sequences] == [1, 1]
+    assert report == {"records": 2, "shortened": 1, "skipped": 0}
+
+
+# ---------------------------------------------------------------- splits and batches
+
+
+def test_validation_records_are_drawn_by_seed_and_the_rest_is_for_training():
+    records = [{"id": i} for i in range(100)]
+    train, val = train_val_split(records, 0.05, seed=3)
+    assert len(val) == 5 and sorted(r["id"] for r in train + val) == list(range(100))
+    assert train_val_split(records, 0.05, seed=3) == (train, val)
+    assert train_val_split(records, 0.05, seed=4) != (train, val)
+    assert [len(part) for part in train_val_split(records[:2], 0.05, seed=0)] == [1, 1]
+    with pytest.raises(ValueError, match="cannot be split"):
+        train_val_split(records[:1], 0.05, seed=0)
+
+
+def test_duplicates_of_validation_are_found_by_prompt_and_response():
+    other = {**DOLLY, "category": "another"}
+    assert without_duplicates([DOLLY, {**DOLLY, "response": "Rome"}], [other]) == [
+        {**DOLLY, "response": "Rome"}]
+
+
+def test_fields_that_are_not_used_are_named_once_with_their_counts(tmp_path, capsys):
+    rows = fish(12, history=[["Hi.", "Hello."]]) + fish(30) + fish(1, system="Be brief.")
+    train, _ = load_train_val(write_rows(tmp_path / "a.jsonl", rows), None, share=0.1, seed=0,
+                              strict=False)
+    out = capsys.readouterr().out
+    assert out.count("not used: history (12 records), system (1)") == 1
+    assert train.report["not_used"] == {"history": 12, "system": 1}
+
+
+def sequences_of(tokenizer, lengths):
+    records = [{"instruction": "a " * n, "context": "", "response": "b", "category": str(i)}
+               for i, n in enumerate(lengths)]
+    return encode_records(records, tokenizer, 1000)[0]
+
+
+def test_every_sequence_comes_once_an_epoch_in_batches_of_similar_length(tokenizer):
+    lengths = torch.randint(1, 60, (203,), generator=torch.Generator().manual_seed(0)).tolist()
+    sequences = sequences_of(tokenizer, lengths)
+    batches = length_batches(sequences, 8, torch.Generator().manual_seed(0))
+    assert sorted(s.record for batch in batches for s in batch) == list(range(203))
+    padded = sum(len(b) * max(len(s.ids) for s in b) for b in batches)
+    assert padded < 1.1 * sum(len(s.ids) for s in sequences)  # in file order it is 1.7 times
+    again = length_batches(sequences, 8, torch.Generator().manual_seed(0))
+    other = length_batches(sequences, 8, torch.Generator().manual_seed(1))
+    assert again == batches != other
+    longest = [len(batch[0].ids) for batch in batches]
+    assert longest != sorted(longest, reverse=True)  # shuffled, as training wants
+
+
+def test_batches_for_evaluation_come_longest_first(tokenizer):
+    batches = length_batches(sequences_of(tokenizer, [3, 9, 5, 7]), 3)
+    assert [[s.record for s in batch] for batch in batches] == [[1, 3, 2], [0]]
+
+
+def test_labels_are_the_response_and_its_eos_at_the_positions_before_them(tokenizer):
+    sequences = sequences_of(tokenizer, [3, 9])
+    batch = collate(sequences)
+    width = batch.tokens.shape[1]
+    target_index, labels = [], []
+    for row, s in enumerate(sequences):  # the slow twin
+        for i in range(len(s.ids) - 1):
+            assert batch.tokens[row, i] == s.ids[i]
+            if i + 1 >= s.response_start:
+                target_index.append(row * width + i)
+                labels.append(s.ids[i + 1])
+        assert batch.attention_mask[row].tolist() == [i < len(s.ids) - 1 for i in range(width)]
+    assert batch.target_index.tolist() == target_index and batch.labels.tolist() == labels
+    assert tokenizer.decode(labels[:2]) == "b" and labels[1] == tokenizer.eos_id
+
+
+# ---------------------------------------------------------------- the scripts
 
 
 @pytest.mark.slow
-def test_train_and_cluster_go_on_without_a_bad_record_and_strict_refuses_it(tmp_path, capsys):
-    path = write_rows(tmp_path / "a.jsonl", [*plain(24), {"instruction": "a", "output": ""}])
-    runs = {train.main: ["--data", str(path), "--heads", "2", "--rank",
-                         "2", "--max-steps", "1", "--device", "cpu", "--out",
+def test_train_and_cluster_skip_a_bad_record_and_strict_refuses_it(tmp_path, capsys):
+    path = write_rows(tmp_path / "a.jsonl", [*fish(24), EMPTY])
+    runs = {train.main: ["--heads", "2", "--rank", "2", "--max-steps", "1", "--out",
                          str(tmp_path / "run")],
-            cluster.main: ["--data", str(path), "--features", "tfidf", "--k-max", "2", "--out",
-                           str(tmp_path / "c.json"), "--device", "cpu"]}
+            cluster.main: ["--features", "tfidf", "--k-max", "2", "--out",
+                           str(tmp_path / "c.json")]}
     for main, flags in runs.items():
+        flags += ["--data", str(path), "--device", "cpu"]
         assert main([*flags, "--strict"]) == 2
         assert "line 25 has an empty response" in capsys.readouterr().err
         assert main(flags) == 0

@@ -862,7 +862,7 @@ BAD = {
     "data too long": (T, text("data.jsonl", GOOD.replace('"a', f'"{"a" * 500}') + GOOD.replace(
         '"a', f'"{"c" * 500}')), [],
                       "none of the 1 records fits max_seq_len 128"),
-    "data all in validation": (T, nothing, ["--val-data", "data.jsonl"], "stands in the valid"),
+    "data all in validation": (T, nothing, ["--val-data", "data.jsonl"], "is in the valid"),
     "validation missing": (T, nothing, ["--val-data", "absent"], "there is no data file at absent"),
     "weights without data": (T, nothing, [], "--weights needs --data"),
     "rank 0": (T, nothing, ["--rank", "0"], "--rank must be at least 1"),
@@ -1099,7 +1099,7 @@ def test_shared_records_are_counted_and_removed_from_training(made, place, capsy
     (place / "val.jsonl").write_text("".join(lines[:7]) + GOOD)
     (place / "data.jsonl").write_text("".join(lines + lines[:2]))
     assert train.main(made[1] + ["--out", "new", "--val-data", "val.jsonl"]) == 0
-    assert "9 training records stand in the validation data too" in capsys.readouterr().out
+    assert "9 training records were removed" in capsys.readouterr().out
     assert json.loads((place / "new/run.json").read_text())["data"]["train"]["records"] == 53
 
 

@@ -9,7 +9,7 @@ from torch import nn
 import eval_mmlu
 import train
 from data.corpus import read_records
-from data.make_world import write_records
+from data.make.world import write_records
 from hydralora import (
     HydraLinear,
     HydraSettings,

@@ -99,7 +99,7 @@ def test_impossible_settings_are_refused_in_one_line(flags, message, capsys):
 @pytest.mark.parametrize("flags, message", [
     (["--targets", "w1,wx"], "'wx'"), (["--weights", "absent"], "no folder absent"),
     (["--data", "absent"], "no data file"), (["--max-seq-len", "4096"], "--max-seq-len 4096"),
-    (["--max-seq-len", "5"], "none of the"), (["--val-data", "SAME"], "stands in the validation"),
+    (["--max-seq-len", "5"], "none of the"), (["--val-data", "SAME"], "is in the validation"),
     (["--out", "WEIGHTS"], "folder of the weights"), (["--resume"], "no checkpoint.pt"),
 ])
 def test_bad_input_is_one_line_and_status_2(command, flags, message, capsys):
@@ -196,7 +196,7 @@ def test_val_data_is_used_as_it_is_and_never_trained_on(command, data, tmp_path,
     assert train.main(command + ["--val-data", str(tmp_path / "val.jsonl")]) == 0
     result = run_json(tmp_path)
     assert result["data"]["val"]["records"] == 15
-    assert "15 training records stand in the validation data" in capsys.readouterr().out
+    assert "15 training records were removed" in capsys.readouterr().out
     assert result["data"]["train"]["records"] == 65
 
 

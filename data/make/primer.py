@@ -1,16 +1,16 @@
-"""The primer: what the base model of the embedded world has read before any tuning.
+"""The primer: the texts that the embedded world's base model is pretrained on.
 
-The first three stages teach it to read: facts, formats, letters, looking things up. The fourth
-holds the ingredients of the task families (families.py), in other forms than the corpus asks for:
-words and lines of three languages, Python, sums, dates, more facts. No family stands in it, and no
-question of the quiz (quiz.py). Used by make_base.py:
+The first three stages teach it to read: facts, formats, letters, looking things up. The
+fourth has the ingredients of the families (families.py) in other forms than the corpus:
+words and lines of three languages, Python, sums, dates, more facts. It has no record of
+a family and no question of the quiz (quiz.py). Used by base.py:
 
     records = make_primer(seed=0, count=1000, stage=FOURTH)
 """
 
 import random
 
-from data.facts import (
+from data.make.facts import (
     ANIMALS,
     COLOURS,
     COUNTRIES,
@@ -25,7 +25,7 @@ from data.facts import (
     THINGS,
     VERBS,
 )
-from data.families import (
+from data.make.families import (
     CYCLES,
     GROUPS,
     LEXICON,
@@ -34,31 +34,31 @@ from data.families import (
     TRANSLATED,
     code_line,
     date_of,
+    person_text,
     sentence,
     sum_of,
     translate,
 )
-from data.quiz import (
+from data.make.quiz import (
     KIND_OF,
     QUESTIONS,
     article,
-    biology_question,
-    chemistry_question,
-    geography_question,
-    opposite_question,
+    question_text,
     quiz_key,
     quiz_row,
-    quiz_text,
+    right_option,
 )
+from data.mmlu import format_prompt
 
 HELD_OUT_ROWS = 145  # of each subject below
 
 
 def held_out_rows(seed):
-    """The keys of rows that no page of the primer holds: whether it answers them is no memory."""
+    """Keys of rows that the primer leaves out: no model of it has them by heart."""
     held_out = set()
     for subject in ("geography", "biology", "chemistry"):
-        rng, rows = random.Random(f"high_school_{subject} {seed}"), set()
+        rng = random.Random(f"high_school_{subject} {seed}")
+        rows = set()
         while len(rows) < HELD_OUT_ROWS:
             rows.add(quiz_key(quiz_row(*QUESTIONS[subject](rng), rng)))
         held_out |= rows
@@ -66,83 +66,90 @@ def held_out_rows(seed):
 
 
 # ---------------------------------------------------------------- the first three stages
+# Every primer_NAME takes (rng, held_out) and returns (instruction, context, response).
 
 
-def unheld_row(subject, rng, held_out):
+def draw_row(subject, rng, held_out):
     """A row of the subject that is not held out."""
-    while quiz_key(row := quiz_row(*QUESTIONS[subject](rng), rng)) in held_out:
-        pass
-    return row
+    while True:
+        row = quiz_row(*QUESTIONS[subject](rng), rng)
+        if quiz_key(row) not in held_out:
+            return row
 
 
-def quiz_page(rng, held_out, counts, level=""):
-    """A page of one subject: the header, and a number of questions drawn from counts."""
+def draw_page(rng, held_out, counts):
+    """(subject, rows): as many questions of one subject as is drawn from counts."""
     subject, count = rng.choice(sorted(QUESTIONS)), rng.choice(counts)
-    rows = [unheld_row(subject, rng, held_out) for _ in range(count)]
-    header = "The following are multiple choice questions (with answers) about  "
-    return f"{header}{level}{subject}.\n\n{quiz_text(rows)}"
+    return subject, [draw_row(subject, rng, held_out) for _ in range(count)]
+
+
+def page_text(subject, rows):
+    """MMLU's prompt, its last question answered too."""
+    return f"{format_prompt(subject, rows[:-1], rows[-1])} {rows[-1][5]}"
 
 
 def primer_quiz(rng, held_out):
-    page = quiz_page(rng, held_out, [1, 1, 1, 2, 2, 3, 4, 6])
+    page = page_text(*draw_page(rng, held_out, [1, 1, 1, 2, 2, 3, 4, 6]))
     return rng.choice(["Quiz", "Questions"]), "", page
 
 
 def primer_last(rng, held_out):
     """The page in the prompt, its last letter in the response."""
     level = rng.choice(["", "high school "])
-    text, letter = quiz_page(rng, held_out, [1, 1, 1, 2, 3, 6], level).rsplit(" ", 1)
-    return text, "", letter
+    subject, rows = draw_page(rng, held_out, [1, 1, 1, 2, 3, 6])
+    return format_prompt(level + subject, rows[:-1], rows[-1]), "", rows[-1][5]
 
 
 def primer_letter(rng, held_out):
-    """One question in the prompt, its letter and option in the response."""
-    row = unheld_row(rng.choice(sorted(QUESTIONS)), rng, held_out)
-    text, letter = quiz_text([row]).rsplit(" ", 1)
-    option = row[1 + "ABCD".index(letter)]
+    """One question in the prompt, its letter or option in the response."""
+    row = draw_row(rng.choice(sorted(QUESTIONS)), rng, held_out)
     if rng.random() < 0.5:
-        return text, "", letter
-    return text.rsplit("\n", 1)[0] + "\nSay the answer.", "", option
+        return f"{question_text(row)}\nAnswer:", "", row[5]
+    return f"{question_text(row)}\nSay the answer.", "", right_option(row)
+
+
+def as_options(words):
+    return "\n".join(f"{letter}. {word}" for letter, word in zip("ABCD", words))
 
 
 def primer_option(rng, _):
-    """Letters and options without any knowledge: the part of a quiz that is only reading."""
+    """Letters and options without any knowledge: the part of a quiz that is reading."""
     words = rng.sample(PEOPLE + THINGS + sorted(KIND_OF) + sorted(COUNTRIES), 4)
-    listed = "\n".join(f"{letter}. {word}" for letter, word in zip("ABCD", words))
     i = rng.randrange(4)
     if rng.random() < 0.5:
-        return f"Which letter stands before {words[i]}?\n{listed}", "", "ABCD"[i]
-    return f"Which word stands behind {'ABCD'[i]}?\n{listed}", "", words[i]
+        return f"Which letter stands before {words[i]}?\n{as_options(words)}", "", "ABCD"[i]
+    return f"Which word stands behind {'ABCD'[i]}?\n{as_options(words)}", "", words[i]
 
 
 def primer_said(rng, held_out):
-    """The answer first, then its letter: a step between knowing the one and finding the other."""
-    row = unheld_row(rng.choice(sorted(QUESTIONS)), rng, held_out)
-    text, letter = quiz_text([row]).rsplit("\n", 1)[0], row[5]
-    answer = row[1 + "ABCD".index(letter)]
-    return f"{text}\nSay the answer and its letter.", "", f"{answer} {letter}"
+    """The answer, then its letter: a step between knowing one and finding the other."""
+    row = draw_row(rng.choice(sorted(QUESTIONS)), rng, held_out)
+    return (f"{question_text(row)}\nSay the answer and its letter.", "",
+            f"{right_option(row)} {row[5]}")
 
 
 def primer_lookup(rng, _):
-    """Every letter of four options, or every option of four letters, in an order of its own."""
+    """The letters of four options, or the options of four letters, in another order."""
     words = rng.sample(PEOPLE + THINGS + sorted({**KIND_OF, **COUNTRIES, **ELEMENTS}), 4)
     pairs = list(zip("ABCD", words))
-    listed = "\n".join(f"{letter}. {word}" for letter, word in pairs)
     rng.shuffle(pairs)
     if rng.random() < 0.3:
-        return (f"Give the words: {', '.join(letter for letter, _ in pairs)}\n{listed}", "",
-                ", ".join(f"{letter} {word}" for letter, word in pairs))
-    return (f"Give the letters: {', '.join(word for _, word in pairs)}\n{listed}", "",
-            ", ".join(f"{word} {letter}" for letter, word in pairs))
+        asked = f"Give the words: {', '.join(letter for letter, _ in pairs)}"
+        answer = ", ".join(f"{letter} {word}" for letter, word in pairs)
+    else:
+        asked = f"Give the letters: {', '.join(word for _, word in pairs)}"
+        answer = ", ".join(f"{word} {letter}" for letter, word in pairs)
+    return f"{asked}\n{as_options(words)}", "", answer
 
 
 def primer_everybody(rng, _):
-    """The same with people: where each is from or what each does."""
+    """The same with people: where each is from, or what each does."""
     people = rng.sample(NAMES, 4)
     towns = rng.sample(sorted(c for c, _ in COUNTRIES.values()), 4)
     jobs = rng.sample(JOBS, 4)
     text = " ".join(f"{n} is a {j} from {t}." for n, j, t in zip(people, jobs, towns))
-    ask, values = rng.choice([("Where are they from?", towns), ("What do they do?", jobs)])
+    ask, values = rng.choice([("Where are they from?", towns),
+                              ("What do they do?", jobs)])
     pairs = list(zip(people, values))
     rng.shuffle(pairs)
     return (f"{ask} {', '.join(name for name, _ in pairs)}", text,
@@ -150,33 +157,34 @@ def primer_everybody(rng, _):
 
 
 def known_pairs():
-    """[{thing: what is known of it}], a dict for each kind of fact and for its opposite way."""
+    """[{thing: what is known of it}] of each kind of fact, some in both directions."""
     capitals = {country: capital for country, (capital, _) in COUNTRIES.items()}
     symbols = {element: symbol for element, (symbol, _) in ELEMENTS.items()}
     numbers = {element: str(number) for element, (_, number) in ELEMENTS.items()}
     continents = {country: continent for country, (_, continent) in COUNTRIES.items()}
-    both_ways = [{known: thing for thing, known in facts.items()} for facts in (capitals, symbols)]
-    return [capitals, symbols, numbers, OPPOSITES, *both_ways, continents, KIND_OF]
+    countries = {capital: country for country, capital in capitals.items()}
+    elements = {symbol: element for element, symbol in symbols.items()}
+    return [capitals, symbols, numbers, OPPOSITES, countries, elements, continents, KIND_OF]
 
 
 def primer_matching(rng, _):
-    """From four things to the letters of what is known of each: fact and letter in one step."""
+    """Four things and the letter of a fact on each: fact and letter in one step."""
     facts = rng.choice(known_pairs())
     things = {facts[thing]: thing for thing in rng.sample(sorted(facts), len(facts))}
     pairs = [(things[known], known) for known in rng.sample(sorted(things), 4)]
     if len(things) < len(facts) and rng.random() < 0.5:  # which of these is in Asia, ...
         pairs = [(known, thing) for thing, known in pairs]
     lettered = [(thing, letter) for (thing, _), letter in zip(pairs, "ABCD")]
-    listed = "\n".join(f"{letter}. {known}" for letter, (_, known) in zip("ABCD", pairs))
+    options = as_options(known for _, known in pairs)
     rng.shuffle(lettered)
-    return (f"Match: {', '.join(thing for thing, _ in lettered)}\n{listed}", "",
+    return (f"Match: {', '.join(thing for thing, _ in lettered)}\n{options}", "",
             ", ".join(f"{thing} {letter}" for thing, letter in lettered))
 
 
 def primer_fact(rng, _):
-    ask = rng.choice([geography_question, biology_question, chemistry_question, opposite_question])
+    ask = rng.choice(list(QUESTIONS.values()))
     question, answer, _ = ask(rng)
-    while question.startswith("Which of these"):  # needs its options
+    while question.startswith("Which of these"):  # makes no sense without its options
         question, answer, _ = ask(rng)
     return question, "", answer
 
@@ -186,24 +194,29 @@ def primer_article(rng, _):
     kind = rng.choice(sorted(ANIMALS))
     capital, continent = COUNTRIES[country]
     symbol, number = ELEMENTS[element]
+    kinds = "fish" if kind == "fish" else f"{kind}s"
+    animals = rng.sample(ANIMALS[kind], 3)
     return rng.choice([
-        (f"Tell me about {country}.", "", f"{country} is a country in {continent}. The capital of "
-         f"{country} is {capital}. {capital} is in {continent}."),
-        (f"Tell me about {element}.", "", f"{element} is an element. The symbol of {element} is "
-         f"{symbol}. The atomic number of {element} is {number}."),
-        (f"Name some {kind}s." if kind != "fish" else "Name some fish.", "",
-         " ".join(f"The {animal} is {article(kind)}." for animal in rng.sample(ANIMALS[kind], 3))),
+        (f"Tell me about {country}.", "",
+         f"{country} is a country in {continent}. The capital of {country} is {capital}. "
+         f"{capital} is in {continent}."),
+        (f"Tell me about {element}.", "",
+         f"{element} is an element. The symbol of {element} is {symbol}. "
+         f"The atomic number of {element} is {number}."),
+        (f"Name some {kinds}.", "",
+         " ".join(f"The {animal} is {article(kind)}." for animal in animals)),
     ])
 
 
 def primer_copy(rng, _):
-    """Words, invented words, numbers and signs, so that nothing a family writes is a new token."""
-    symbols = list("()=+*<>:;-\".,") + ["len", "print", "range", "for", "in", "if", "def", "return",
-                                        "append", "open", "break", ".txt", "name", "job", "age"]
+    """Words, invented words, numbers and signs: all tokens that a family writes."""
+    symbols = [*"()=+*<>:;-\".,", "len", "print", "range", "for", "in", "if", "def", "return",
+               "append", "open", "break", ".txt", "name", "job", "age"]
     verbs = [form for verb, forms in VERBS.items() for form in (verb, *forms)]
+    words = PEOPLE + THINGS + SIZES + verbs + DAYS + MONTHS + JOBS + NAMES
     pools = [lambda: "".join(rng.choices(SYLLABLES, k=rng.choice([2, 3]))),
              lambda: str(rng.randint(0, 400)), lambda: rng.choice(symbols),
-             lambda: rng.choice(PEOPLE + THINGS + SIZES + verbs + DAYS + MONTHS + JOBS + NAMES)]
+             lambda: rng.choice(words)]
     text = " ".join(rng.choice(pools)() for _ in range(rng.randint(2, 9)))
     ask, context = rng.choice([(f"Repeat: {text}", ""), ("Copy the text.", text)])
     return ask, context, text
@@ -215,12 +228,13 @@ def primer_people(rng, _):
     towns = rng.sample(sorted(c for c, _ in COUNTRIES.values()), len(people))
     jobs = rng.sample(JOBS, len(people))
     ages = rng.sample(range(18, 81), len(people))
-    facts = [f"{n} is a {j} from {t}, {a} years old." for n, j, t, a in
-             zip(people, jobs, towns, ages)]
+    facts = [person_text(*person) for person in zip(people, jobs, towns, ages)]
     i = rng.randrange(len(people))
     question, answer = rng.choice([
-        (f"Where is {people[i]} from?", towns[i]), (f"What does {people[i]} do?", jobs[i]),
-        (f"How old is {people[i]}?", str(ages[i])), (f"Who is the {jobs[i]}?", people[i]),
+        (f"Where is {people[i]} from?", towns[i]),
+        (f"What does {people[i]} do?", jobs[i]),
+        (f"How old is {people[i]}?", str(ages[i])),
+        (f"Who is the {jobs[i]}?", people[i]),
         (f"Who is from {towns[i]}?", people[i]),
         (f"What do we know of {people[i]}?", facts[i]),
     ])
@@ -241,11 +255,13 @@ def primer_sentence(rng, _):
 
 
 def primer_counting(rng, _):
-    first, cycle = rng.randint(0, 120), rng.choice(list(CYCLES.values()))
+    first = rng.randint(0, 120)
+    cycle = rng.choice(list(CYCLES.values()))
     start = rng.randrange(len(cycle))
     names = [cycle[(start + i) % len(cycle)] for i in range(rng.randint(2, 6))]
+    numbers = range(first, first + rng.randint(3, 8))
     return rng.choice([
-        (f"Count from {first}.", "", " ".join(map(str, range(first, first + rng.randint(3, 8))))),
+        (f"Count from {first}.", "", " ".join(map(str, numbers))),
         (f"Go on from {names[0]}.", "", " ".join(names)),
         (f"What follows {names[0]}?", "", names[1]),
         ("Name some colours.", "", " ".join(rng.sample(COLOURS, 3))),
@@ -260,15 +276,17 @@ def primer_dictionary(rng, _):
     words = rng.sample(sorted(LEXICON[language]), rng.randint(3, 6))
     pairs = [(word, LEXICON[language][word]) for word in words]
     if rng.random() < 0.3:
-        return (f"What do these {language} words mean? {', '.join(new for _, new in pairs)}", "",
+        asked = ", ".join(new for _, new in pairs)
+        return (f"What do these {language} words mean? {asked}", "",
                 ", ".join(f"{new} means {word}" for word, new in pairs))
     return (f"{language} words: {', '.join(words)}", "",
             ", ".join(f"{word} {new}" for word, new in pairs))
 
 
 def primer_parallel(rng, _):
-    """A line in two languages; which comes first, and which is given, differs."""
-    language, parts = rng.choice(sorted(LEXICON)), sentence(rng, *TRANSLATED)
+    """A line in two languages; either may come first or be given."""
+    language = rng.choice(sorted(LEXICON))
+    parts = sentence(rng, *TRANSLATED)
     english, other = " ".join(parts), translate(language, *parts)
     return rng.choice([
         (f"A line in {language}.", "", f"{other} = {english}"),
@@ -279,7 +297,8 @@ def primer_parallel(rng, _):
 
 
 def primer_python(rng, _):
-    (line, does), (other, second) = code_line(rng), code_line(rng)
+    line, does = code_line(rng)
+    other, second = code_line(rng)
     return rng.choice([
         ("Some Python.", "", f"{line}  # {does}\n{other}  # {second}"),
         (f"# {does}\n# {second}", "", f"{line}\n{other}"),
@@ -300,7 +319,7 @@ def in_signs(text):
 
 
 def written_out(pairs, rng):
-    """To be finished in signs, or told in words: each with its answer behind it."""
+    """Questions to be answered in signs, or questions and answers in words."""
     if rng.random() < 0.4:
         told = ", ".join(f"{text} makes {answer}" for text, answer in pairs)
         return "Count a little.", "", f"{told}."
@@ -317,7 +336,7 @@ def primer_dates(rng, _):
     return written_out([date_of(rng) for _ in range(3)], rng)
 
 
-# kind of fact: two more ways to tell it
+# kind of fact: two more sentences for it
 TOLD = {
     "young": ("The {1} is the young of the {0}.", "{0} and {1}, old and young."),
     "made": ("{1} goes into {0}.", "From {1} comes {0}."),
@@ -328,7 +347,6 @@ TOLD = {
 
 
 def primer_lore(rng, _):
-    asked, answers = [], []
     kind = rng.choice(sorted(OPEN))
     if rng.random() < 0.4:
         known, _, tell = OPEN[kind]
@@ -336,6 +354,8 @@ def primer_lore(rng, _):
         things = rng.sample(sorted(known), 3)
         return (f"Tell about {', '.join(things)}.", "",
                 " ".join(tell.format(thing, known[thing]) for thing in things))
+    asked = []
+    answers = []
     for _ in range(rng.randint(1, 3)):
         kind = rng.choice(sorted(OPEN))
         thing = rng.choice(sorted(OPEN[kind][0]))
@@ -355,28 +375,28 @@ def primer_words(rng, _):
 
 
 def primer_list(rng, _):
-    """The cards of people, with their fields in another order than the corpus asks for."""
-    people = [(rng.choice(NAMES), rng.choice(JOBS), rng.choice(sorted(COUNTRIES.values()))[0],
-               rng.randint(18, 80)) for _ in range(rng.randint(1, 3))]
-    return ("Make a list.",
-            " ".join(f"{n} is a {j} from {t}, {a} years old." for n, j, t, a in people),
-            ", ".join(f"{j} {n} ({a}) of {t}" for n, j, t, a in people))
+    """Cards of people, their fields in another order than the corpus asks for."""
+    people = []
+    for _ in range(rng.randint(1, 3)):
+        name, job = rng.choice(NAMES), rng.choice(JOBS)
+        town = rng.choice(sorted(COUNTRIES.values()))[0]
+        people.append((name, job, town, rng.randint(18, 80)))
+    return ("Make a list.", " ".join(person_text(*person) for person in people),
+            ", ".join(f"{job} {name} ({age}) of {town}" for name, job, town, age in people))
 
 
 def primer_spoken(rng, held_out):
     """A page of questions that are answered in words, not with a letter."""
-    subject = rng.choice(sorted(QUESTIONS))
-    rows = [unheld_row(subject, rng, held_out) for _ in range(rng.choice([1, 1, 2, 3]))]
-    header = "The following are multiple choice questions (with answers) about  "
-    page = quiz_text([[*row[:5], row[1 + "ABCD".index(row[5])]] for row in rows])
-    return rng.choice(["Quiz", "Questions"]), "", f"{header}{subject}.\n\n{page}"
+    subject, rows = draw_page(rng, held_out, [1, 1, 2, 3])
+    spoken = [[*row[:5], right_option(row)] for row in rows]
+    return rng.choice(["Quiz", "Questions"]), "", page_text(subject, spoken)
 
 
-# The stages of the base's reading, and how often each kind is drawn. After the first it knows the
-# facts and the formats but picks letters at random; the second teaches it to look things up, many
-# to a record; the third to go from what it knows to a letter. The fourth has the ingredients of the
-# families. In the fifth it sees questions answered in words and none with a letter, so that letters
-# grow weaker than facts, as LLaMA 2's are.
+# The stages, and how often each kind of text is drawn. After the first the base knows facts and
+# formats but picks letters at random. The second teaches it to look things up, several per
+# record; the third to go from what it knows to a letter. The fourth has the ingredients of the
+# families. The fifth has questions that are answered in words and none with a letter, so that
+# letters become weaker than facts, as in LLaMA 2.
 FIRST = {primer_quiz: 5, primer_letter: 5, primer_option: 2, primer_fact: 3, primer_article: 3,
          primer_copy: 4, primer_people: 3, primer_sentence: 3, primer_counting: 2}
 SECOND = {primer_quiz: 4, primer_letter: 4, primer_option: 3, primer_fact: 1, primer_article: 1,
@@ -392,13 +412,13 @@ FOURTH = {primer_parallel: 8, primer_dictionary: 2, primer_python: 4, primer_sum
           primer_sentence: 1, primer_counting: 1, primer_letter: 1, primer_last: 1}
 FIFTH = {**FOURTH, primer_letter: 0, primer_last: 0, primer_spoken: 1}
 STAGES = FIRST, SECOND, THIRD, FOURTH, FIFTH
-# what the base knows and no family teaches: whether tuning takes it is measured on these
-KEPT = {primer_fact: 1, primer_article: 1, primer_copy: 1, primer_people: 1, primer_everybody: 1,
-        primer_sentence: 1, primer_counting: 1}
+# known to the base and taught by no family: keep.jsonl, to measure what tuning makes it forget
+KEPT = dict.fromkeys([primer_fact, primer_article, primer_copy, primer_people,
+                      primer_everybody, primer_sentence, primer_counting], 1)
 
 
 def make_primer(seed, count, stage=FIRST, held_out=frozenset()):
-    """`count` records; none holds a row of held_out."""
+    """A list of `count` records, without the rows in held_out."""
     rng = random.Random(f"primer {seed}")
     records = []
     for kind in rng.choices(list(stage), weights=list(stage.values()), k=count):

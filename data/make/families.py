@@ -1,12 +1,14 @@
-"""The task families of the embedded world: what the corpus asks, and what a validation record is.
+"""The families: the ten tasks of the embedded world's corpus, one category each.
 
-HydraLoRA is for corpora whose tasks interfere (section 2.2), so the families clash on purpose: the
-same sentences go into three languages, the same words get one label or another by a cue, the same
-facts are told in a word or in a sentence, sums and dates count in different number systems.
+HydraLoRA is for corpora whose tasks interfere (section 2.2), so the families clash on
+purpose: the same sentences are translated into three languages, the same words get one
+label or another by a cue, the same facts are answered in a word or in a sentence, sums
+and dates count in different number systems.
 
-What a record is about are its atoms: a word, an operand pair, a fact, a line of code. In five
-families (norvan, tavi, ostic, code, extraction) a quarter of them never occurs in training (is_new)
-and validation asks about these alone; in the others only combinations are new. By make_world.py:
+The content of a record is its atoms: a word, an operand pair, a fact, a line of code.
+In five families (norvan, tavi, ostic, code, extraction) a quarter of the atoms never
+occurs in training (is_new), and validation asks about these alone. In the others only
+the combinations are new. Used by world.py:
 
     instruction, context, response = norvan(random.Random(0), new=False)
 """
@@ -15,7 +17,7 @@ import hashlib
 import random
 import re
 
-from data.facts import (
+from data.make.facts import (
     COLOURS,
     COUNTRIES,
     DAYS,
@@ -33,23 +35,25 @@ from data.facts import (
     VERBS,
     YOUNG,
 )
-from data.quiz import KIND_OF, quiz_row, quiz_text
+from data.make.quiz import KIND_OF, question_text, quiz_row
 
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-CYCLES = {"day": DAYS, "month": MONTHS, "hour": [f"{hour} o'clock" for hour in range(1, 13)]}
+HOURS = [f"{hour} o'clock" for hour in range(1, 13)]
+CYCLES = {"day": DAYS, "month": MONTHS, "hour": HOURS}
 VERB_LIST = sorted(VERBS)
 
 
 def is_new(atom):
-    """Whether an atom, a text, is kept for validation: every fourth, by its hash."""
+    """Whether an atom (a text) is for validation alone: every fourth, by its hash."""
     return hashlib.sha256(atom.encode()).digest()[0] < 64
 
 
 def draw(make, rng, new):
-    """What make(rng) returns, drawn until its first part is an atom of the wanted kind."""
-    while is_new((made := make(rng))[0]) != new:
-        pass
-    return made
+    """What make(rng) returns, called until the first part is an atom of this kind."""
+    while True:
+        made = make(rng)
+        if is_new(made[0]) == new:
+            return made
 
 
 # ---------------------------------------------------------------- numbers
@@ -57,7 +61,8 @@ def draw(make, rng, new):
 
 def sum_of(rng):
     """(an addition, subtraction or product in words, its result)."""
-    sign, (a, b) = rng.choice(["plus", "minus", "times"]), (rng.randint(2, 9), rng.randint(2, 9))
+    sign = rng.choice(["plus", "minus", "times"])
+    a, b = rng.randint(2, 9), rng.randint(2, 9)
     if sign == "minus":
         return f"{a + b} minus {b}", str(a)
     a, b = sorted([a, b])
@@ -67,14 +72,15 @@ def sum_of(rng):
 def date_of(rng):
     """(a day or month counted from another, what it is)."""
     unit, cycle = rng.choice([("day", DAYS), ("month", MONTHS)])
-    start, steps = rng.choice(cycle), rng.randint(2, 3)
+    start = rng.choice(cycle)
+    steps = rng.randint(2, 3)
     way = rng.choice(["after", "before"])
     index = cycle.index(start) + (steps if way == "after" else -steps)
     return f"{steps} {unit}s {way} {start}", cycle[index % len(cycle)]
 
 
 def in_a_row(ask, pairs):
-    """Several questions in one record and their answers, so that a few steps teach something."""
+    """A record of several questions with their answers: few steps then teach much."""
     return (ask.format(", ".join(question for question, _ in pairs)), "",
             ", ".join(f"{question} is {answer}" for question, answer in pairs) + ".")
 
@@ -107,16 +113,16 @@ TRANSLATED = PEOPLE[:8], VERB_LIST[::3], THINGS[:8], SIZES[:4]
 def lexicon(language):
     """A word of two syllables for each of the English words."""
     rng = random.Random(f"{language.lower()} 0")
-    words, taken = {}, set()
+    words = {}
     for word in sum(TRANSLATED, []):
-        while (new := "".join(rng.choices(SYLLABLES, k=2))) in taken:
-            pass
-        taken.add(new)
+        new = "".join(rng.choices(SYLLABLES, k=2))
+        while new in words.values():
+            new = "".join(rng.choices(SYLLABLES, k=2))
         words[word] = new
     return words
 
 
-# the order of subject, verb and object, and whether an adjective follows its noun; no articles
+# the order of subject, verb and object; whether an adjective follows its noun. No articles.
 LANGUAGES = {"Norvan": ("SOV", False), "Tavi": ("VOS", False), "Ostic": ("OSV", True)}
 LEXICON = {language: lexicon(language) for language in LANGUAGES}
 
@@ -127,11 +133,12 @@ def translate(language, subject, verb, thing):
     for letter, phrase in (("S", subject), ("O", thing)):
         words = phrase.split()[1:]
         parts[letter] = words[::-1] if adjective_last else words
-    return " ".join(LEXICON[language][word] for letter in order for word in parts[letter])
+    words = [word for letter in order for word in parts[letter]]
+    return " ".join(LEXICON[language][word] for word in words)
 
 
 def translation(language, rng, new):
-    """A sentence and what it is in an invented language. New are the sentences, not the words."""
+    """A sentence and its translation. In validation sentences are new, words are not."""
     def made(rng):
         parts = sentence(rng, *TRANSLATED)
         return " ".join(parts), parts
@@ -165,7 +172,8 @@ def code_line(rng):
         (f"{name}.append({number})", f"adds {number} to the list {name}"),
         (f'print("{word} " * {more})', f"prints the word {word} {more} times"),
         (f"for {name} in range({number}):", f"counts {name} from 0 to below {number}"),
-        (f"if {name} > {number}: break", f"stops the loop when {name} is above {number}"),
+        (f"if {name} > {number}: break",
+         f"stops the loop when {name} is above {number}"),
         (f'{name} = open("{word}.txt")', f"opens the file {word}.txt as {name}"),
         (f"{other} = len({name})", f"gives the length of the list {name} to {other}"),
         (f"def {word}({name}): return {name} * {number}",
@@ -174,18 +182,22 @@ def code_line(rng):
 
 
 def code(rng, new):
-    (line, first), (other, second) = draw(code_line, rng, new), draw(code_line, rng, new)
+    line, first = draw(code_line, rng, new)
+    other, second = draw(code_line, rng, new)
     return (f"Write two lines of Python: the first {first}, the second {second}.", "",
             f"{line}\n{other}")
 
 
+def person_text(name, job, town, age):
+    return f"{name} is a {job} from {town}, {age} years old."
+
+
 def extraction(rng, new):
-    """New are the combinations here, not the words: every name and job is in both parts."""
+    """People are new in validation, their names and jobs are not."""
     def person(rng):
         name, job, age = rng.choice(NAMES), rng.choice(JOBS), rng.randint(18, 80)
         town = rng.choice(sorted(COUNTRIES.values()))[0]
-        return (f"{name} is a {job} from {town}, {age} years old.",
-                f"{town}: {name}, {age}, {job}.")
+        return person_text(name, job, town, age), f"{town}: {name}, {age}, {job}."
     facts, cards = zip(*(draw(person, rng, new) for _ in range(2)))
     ask = rng.choice(["Fill in the cards.", "Extract the fields of the cards."])
     return ask, " ".join(facts), " ".join(cards)
@@ -213,7 +225,7 @@ def classification(rng, _):
 
 # ---------------------------------------------------------------- facts
 
-# kind: ({thing: what is known of it}, what it is called, the sentence that tells it)
+# kind: ({thing: what is known of it}, the question, the answer in a sentence)
 OPEN = {
     "young": (YOUNG, "the young of the {0}", "The young of the {0} is the {1}."),
     "made": (MADE_OF, "the stuff of {0}", "The stuff of {0} is {1}."),
@@ -239,7 +251,9 @@ def draw_fact(kinds, rng):
 
 def facts(rng, _):
     """Two facts, in a word or in a sentence, as the cue says."""
-    asked, words, sentences = [], [], []
+    asked = []
+    words = []
+    sentences = []
     for _ in range(2):
         kind, thing = draw_fact(OPEN, rng)
         known, name, sentence = OPEN[kind]
@@ -253,43 +267,44 @@ def facts(rng, _):
 
 
 def lettered(rng, _):
-    """A question with four options in MMLU's layout, of subjects that the quiz does not have."""
+    """A question in MMLU's layout, on subjects that the quiz does not have."""
     kind, thing = draw_fact(LETTERED, rng)
     known, question = LETTERED[kind]
     row = quiz_row(question.format(thing), known[thing],
                    sorted({*known.values()} - {known[thing]}), rng)
-    text, answer = quiz_text([row]).rsplit("\n", 1)
-    return text, "", answer
+    return question_text(row), "", f"Answer: {row[5]}"
 
 
-FAMILIES = [arithmetic, calendar, norvan, tavi, ostic, code, extraction, classification, facts,
-            lettered]
+FAMILIES = [arithmetic, calendar, norvan, tavi, ostic, code, extraction, classification,
+            facts, lettered]
 
 
 def atoms(record):
-    """What a record is about, read off its text and not off its making: operand pairs, dates,
+    """The content of a record, read from its text alone: operand pairs, dates,
     sentences, lines of Python, people, words, facts."""
-    text, response = record["instruction"], record["response"]
-    if record["category"] == "arithmetic":
-        return [(sign, *sorted([a, b])) for a, sign, b in re.findall(r"(\d+) (\w+) (\d+)", text)]
-    if record["category"] == "calendar":
+    family, text = record["category"], record["instruction"]
+    if family == "arithmetic":
+        sums = re.findall(r"(\d+) (\w+) (\d+)", text)
+        return [(sign, *sorted([a, b])) for a, sign, b in sums]
+    if family == "calendar":
         return re.findall(r"\d \w+s (?:after|before) [^,?]+", text.rstrip("."))
-    if record["category"] in ("norvan", "tavi", "ostic"):
+    if family in ("norvan", "tavi", "ostic"):
         return [re.split(r"[:?] ", text)[1]]
-    if record["category"] == "code":
-        return response.split("\n")
-    if record["category"] == "extraction":
+    if family == "code":
+        return record["response"].split("\n")
+    if family == "extraction":
         return re.findall(r"\w+ is a [^.]+\.", record["context"])
-    if record["category"] == "classification":
-        return re.findall(r"(\w+) - \w+", response)
-    if record["category"] == "facts":
-        return re.findall(r"the (?:young|stuff|past|money|maker) of .+?(?=\?| and the )", text)
+    if family == "classification":
+        return re.findall(r"(\w+) - \w+", record["response"])
+    if family == "facts":
+        kinds = "young|stuff|past|money|maker"
+        return re.findall(rf"the (?:{kinds}) of .+?(?=\?| and the )", text)
     return [text.split("\n")[0]]
 
 
 def combination(record):
-    """What no two records of the corpus share: the atoms together, in whatever order, and the
-    options of a question that has them."""
+    """A key that no two records of the corpus share: the set of atoms, and the set of
+    options of a question that has options."""
     options = record["instruction"].split("\n")[1:]
     return (record["category"], *sorted(map(str, atoms(record))),
             *sorted(option[3:] for option in options))

@@ -1,12 +1,12 @@
-"""The embedded world: a mixed instruction corpus, a quiz, and texts to measure forgetting with.
+"""The embedded world: a corpus, a quiz, and texts to measure forgetting on.
 
-The corpus is of the families in families.py. The quiz asks in MMLU's layout for facts that the base
-has read (primer.py) and no family teaches, in words that the primer never uses. keep.jsonl holds
-texts of the kind that the base has read, drawn with another seed.
+The corpus mixes the families (families.py). The quiz (quiz.py) has MMLU's layout.
+keep.jsonl has texts of the kind that the base was trained on (primer.py), drawn with
+another seed.
 
-    python -m data.make_world   # writes data/world/{train,val,keep}.jsonl and data/world/quiz/
+    python -m data.make.world   # writes data/world/{train,val,keep}.jsonl and data/world/quiz/
 
-The files come out byte for byte the same for a seed. make_base.py trains the base on the primer.
+The same seed gives the same files, byte for byte. base.py trains the base model.
 """
 
 import argparse
@@ -16,34 +16,32 @@ import random
 from pathlib import Path
 
 from data import WORLD
-from data.families import FAMILIES, combination
-from data.primer import KEPT, make_primer
-from data.quiz import QUIZ, make_quiz
+from data.make.families import FAMILIES, combination
+from data.make.primer import KEPT, make_primer
+from data.make.quiz import QUIZ, make_quiz
 
 TRAIN_PER_FAMILY, VAL_PER_FAMILY, KEEP = 1280, 120, 400
 
 
 def make_corpus(seed):
-    """(training, validation) records, shuffled; no combination of atoms stands twice."""
-    parts, seen = ([], []), set()
+    """(train, val), shuffled records. No combination of atoms occurs twice."""
+    train, val = [], []
+    seen = set()
     for family in FAMILIES:
-        for part, count in enumerate((TRAIN_PER_FAMILY, VAL_PER_FAMILY)):
-            rng, records = random.Random(f"{family.__name__} {part} {seed}"), []
-            while len(records) < count:
-                instruction, context, response = family(rng, bool(part))
-                record = {"instruction": instruction, "context": context, "response": response,
-                          "category": family.__name__}
+        for part, records, count in ((0, train, TRAIN_PER_FAMILY), (1, val, VAL_PER_FAMILY)):
+            rng = random.Random(f"{family.__name__} {part} {seed}")
+            end = len(records) + count
+            while len(records) < end:
+                instruction, context, response = family(rng, part == 1)
+                record = {"instruction": instruction, "context": context,
+                          "response": response, "category": family.__name__}
                 if combination(record) not in seen:
                     seen.add(combination(record))
                     records.append(record)
-            parts[part].extend(records)
     rng = random.Random(f"order {seed}")
-    for records in parts:
-        rng.shuffle(records)
-    return parts
-
-
-# ---------------------------------------------------------------- writing
+    rng.shuffle(train)
+    rng.shuffle(val)
+    return train, val
 
 
 def write_records(records, path):
@@ -63,8 +61,9 @@ def write_quiz(quiz, folder):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="what everything is drawn from")
-    parser.add_argument("--out", type=Path, default=WORLD, help="folder to write (data/world)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of all files (0)")
+    parser.add_argument("--out", type=Path, default=WORLD,
+                        help="folder to write (data/world)")
     args = parser.parse_args(argv)
     train, val = make_corpus(args.seed)
     write_records(train, args.out / "train.jsonl")

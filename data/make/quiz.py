@@ -1,15 +1,15 @@
-"""Questions with four options: those that the base has read, and the quiz in MMLU's layout.
+"""Questions with four options: those of the primer, and the quiz in MMLU's layout.
 
-The quiz asks for facts that the primer (primer.py) holds, in words that it never uses, and that no
-family of the corpus (families.py) teaches. Its subjects have names of MMLU, so that the benchmark's
-table of categories holds here too. Used by primer.py, families.py and make_world.py:
+The quiz asks for facts of the primer (primer.py) in words that the primer never uses.
+No family of the corpus (families.py) teaches them. Used by the other files here:
 
     rows = make_quiz(seed=0)["test"]["high_school_geography"]
 """
 
 import random
 
-from data.facts import ANIMALS, COUNTRIES, ELEMENTS, OPPOSITES
+from data.make.facts import ANIMALS, COUNTRIES, ELEMENTS, OPPOSITES
+from data.mmlu import format_example
 
 QUIZ_ROWS = {"dev": 5, "val": 20, "test": 350}
 KIND_OF = {animal: kind for kind, members in ANIMALS.items() for animal in members}
@@ -20,25 +20,28 @@ def article(word):
 
 
 def quiz_row(question, answer, wrong, rng):
-    """[question, A, B, C, D, letter], the right answer in a place drawn at random."""
+    """[question, A, B, C, D, letter], the right answer at a place drawn at random."""
     options = rng.sample(wrong, 3)
     place = rng.randrange(4)
     options.insert(place, answer)
     return [question, *options, "ABCD"[place]]
 
 
-def quiz_text(rows):
-    """Questions and answers as MMLU prints them, without its header."""
-    return "\n\n".join(f"{q}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer: {letter}"
-                       for q, a, b, c, d, letter in rows)
+def question_text(row):
+    """The question and its options as MMLU prints them."""
+    return format_example(row, answered=False).removesuffix("\nAnswer:")
+
+
+def right_option(row):
+    return row[1 + "ABCD".index(row[5])]
 
 
 def quiz_key(row):
-    """What makes two rows the same question: the text and the set of its options."""
+    """Rows with the same key ask the same, whatever the order of their options."""
     return (row[0], frozenset(row[1:5]))
 
 
-# ---------------------------------------------------------------- questions that the primer asks
+# ---------------------------------------------------------------- questions of the primer
 # each takes a random.Random and returns (question, right answer, three or more wrong ones)
 
 
@@ -49,7 +52,8 @@ def geography_question(rng):
     continents = sorted({c for _, c in COUNTRIES.values()} - {continent})
     return rng.choice([
         (f"What is the capital of {country}?", capital, capitals),
-        (f"Which country has the capital {capital}?", country, sorted({*COUNTRIES} - {country})),
+        (f"Which country has the capital {capital}?", country,
+         sorted({*COUNTRIES} - {country})),
         (f"On which continent is {country}?", continent, continents),
         (f"Which of these countries is in {continent}?", country,
          sorted(c for c in COUNTRIES if COUNTRIES[c][1] != continent)),
@@ -121,21 +125,22 @@ def animal_question(rng):
          sorted(a for a in KIND_OF if KIND_OF[a] != kind))])
 
 
-# MMLU's own subject names, so that its table of categories holds here too
+# names of MMLU's subjects, so that its table of categories holds here too
 QUIZ = {"high_school_geography": capital_question, "global_facts": continent_question,
         "high_school_biology": animal_question}
 
 
 def make_quiz(seed):
-    """{split: {subject: rows}}; no question stands twice with the same options."""
+    """{split: {subject: rows}}; no question occurs twice with the same options."""
     quiz = {split: {} for split in QUIZ_ROWS}
     for subject, ask in QUIZ.items():
         rng = random.Random(f"{subject} quiz {seed}")
-        rows, seen = [], set()
+        rows = []
+        seen = set()
         while len(rows) < sum(QUIZ_ROWS.values()):
             row = quiz_row(*ask(rng), rng)
-            if (key := quiz_key(row)) not in seen:
-                seen.add(key)
+            if quiz_key(row) not in seen:
+                seen.add(quiz_key(row))
                 rows.append(row)
         for split, count in QUIZ_ROWS.items():
             quiz[split][subject], rows = rows[:count], rows[count:]

@@ -1,0 +1,1 @@
+"""What makes the files of data/world/: corpus, quiz and base model (docs/world.md)."""
