@@ -28,7 +28,7 @@ from data import WORLD
 from data.corpus import encode_prompts, length_batches, pad, prompt_text, read_records
 from hydralora import base_fingerprint
 from model import Tokenizer, read_params
-from support.cli import Parser, check_min, progress, report_failure, start_script
+from support.cli import Parser, check_min, progress, run_script
 from support.cluster_scores import ari, contingency, keywords, nmi, silhouette
 from support.device import DTYPES, pick_device, pick_dtype
 from support.diagnose import print_default_length
@@ -413,17 +413,15 @@ def cluster_records(args):
     print(f"\nwrote {args.out}")
 
 
+def run(args):
+    with process_group(args.device, args.shard_base):
+        cluster_records(args)
+
+
 def main(argv=None):
-    args = parse_args(argv)
-    start_script()
-    try:
-        with process_group(args.device, args.shard_base):
-            cluster_records(args)
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, "cluster.py", args,
-                              stopped="interrupted; nothing new was written: start again",
-                              memory="a smaller --batch-size or --max-seq-len needs less")
+    return run_script("cluster.py", parse_args, run, argv,
+                      stopped="interrupted; nothing new was written: start again",
+                      memory="a smaller --batch-size or --max-seq-len needs less")
 
 
 if __name__ == "__main__":
