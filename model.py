@@ -1,25 +1,26 @@
 """LLaMA 2 in one file: the model, Meta's checkpoint layout, the tokenizer, generation.
 
-Touvron et al. 2023, "Llama 2", section 2.2: a pre-norm transformer with RMSNorm, rotary position
-embedding, SwiGLU and grouped-query attention. Parameter names and params.json keys are Meta's, so
-the original files load as they are:
+Touvron et al. 2023, "Llama 2", section 2.2: a pre-norm transformer with RMSNorm, rotary
+position embedding, SwiGLU and grouped-query attention. Parameter names and params.json
+keys are Meta's, so the original files load as they are:
 
     model, tokenizer = load_llama("llama-2-7b")
     print(generate(model, tokenizer, ["The capital of France is"], max_new_tokens=8)[0])
 
-Shapes: B batch, T tokens, S cache slots, D width, H heads, K key/value heads, E head width,
-F feed-forward width, V vocabulary.
+Shapes: B batch, T tokens, S cache slots, D width, H heads, K key/value heads,
+E head width, F feed-forward width, V vocabulary.
 """
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -38,46 +39,51 @@ class ModelArgs:
     max_seq_len: int = 4096
 
     @property
-    def ffn_dim(self):
-        """Two thirds of 4 * dim, so that SwiGLU's three matrices cost what two did, rounded up."""
+    def ffn_dim(self) -> int:
+        """2/3 of 4 * dim, rounded up, so SwiGLU's three matrices cost what two did."""
         hidden = int((self.ffn_dim_multiplier or 1) * int(2 * (4 * self.dim) / 3))
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, the division in fp32 whatever the dtype of x."""
+    """y = x / sqrt(mean(x^2) + eps) * weight, divided in fp32 whatever x's dtype."""
 
-    def __init__(self, dim, eps):
+    def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return normed.type_as(x) * self.weight
 
 
-def rotary_table(positions, head_dim, theta):
-    """(cos, sin), each (B, T, 1, E) in fp32, of the angle position * theta^(-2i/E) of pair i. Each
-    stands twice, once for each number of the pair; the first sin is negated, as is wanted below."""
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (B, T, 1, E) in fp32, of the angle position * theta^(-2i/E) of
+    pair i, repeated for both numbers of the pair."""
     pair = torch.arange(0, head_dim, 2, device=positions.device).float()
-    angle = positions[..., None, None].float() * theta ** (-pair / head_dim)  # (B, T, 1, E/2)
-    angle = torch.stack([-angle, angle], -1).flatten(-2)
+    angle = positions[..., None, None].float() * theta ** (-pair / head_dim)
+    angle = angle.repeat_interleave(2, -1)  # (B, T, 1, E/2) to (B, T, 1, E)
     return angle.cos(), angle.sin()
 
 
-def apply_rotary(x, table):
-    """Rotates x (B, T, H, E) in fp32: a pair (a, b) becomes (a cos - b sin, b cos + a sin). Meta's
-    layout pairs neighbours (0, 1), (2, 3), ...; Hugging Face's pairs i with i + E/2. A model with
-    rows in the other order loads without an error, and its text makes no sense."""
-    (cos, sin), x32 = table, x.float()
-    a, b = x32.unflatten(-1, (-1, 2)).split(1, -1)  # (B, T, H, E/2, 1)
-    return torch.addcmul(x32 * cos, torch.cat([b, a], -1).flatten(-2), sin).type_as(x)
+def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates x (B, T, H, E) in fp32: a pair (a, b) becomes (a cos - b sin, b cos + a sin).
+    Meta's layout pairs neighbours (0, 1), (2, 3), ..., Hugging Face's i with i + E/2.
+    Weights in the other row order load without an error but generate gibberish."""
+    cos, sin = table
+    x32 = x.float()
+    a, b = x32.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, E/2)
+    # (a, b) cos + (-b, a) sin; number by number, a small model's step takes 4 % longer
+    turned = torch.stack([-b, a], -1).flatten(-2)
+    return (x32 * cos + turned * sin).type_as(x)
 
 
 class Attention(nn.Module):
-    def __init__(self, args):
+    """softmax(q k^T / sqrt(E)) v: query head h reads key/value head h // (H / K)."""
+
+    def __init__(self, args: ModelArgs):
         super().__init__()
         self.n_heads = args.n_heads
         self.n_kv_heads = args.n_kv_heads or args.n_heads
@@ -87,60 +93,68 @@ class Attention(nn.Module):
         self.wv = nn.Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(self.n_heads * self.head_dim, args.dim, bias=False)
 
-    def forward(self, x, rotary, mask=None, cache=None, positions=None):
-        q = apply_rotary(self.wq(x).unflatten(-1, (self.n_heads, -1)), rotary)  # (B, T, H, E)
-        k = apply_rotary(self.wk(x).unflatten(-1, (self.n_kv_heads, -1)), rotary)  # (B, T, K, E)
+    def forward(self, x, rotary, mask=None, cache=None, positions=None) -> Tensor:
+        """(B, T, D) to (B, T, D), causal unless there is a mask. With a cache, (keys,
+        values) of (B, S, K, E), new ones go to the slots at positions, and mask
+        (B, 1, T, S) is True for the slots that a token may read."""
+        q = self.wq(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, E)
+        k = self.wk(x).unflatten(-1, (self.n_kv_heads, -1))  # (B, T, K, E)
         v = self.wv(x).unflatten(-1, (self.n_kv_heads, -1))
+        q = apply_rotary(q, rotary)
+        k = apply_rotary(k, rotary)
         if cache is not None:
             rows = torch.arange(len(x), device=x.device)[:, None]
-            for slots, new in zip(cache, (k, v)):  # (B, S, K, E)
-                slots[rows, positions] = new.type_as(slots)
-            k, v = (slots.type_as(k) for slots in cache)  # all slots; the mask picks
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T or S, E)
-        # grouped: query head h reads key/value head h // (H / K)
+            for stored, new in zip(cache, (k, v)):
+                stored[rows, positions] = new.type_as(stored)
+            k, v = (stored.type_as(k) for stored in cache)  # all slots; the mask picks
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or K, T or S, E)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=self.n_kv_heads < self.n_heads)
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
-    def __init__(self, args):
+    """SwiGLU: W2 (silu(W1 x) * W3 x)."""
+
+    def __init__(self, args: ModelArgs):
         super().__init__()
         self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)  # gate
         self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)  # down
         self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)  # up
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args):
+    """x + attention(norm(x)), then the same with the feed-forward."""
+
+    def __init__(self, args: ModelArgs):
         super().__init__()
         self.attention = Attention(args)
         self.feed_forward = FeedForward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x, rotary, mask=None, cache=None, positions=None):
+    def forward(self, x, rotary, mask=None, cache=None, positions=None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, mask, cache, positions)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Transformer(nn.Module):
-    """Decoder-only LLaMA 2; weights are random until init_weights or load_llama sets them."""
+    """Decoder-only LLaMA 2; its weights are random until init_weights or load_llama."""
 
-    def __init__(self, args):
+    def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.checkpoint_activations = False  # True: recompute each block in the backward pass
+        self.checkpoint_activations = False  # True: recompute each block in backward
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
 
-    def init_weights(self, seed):
-        """N(0, 0.02), the two projections into the residual divided by sqrt(2 n_layers)."""
+    def init_weights(self, seed: int) -> None:
+        """N(0, 0.02), divided by sqrt(2 n_layers) for wo and w2, which add to x."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
@@ -148,112 +162,127 @@ class Transformer(nn.Module):
                 std = 0.02 / math.sqrt(2 * self.args.n_layers) if residual else 0.02
                 nn.init.normal_(weight, std=std, generator=generator)
 
-    def forward(self, tokens):
+    def forward(self, tokens: Tensor) -> Tensor:
         """Next-token logits (B, T, V) of int64 tokens (B, T)."""
         return self.output(self.hidden_states(tokens))
 
-    def hidden_states(self, tokens, cache=None, positions=None):
-        """Hidden states (B, T, D) after the final norm; raises ValueError beyond max_seq_len.
+    def hidden_states(self, tokens: Tensor, cache=None, positions=None,
+                      n_layers=None) -> Tensor:
+        """Hidden states (B, T, D) after n_layers blocks (None: all) and the final norm.
+        Raises ValueError beyond max_seq_len.
 
-        With a cache from make_cache, positions (B, T), or (1, T) for all rows alike, say where each
-        token stands: its keys go to that slot, and it attends to every slot up to its own. Padding
-        fills slots above; real tokens overwrite it before anything reads it."""
+        With a cache from make_cache, positions (B, T), or (1, T) for all rows alike, are
+        the tokens' slots: keys and values go there, and a token reads every slot up to its
+        own. Padding fills slots above; real tokens overwrite it before anything reads it."""
         end = tokens.shape[1] if cache is None else cache[0][0].shape[1]
         if end > self.args.max_seq_len:
             raise ValueError(f"{end} tokens do not fit max_seq_len {self.args.max_seq_len}")
         slots = torch.arange(end, device=tokens.device)
         positions = slots[None] if cache is None else positions
-        mask = None if cache is None else (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
-        rotary = rotary_table(positions, self.args.dim // self.args.n_heads, self.args.rope_theta)
+        mask = None if cache is None else (slots <= positions[..., None])[:, None]
+        head_dim = self.args.dim // self.args.n_heads
+        rotary = rotary_table(positions, head_dim, self.args.rope_theta)
         h = self.tok_embeddings(tokens)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers[:n_layers]):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                # reentrant, it would see nothing that trains (the embedding) and give no gradient
+                # with use_reentrant=True no input requires grad, since the embedding is
+                # frozen, so the adapters would get no gradient
                 h = checkpoint(layer, h, rotary, use_reentrant=False)
             else:
                 h = layer(h, rotary, mask, cache[i] if cache else None, positions)
         return self.norm(h)
 
-    def make_cache(self, batch, slots):
-        """An empty cache: (keys, values) a layer, each (B, S, K, E) in the embedding's dtype."""
-        shape = (batch, slots, self.args.n_kv_heads or self.args.n_heads,
-                 self.args.dim // self.args.n_heads)
+    def make_cache(self, batch: int, slots: int) -> list[tuple[Tensor, Tensor]]:
+        """An empty cache: (keys, values) per layer, (B, S, K, E) in the embedding's dtype."""
+        n_kv_heads = self.args.n_kv_heads or self.args.n_heads
+        shape = (batch, slots, n_kv_heads, self.args.dim // self.args.n_heads)
         new = self.tok_embeddings.weight.new_zeros
         return [(new(shape), new(shape)) for _ in self.layers]
 
 
-# ---------------------------------------------------------------- Meta's checkpoint layout
-# Meta splits a weight over the shards by rows (0) or columns (1); the norms are whole in each
+# ------------------------------------------------------------ Meta's checkpoint layout
+# Meta splits a weight over its shards by rows (0) or columns (1); norms are in each
 SPLIT_DIM = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1,
              "w1": 0, "w2": 1, "w3": 0, "output": 0}
 
 
-def read_params(directory, max_seq_len=None):
-    """ModelArgs from params.json. ValueError for a key that this model does not know, since it
-    would change the model, and for a value that no LLaMA has."""
+def read_params(directory: str | Path, max_seq_len: int | None = None) -> ModelArgs:
+    """ModelArgs from params.json. Raises ValueError for a key that this model does not
+    know, since it would change the model, and for a value that no LLaMA has."""
     path = Path(directory) / "params.json"
     if not path.is_file():
-        raise ValueError(f"{directory} has no params.json: give the folder of a checkpoint in "
-                         "Meta's layout (params.json, consolidated.NN.pth, tokenizer.model)")
+        raise ValueError(f"{directory} has no params.json: give the folder of a checkpoint "
+                         "in Meta's layout (params.json, consolidated.NN.pth, tokenizer.model)")
     try:
         params = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON object: {error}") from error
     if not isinstance(params, dict):
         raise ValueError(f"{path} is not a JSON object: found {type(params).__name__}")
-    params.pop("max_batch_size", None)  # Meta's program has it, the model does not change with it
-    if unknown := set(params) - {field.name for field in fields(ModelArgs)}:
-        raise ValueError(f"{path} has keys this model does not know: {sorted(unknown)}")
+    params.pop("max_batch_size", None)  # Meta's own; it does not change the model
+    unknown = sorted(params.keys() - vars(ModelArgs()).keys())
+    if unknown:
+        raise ValueError(f"{path} has keys this model does not know: {unknown}")
     args = ModelArgs(**params)
-    for field in fields(args):
-        value, whole = getattr(args, field.name), field.type in (int, int | None)
-        absent = field.default in (None, -1) and value == field.default
-        kinds, most = ((int,), 2**24) if whole else ((int, float), 10**12)
-        if not absent and (type(value) not in kinds or not 0 < value <= most):
-            raise ValueError(f"{path}: {field.name} must be a {'whole ' * whole}number above 0 and "
-                             f"up to {most}, found {json.dumps(value):.40}")
-    if args.dim % (2 * args.n_heads) or args.n_heads % (args.n_kv_heads or args.n_heads):
-        raise ValueError(f"{path}: dim {args.dim} must be an even multiple of n_heads "
-                         f"{args.n_heads}, and that a multiple of n_kv_heads {args.n_kv_heads}")
+    check_args(args, path)
     return replace(args, max_seq_len=max_seq_len or args.max_seq_len)
 
 
-def open_shard(path):
-    """{name: tensor} of one shard, memory-mapped, without rope.freqs, which LLaMA 1 has in every
-    layer. ValueError for anything but dense floating-point tensors whose values all stand in the
-    file: strides of zero could claim a terabyte. hydralora.py has such checks of its own."""
+def check_args(args, path):
+    """Raises ValueError for a value that no LLaMA has."""
+    for name, value in vars(args).items():
+        if value in (None, -1) and value == getattr(ModelArgs, name):
+            continue  # n_kv_heads, ffn_dim_multiplier and vocab_size can be left open
+        kind, types, largest = "whole number", (int,), 2**24
+        if name in ("ffn_dim_multiplier", "norm_eps", "rope_theta"):
+            kind, types, largest = "number", (int, float), 10**12
+        if type(value) not in types or not 0 < value <= largest:
+            raise ValueError(f"{path}: {name} must be a {kind} above 0 and up to {largest}, "
+                             f"found {json.dumps(value):.40}")
+    if args.dim % (2 * args.n_heads) or args.n_heads % (args.n_kv_heads or args.n_heads):
+        raise ValueError(f"{path}: dim {args.dim} must be an even multiple of n_heads "
+                         f"{args.n_heads}, and that a multiple of n_kv_heads "
+                         f"{args.n_kv_heads}")
+
+
+def open_shard(path: str | Path) -> dict[str, Tensor]:
+    """{name: tensor} of one shard, memory-mapped, without LLaMA 1's rope.freqs. Raises
+    ValueError unless all are plain tensors of floats whose values are in the file."""
     try:
         shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # half a dozen types, whose texts advise to trust the file
-        raise ValueError(f"{path} is not a whole PyTorch checkpoint: it cannot be read, holds "
-                         "something else, or is damaged") from error
+        raise ValueError(f"{path} is not a whole PyTorch checkpoint: it cannot be read, "
+                         "holds something else, or is damaged") from error
     if not isinstance(shard, dict):
         raise ValueError(f"{path} holds no tensors by name: found {type(shard).__name__}")
     for name, t in shard.items():
-        if not (isinstance(t, torch.Tensor) and t.is_floating_point() and t.device.type == "cpu" and
-                t.layout == torch.strided and t.nbytes <= t.untyped_storage().nbytes()):
+        if not (isinstance(t, Tensor) and t.is_floating_point()
+                and t.device.type == "cpu" and t.layout == torch.strided
+                and t.nbytes <= t.untyped_storage().nbytes()):  # strides of 0 claim terabytes
             raise ValueError(f"{path}: {name!r} is {type(t).__name__}, not a plain tensor of "
                              "floating-point numbers")
     return {str(name): t for name, t in shard.items() if not str(name).endswith("rope.freqs")}
 
 
-def read_shards(directory):
-    """{path: state dict} of consolidated.00.pth, .01.pth, ..., which must hold the same keys."""
+def read_shards(directory: str | Path) -> dict[Path, dict[str, Tensor]]:
+    """{path: {name: tensor}} of consolidated.00.pth, ... which must hold the same names."""
     paths = sorted(Path(directory).glob("consolidated.*.pth"))
     wanted = [f"consolidated.{i:02d}.pth" for i in range(len(paths))]
     if not paths or [path.name for path in paths] != wanted:
-        raise ValueError(f"{directory} needs the shards consolidated.00.pth, consolidated.01.pth, "
-                         f"... without a gap; found {[path.name for path in paths] or 'none'}")
+        raise ValueError(f"{directory} needs the shards consolidated.00.pth, "
+                         "consolidated.01.pth, ... without a gap; found "
+                         f"{[path.name for path in paths] or 'none'}")
     shards = {path: open_shard(path) for path in paths}
-    keys = [set(shard) for shard in shards.values()]
-    if differ := set.union(*keys) - set.intersection(*keys):
-        raise ValueError(f"the shards of {directory} hold different tensors: {sorted(differ)[:4]}")
+    names = [set(shard) for shard in shards.values()]
+    differ = sorted(set.union(*names) - set.intersection(*names))
+    if differ:
+        raise ValueError(f"the shards of {directory} hold different tensors: {differ[:4]}")
     return shards
 
 
 def merge_shards(shards, name):
-    """One whole tensor from its parts; that of a single shard stays memory-mapped. Several shards
-    are mapped anew for each tensor: pages that were read count as memory while their map lives."""
+    """One whole tensor from its parts; that of a single shard stays memory-mapped. Several
+    shards are opened again for each tensor, so that the mapped pages can be released."""
     if len(shards) == 1:
         return next(iter(shards.values()))[name]
     parts = [open_shard(path)[name] for path in shards]
@@ -262,50 +291,68 @@ def merge_shards(shards, name):
         return parts[0].clone() if split is None else torch.cat(parts, dim=split)
     except (RuntimeError, IndexError) as error:
         shapes = [tuple(part.shape) for part in parts]
-        raise ValueError(f"the shards' parts of {name} do not fit together: {shapes}") from error
+        raise ValueError(f"the parts of {name} do not fit together: {shapes}") from error
 
 
-def load_llama(directory, *, device="cpu", dtype=None, max_seq_len=None, shard=None):
-    """(Transformer, Tokenizer) of a folder in Meta's layout, its shards merged tensor by tensor, so
-    the peak is one copy and one tensor. dtype None keeps the file's. shard(model, copy) may return
-    cut(name, tensor), which keeps a part. ValueError where what is there does not fit together."""
-    args, tokenizer = read_params(directory, max_seq_len), Tokenizer(f"{directory}/tokenizer.model")
-    shards = read_shards(directory)
-    held = next(iter(shards.values()))
-    if args.vocab_size == -1:  # an embedding that is missing is named below
-        args.vocab_size = held.get("tok_embeddings.weight", torch.empty(1)).shape[:1].numel()
-    if args.n_layers > len(held):  # before so many layers are made
-        raise ValueError(f"params.json in {directory} asks for {args.n_layers} layers, its shards "
-                         f"hold {len(held)} tensors in all")
+def empty_model(args, tensors, directory):
+    """The Transformer on the meta device. Raises ValueError unless its tensors have the
+    names of these."""
+    if args.vocab_size == -1:
+        embedding = tensors.get("tok_embeddings.weight", torch.empty(1))  # refused below
+        args.vocab_size = embedding.shape[0] if embedding.ndim else 1
+    if args.n_layers > len(tensors):  # before so many layers are made
+        raise ValueError(f"params.json in {directory} asks for {args.n_layers} layers, its "
+                         f"shards hold {len(tensors)} tensors in all")
     with torch.device("meta"):
         model = Transformer(args)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing, extra = sorted(set(shapes) - set(held)), sorted(set(held) - set(shapes))
+    wanted = model.state_dict().keys()
+    missing, extra = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
     if missing or extra:
         raise ValueError(f"the tensors in {directory} do not fit its params.json: "
                          f"missing {missing[:4]}, extra {extra[:4]}")
-    if tokenizer.vocab_size > args.vocab_size:  # a row without a piece is never drawn
-        raise ValueError(f"the tokenizer in {directory} has {tokenizer.vocab_size} pieces, the "
-                         f"embedding {args.vocab_size} rows: they do not belong together, copy "
-                         "the model's own tokenizer.model there")
-    state, cut = {}, shard(model, len(shards) > 1) if shard else lambda name, whole: whole
+    return model
+
+
+def load_llama(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None,
+               max_seq_len: int | None = None,
+               shard: Callable | None = None) -> tuple[Transformer, "Tokenizer"]:
+    """(Transformer, Tokenizer) of a folder in Meta's layout. Shards are merged tensor by
+    tensor, so peak memory is one copy of the model plus one tensor. dtype=None keeps the
+    stored dtype. shard(model, copy) may return cut(name, tensor), which keeps a part.
+    Raises ValueError if config, tensors and tokenizer do not match."""
+    args = read_params(directory, max_seq_len)
+    tokenizer = Tokenizer(f"{directory}/tokenizer.model")
+    shards = read_shards(directory)
+    model = empty_model(args, next(iter(shards.values())), directory)
+    if tokenizer.vocab_size > args.vocab_size:  # fewer are allowed: such rows are not drawn
+        raise ValueError(f"the tokenizer in {directory} has {tokenizer.vocab_size} pieces, "
+                         f"the embedding {args.vocab_size} rows: they do not belong "
+                         "together, copy the model's own tokenizer.model there")
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    cut = shard(model, len(shards) > 1) if shard else None
+    state = {}
     for name, shape in shapes.items():
         tensor = merge_shards(shards, name)
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise ValueError(f"{name} in {directory} is {tuple(tensor.shape)}, "
-                             f"its params.json asks for {shape}")
-        state[name] = cut(name, tensor).to(device=device, dtype=dtype or tensor.dtype)
+                             f"its params.json asks for {tuple(shape)}")
+        if cut:
+            tensor = cut(name, tensor)
+        state[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(shard is None), tokenizer
 
 
-def save_llama(model, tokenizer_path, directory, dtype=None):
-    """Writes the model in Meta's layout, one shard, in a dtype (None: its own), for load_llama.
-    ValueError, with nothing written, where a weight is not finite. params.json comes last, so a
-    folder that was not finished is not taken for a checkpoint."""
-    directory, tokenizer = Path(directory), Path(tokenizer_path).read_bytes()
-    state = {name: weight.detach().to("cpu", dtype) for name, weight in model.named_parameters()}
-    if bad := [name for name, weight in state.items() if not weight.isfinite().all()]:
+def save_llama(model: Transformer, tokenizer_path: str | Path, directory: str | Path,
+               dtype: torch.dtype | None = None) -> None:
+    """Writes the model in Meta's layout, one shard, in a dtype (None: its own). Raises
+    ValueError, with nothing written, if a weight is not finite. params.json is written
+    last, so an incomplete folder is never mistaken for a checkpoint."""
+    directory = Path(directory)
+    tokenizer = Path(tokenizer_path).read_bytes()
+    state = {name: p.detach().to("cpu", dtype) for name, p in model.named_parameters()}
+    bad = [name for name, weight in state.items() if not weight.isfinite().all()]
+    if bad:
         raise ValueError(f"{directory} is not written: {len(bad)} of {len(state)} tensors hold "
                          f"values that are not finite, {bad[0]} the first")
     params = {key: value for key, value in asdict(model.args).items() if value is not None}
@@ -315,13 +362,14 @@ def save_llama(model, tokenizer_path, directory, dtype=None):
     (directory / "tokenizer.model").write_bytes(tokenizer)
     with open(directory / "consolidated.00.pth", "wb") as file:
         torch.save(state, file)
-    (directory / "params.json").write_text(json.dumps(params, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(params, indent=1) + "\n"
+    (directory / "params.json").write_text(text, encoding="utf-8")
 
 
 class Tokenizer:
     """LLaMA's sentencepiece tokenizer: byte fallback, digits apart, BOS 1 and EOS 2."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:
@@ -332,21 +380,22 @@ class Tokenizer:
             raise ValueError(f"{path} has no BOS or no EOS, so it is no LLaMA tokenizer")
         self.vocab_size = self.model.vocab_size()
 
-    def encode(self, text, bos=True, eos=False):
-        """Token ids of the text, with BOS in front and EOS behind where asked for."""
-        return [self.bos_id] * bos + self.model.encode(text) + [self.eos_id] * eos
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        """Token ids of the text, with BOS in front and EOS behind if asked for."""
+        return self.model.encode(text, add_bos=bos, add_eos=eos)
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
         """The text of the ids; BOS, EOS and ids beyond the pieces have none."""
         return self.model.decode([i for i in ids if i < self.vocab_size])
 
 
-# ---------------------------------------------------------------- generation
+# ------------------------------------------------------------ generation
 
 
-def sample(logits, temperature, top_p, generators):
-    """The next token (B,) from logits (B, V): the most likely at temperature 0, else drawn from the
-    smallest set of tokens whose probabilities reach top_p, each row by its own generator."""
+def sample(logits: Tensor, temperature: float, top_p: float, generators: list) -> Tensor:
+    """The next token (B,) from logits (B, V): the most likely at temperature 0, else
+    drawn from the smallest set of tokens whose probabilities reach top_p, each row by its
+    own generator."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, order = (logits.float() / temperature).softmax(-1).cpu().sort(-1, descending=True)
@@ -357,11 +406,15 @@ def sample(logits, temperature, top_p, generators):
 
 
 @torch.no_grad()
-def generate_tokens(model, tokenizer, ids, *, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
-    """Yields, step by step, the next token of every row of ids (lists of tokens, BOS included): a
-    list, None where a row has met its EOS. Ends when all have, or after max_new_tokens. Each row
-    has its own generator with the same seed, so the rest of the batch does not matter. ValueError
-    when a row and its completion could exceed max_seq_len."""
+def generate_tokens(model: Transformer, tokenizer: Tokenizer, ids: list[list[int]], *,
+                    max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+                    seed: int = 0) -> Iterator[list[int | None]]:
+    """Yields, step by step, the next token of every row of ids (BOS included), or None
+    after the row's EOS. Ends when all rows have, or after max_new_tokens. Each row has its
+    own generator with the same seed, so the rest of the batch does not matter. Raises
+    ValueError if a row and its completion could exceed max_seq_len."""
+    if not ids:
+        return
     device = model.tok_embeddings.weight.device
     lengths = torch.tensor([len(row) for row in ids], device=device)
     width = int(lengths.max())
@@ -370,7 +423,7 @@ def generate_tokens(model, tokenizer, ids, *, max_new_tokens, temperature=0.0, t
     cache = model.make_cache(len(ids), width + max_new_tokens)
     generators = [torch.Generator().manual_seed(seed) for _ in ids]
     positions = torch.arange(width, device=device).expand(len(ids), -1)
-    last = lengths - 1  # which token of the current input is each row's newest
+    last = lengths - 1  # index of each row's newest token in the current input
     done = torch.zeros(len(ids), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         h = model.hidden_states(tokens, cache, positions)
@@ -380,21 +433,28 @@ def generate_tokens(model, tokenizer, ids, *, max_new_tokens, temperature=0.0, t
         done |= tokens[:, 0] == tokenizer.eos_id
         if done.all():
             return
-        yield [None if end else token for token, end in zip(tokens[:, 0].tolist(), done.tolist())]
+        yield [None if end else token
+               for token, end in zip(tokens[:, 0].tolist(), done.tolist())]
         positions, last = (lengths + step)[:, None], torch.zeros_like(last)
 
 
-def generate(model, tokenizer, prompts, **sampling):
-    """Completions of prompts of unequal length, each ended by EOS (left out) or max_new_tokens.
-    Takes max_new_tokens, temperature, top_p and seed as generate_tokens does."""
-    if not prompts:
-        return []
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    new = [[] for _ in prompts]
+def generate_ids(model: Transformer, tokenizer: Tokenizer, ids: list[list[int]],
+                 **sampling) -> list[list[int]]:
+    """The new tokens of each row of ids, without its EOS; arguments of generate_tokens."""
+    new = [[] for _ in ids]
     for tokens in generate_tokens(model, tokenizer, ids, **sampling):
         for row, token in zip(new, tokens):
             if token is not None:
                 row.append(token)
+    return new
+
+
+def generate(model: Transformer, tokenizer: Tokenizer, prompts: list[str],
+             **sampling) -> list[str]:
+    """Completions of prompts of unequal length, each ended by EOS (left out) or by
+    max_new_tokens. Takes what generate_tokens takes."""
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    new = generate_ids(model, tokenizer, ids, **sampling)
     # a piece carries its own leading space: decode the whole and cut the prompt off
     return [tokenizer.decode(prompt + row)[len(tokenizer.decode(prompt)):]
             for prompt, row in zip(ids, new)]

@@ -51,7 +51,9 @@ def autocast(device, dtype):
     that name, and the rest as torch's autocast decides. No context at all for fp32."""
     if dtype == "fp32":
         return nullcontext()
-    return torch.autocast(torch.device(device).type, DTYPES[dtype])
+    # no cache: it would hold a copy of every fp32 weight until the context ends, and none is
+    # read twice in it; --method full with checkpointing would need the copies' memory for nothing
+    return torch.autocast(torch.device(device).type, DTYPES[dtype], cache_enabled=False)
 
 
 def peak_memory(device):

@@ -1,207 +1,195 @@
-"""What a training run will need, computed before it starts and before any weights are there.
+"""What a run needs of a GPU, measured before it starts and before any weights are there.
 
     python train.py --dry-run --weights llama-2-7b --gpu-memory 24
 
-needs no more than the folder's params.json. What autograd keeps for the backward pass is counted
-tensor by tensor below; tests/test_memory.py compares the sums with what is alive in a real step.
-Everything is linear in the tokens, since attention never keeps a (T, T) matrix, so the longest
-sequence that fits is found by a division.
-
-Letters: D width, F feed-forward width, V vocabulary, R rank, N heads; bytes throughout.
+reads params.json alone. One step of the real code runs on fake tensors, which have
+shapes and dtypes but no values, while Watch counts the bytes that are alive. So a fork
+of the layer, the loss or the optimizer is measured like the rest. The fake tensors are
+a CPU's: those of CUDA need a CUDA build, and on the meta device attention takes a path
+that keeps two (T, T) matrices per head.
 """
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode  # not public: imported only here
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hydralora import add_hydralora, hydra_layers
+from data.corpus import Sequence
+from hydralora import add_hydralora
 from model import Tokenizer, Transformer, read_params
-from support.diagnose import explained, model_length
-from support.evaluation import HEAD_CHUNK
+from support.device import DTYPES
 
 GIB = 2**30
-# Assumed, not computed: CUDA's context and libraries, and the allocator's loss to fragmentation.
-CONTEXT, FRAGMENTATION = 1.0 * GIB, 0.05
-NCCL = 0.5 * GIB  # assumed too, with several GPUs: the buffers of its channels
-# of a base in parts: the block that computes, the one that arrives, and the buffer it arrives in
+# Assumed, not measured:
+CONTEXT = 1.0 * GIB  # CUDA's context and libraries
+FRAGMENTATION = 0.05  # the allocator's loss
+NCCL = 0.5 * GIB  # with several GPUs, the buffers of its channels
+# whole blocks of a sharded base: one computes, one arrives, and the buffer it arrives in
 GATHERED = 3
-SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
-ATTENTION = ("wq", "wk", "wv", "wo")
+
+
+def storages(values):
+    """Yields the storage of every tensor in values, lists of tensors included."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value.untyped_storage()
+        elif isinstance(value, (list, tuple)):
+            yield from storages(value)
+
+
+class Watch(TorchDispatchMode):
+    """Counts, within this context, the bytes of new tensors that are alive: now, peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.alive = {}  # id of a storage: its bytes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        inputs = {id(storage) for storage in storages([*args, *kwargs.values()])}
+        for storage in storages([out]):
+            if id(storage) not in inputs and id(storage) not in self.alive:
+                self.alive[id(storage)] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, id(storage))
+        return out
+
+    def freed(self, key):
+        self.now -= self.alive.pop(key)
 
 
 @dataclass
 class Need:
-    """Bytes of a run: what does not grow with the tokens, and what each token of a batch adds."""
-
+    """Bytes that a run needs on each of its GPUs."""
     weights: int  # the base; with --method full in fp32, and it trains
+    gathered: int  # blocks of a sharded base that are whole for a moment
     adapter: int
     gradients: int
     optimizer: int
-    copies: int  # of trained weights in the products' dtype, made by autocast, kept for backward
-    kept: int  # a token, from the forward pass to the backward pass
-    working: int  # a token, at the worst moment of the backward pass, beside what is kept
-    passing: int  # what the same moment needs whatever the tokens
-    head: int  # logits of one chunk, in fp32: their logarithms and two gradients
-    gathered: int = 0  # blocks of a base in parts, whole for a moment
-    flat: int = 0  # gradients on their way to the other GPUs, when no activations are left
-    context: float = CONTEXT
+    activations: int  # alive after the last block and norm
+    transient: int  # in addition, at the worst moment of the step
+    flat: int  # gradients on their way to other GPUs, when no activations are left
+    context: float  # assumed
 
-    def activations(self, tokens):
-        return self.copies + tokens * self.kept
-
-    def total(self, tokens):
-        """The head is finished before a block's worst moment, so only the larger of them counts."""
-        return self.standing() + max(self.flat, self.activations(tokens) + self.worst(tokens))
-
-    def standing(self):
-        return self.weights + self.gathered + self.adapter + self.gradients + self.optimizer
-
-    def worst(self, tokens):
-        return max(self.head, self.passing + tokens * self.working)
-
-    def overhead(self, tokens):
-        return self.context + self.total(tokens) * FRAGMENTATION
-
-    def longest(self, memory, rows):
-        """The longest sequence in batches of so many rows that fits so many bytes of a GPU; 0 when
-        nothing does."""
-        room = (memory - self.context) / (1 + FRAGMENTATION) - self.standing()
-        if room < self.flat:
-            return 0
-        room -= self.copies
-        by_block = (room - self.passing) / (self.kept + self.working)
-        by_head = (room - self.head) / self.kept
-        return max(0, int(min(by_block, by_head)) // rows)
+    def __post_init__(self):
+        self.fixed = (self.weights + self.gathered + self.adapter + self.gradients
+                      + self.optimizer)
+        # linear in a batch's tokens, since fused attention keeps no (T, T) matrix
+        self.growing = self.activations + self.transient
+        self.total = self.fixed + max(self.flat, self.growing)
+        self.overhead = self.context + FRAGMENTATION * self.total
+        self.gpu = self.total + self.overhead
 
 
-def new_model(directory, settings):
-    """The model of a run on the meta device: shapes without weights, with the adapters that
-    add_hydralora(**settings) adds; None for --method full."""
-    with explained(weights=directory):
-        shape = read_params(directory)
-        if shape.vocab_size == -1:  # Meta's own params.json; the embedding is not asked
-            tokenizer = Path(directory) / "tokenizer.model"
-            shape.vocab_size = Tokenizer(tokenizer).vocab_size if tokenizer.is_file() else 32000
-    with torch.device("meta"):
-        model = Transformer(shape)
-    if settings:
-        add_hydralora(model, **settings)
-    return model
+ROWS = {  # of the printed table; what is 0 is left out
+    "weights": "base weights",
+    "gathered": f"blocks gathered: {GATHERED} at most",
+    "adapter": "adapters and router, fp32",
+    "gradients": "their gradients, fp32",
+    "optimizer": "optimizer state (AdamW's moments)",
+    "activations": "activations kept for backward",
+    "transient": "worst moment: head, or a block",
+    "flat": "or, after them: gradients to be sent",
+    "total": "in all",
+    "overhead": "CUDA and fragmentation (assumed)",
+    "gpu": "a GPU needs",
+}
 
 
-def branch_bytes(layer, size):
-    """A token in one adapted layer, its input x apart: A x and its mask, the softmax and the gate,
-    the gated ranks of all heads."""
-    heads, rank, dropout = layer.settings.heads, layer.settings.rank, bool(layer.settings.dropout)
-    ranks = layer.lora_A.flatten(0, -2).shape[0]  # R, or N * R when A is not shared
-    routed = layer.router is not None  # a constant gate has no gradient: A x is not needed for it
-    ax = ranks * size * (dropout + routed)
-    ax += heads * size * (routed and not dropout)  # A x is a slice beside the scores
-    return ax + 4 * heads * (1 + routed) + heads * rank * size
+def measure_step(shape, settings, *, make_optimizer, step, dtype, batch_size, length,
+                 checkpoint, gpus=1):
+    """The Need of a training step on batch_size x length tokens, each of them a target.
+
+    shape is a ModelArgs, settings are the arguments of add_hydralora (None: the whole
+    model trains, in fp32). make_optimizer(model) and step(model, batches, optimizer) are
+    train.py's, for a CPU."""
+    watch = Watch()
+    marks = [0]
+
+    def mark(*_):
+        marks.append(watch.now)
+
+    with FakeTensorMode(), watch:
+        model = Transformer(replace(shape, max_seq_len=length))
+        if settings is not None:
+            for weight in model.parameters():
+                weight.data = weight.data.to(DTYPES[dtype])
+        mark()  # base weights
+        if settings is not None:
+            add_hydralora(model, **settings)
+        mark()  # adapters and router
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # a step's second micro-batch finds gradients
+                parameter.grad = torch.zeros_like(parameter)
+        mark()  # gradients
+        optimizer = make_optimizer(model)
+        optimizer.step()
+        mark()  # optimizer state
+        watch.peak = watch.now
+        model.norm.register_forward_hook(mark)  # activations
+        model.checkpoint_activations = checkpoint
+        batch = [Sequence([0] * (length + 1), 1, 0, "")] * batch_size
+        step(model.train(), [batch], optimizer)
+
+    weights, adapter, gradients, optimizer, activations, transient = (
+        after - before for before, after in pairwise([*marks[:6], watch.peak]))
+    gathered = 0
+    flat = 0
+    context = CONTEXT
+    if gpus > 1:  # embedding, head and adapters are whole on each
+        blocks = sum(p.nbytes for p in model.layers.parameters() if not p.requires_grad)
+        weights -= blocks - blocks // gpus
+        gathered = GATHERED * blocks // shape.n_layers
+        flat = 2 * gradients
+        context += NCCL
+    return Need(weights, gathered, adapter, gradients, optimizer, activations, transient,
+                flat, context)
 
 
-def block_bytes(model, size, first=False):
-    """A token in one block: what the backward pass reads again. In the first block nothing trains
-    below the adapters, and what stands before them keeps nothing."""
-    args, full = model.args, not hydra_layers(model)
-    adapted = {name.split(".")[-1]: layer for name, layer in hydra_layers(model).items()
-               if name.startswith("layers.0.")}
-    below = not first or full  # something trains below this block
-    attends = below or adapted.keys() & {"wq", "wk", "wv"}
-    heads = args.dim * size  # all heads' queries; the same for what attention puts out
-    kv = 2 * heads * (args.n_kv_heads or args.n_heads) // args.n_heads
-    norm = 4 * args.dim + 4  # its input in fp32 and 1 / rms
-    total = 3 * args.ffn_dim * size  # w1 x, silu(w1 x), w3 x
-    total += norm * (below + bool(below or adapted.keys() & set(ATTENTION)))
-    if attends:
-        total += 2 * heads + kv + 4 * args.n_heads  # q, k, v, output, the softmax's logarithm
-    elif "wo" in adapted:
-        total += heads
-    if full:  # a norm's weight reads the normed input; autocast casts it for each linear layer anew
-        total += 8 * args.dim + ((2 if size == 4 else 5) * args.dim + args.ffn_dim) * size
-    for readers in ({"wq", "wk", "wv"}, {"w1", "w3"}):  # the same x is kept once
-        total += args.dim * size if adapted.keys() & readers else 0
-    total += args.ffn_dim * size if "w2" in adapted else 0
-    return total + sum(branch_bytes(layer, size) for layer in adapted.values())
+def longest_sequence(memory, length, need, measure):
+    """The longest sequence that fits so many bytes of a GPU; 0 if none does. need is that
+    of this length; measure(length) is asked for one more, near the answer."""
+    room = (memory - need.context) / (1 + FRAGMENTATION) - need.fixed
+    if room < need.flat:
+        return 0
+    near = max(1, int(length * room / need.growing))
+    if near == length:
+        return length
+    per_token = (measure(near).growing - need.growing) / (near - length)
+    return max(0, int(length + (room - need.growing) / per_token))
 
 
-def working_bytes(model, size, block):
-    """A token at the worst moment of the backward pass, beside what is kept: either SwiGLU's, with
-    the gradients of its product and of both factors (w2's input, if it was kept, is free by then),
-    in a block that was computed again where it is checkpointed; or the last norm's, with six
-    tensors of the width in fp32."""
-    shape = model.args
-    adapted = {name.split(".")[-1] for name in hydra_layers(model)}
-    factors = 2 if "w2" in adapted or not adapted else 3
-    return max(block + factors * shape.ffn_dim * size + 2 * shape.dim * size, 24 * shape.dim)
+def read_shape(directory):
+    """The ModelArgs of a checkpoint folder whose weights need not be there yet."""
+    shape = read_params(directory)
+    if shape.vocab_size == -1:  # Meta's own params.json
+        path = Path(directory) / "tokenizer.model"
+        shape.vocab_size = Tokenizer(path).vocab_size if path.is_file() else 32000
+    return shape
 
 
-def needs(model, args, *, checkpoint, head_chunk=HEAD_CHUNK):
-    """The Need of a run, of each GPU of args.gpus, with or without --checkpoint-activations."""
-    size, full = SIZES[args.dtype], args.method == "full"
-    residual = 4 if full else size  # bytes a number in the stream between the blocks
-    shape, vocab = model.args, model.args.vocab_size
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    ends = 2 * vocab * shape.dim + shape.dim  # embedding, head, last norm
-    copy = 0 if size == 4 else size  # bytes a weight that trains has in the products' dtype, beside
-    cast = copy * (trained - ends if full else trained)
-    block = block_bytes(model, size)
-    blocks = (shape.n_layers - 1) * block + block_bytes(model, size, first=True)
-    # every run keeps the rotary table, the last norm, and the states at at most as many targets
-    rest = 8 * shape.dim // shape.n_heads + 4 * shape.dim + 4 + shape.dim * residual
-    rest += 4 * shape.dim if full else 0
-    several = {}
-    if (gpus := args.gpus or 1) > 1:
-        several = dict(gathered=GATHERED * size * (frozen - ends) // shape.n_layers,
-                       flat=8 * trained, context=CONTEXT + NCCL)
-        frozen = ends + (frozen - ends) // gpus
-    return Need(**several, weights=4 * trained if full else size * frozen,
-                adapter=0 if full else 4 * trained, gradients=4 * trained, optimizer=8 * trained,
-                copies=0 if checkpoint else cast,
-                kept=rest + (shape.n_layers * shape.dim * residual if checkpoint else blocks),
-                passing=cast // shape.n_layers if checkpoint else 0,
-                working=working_bytes(model, size, block if checkpoint else 0),
-                head=head_chunk * vocab * 12 + (vocab * shape.dim * (4 + copy) if full else 0))
-
-
-def print_needs(args, settings, max_seq_len):
-    """Prints what the run will need, with and without --checkpoint-activations, and the longest
-    sequence that fits --gpu-memory. Reads params.json only. settings are the arguments of
-    add_hydralora, max_seq_len is the recipe's."""
-    model = new_model(args.weights, settings)
-    length = args.max_seq_len or min(max_seq_len, model.args.max_seq_len)
-    tokens = args.batch_size * length
-    both = [needs(model, args, checkpoint=checkpoint, head_chunk=min(HEAD_CHUNK, tokens))
-            for checkpoint in (False, True)]
-    unit, name = (GIB, "GiB") if both[0].total(tokens) > GIB else (2**20, "MiB")
-    print(f"{args.method}, base and products in {args.dtype}, batches of {args.batch_size} x "
-          f"{length} tokens; {name}, computed and not run")
-    if args.gpus:
-        print(f"each of {args.gpus} GPUs with --shard-base: 1 / {args.gpus} of every block; "
-              "embedding, head and adapters whole")
-    print(f"{'':36}{'plain':>10}  --checkpoint-activations")
-
-    def line(name, value):
-        print(f"{name:36}" + "".join(f"{value(need) / unit:10.2f}" for need in both))
-
-    line("base weights", lambda need: need.weights)
-    if both[0].gathered:
-        line(f"blocks gathered: {GATHERED} at most", lambda need: need.gathered)
-    line("adapters and router, fp32", lambda need: need.adapter)
-    line("their gradients, fp32", lambda need: need.gradients)
-    line("AdamW's two moments, fp32", lambda need: need.optimizer)
-    line("activations kept for backward", lambda need: need.activations(tokens))
-    line("worst moment: head, or a block", lambda need: need.worst(tokens))
-    if both[0].flat:
-        line("or, after them: gradients to be sent", lambda need: need.flat)
-    line("in all", lambda need: need.total(tokens))
-    line("CUDA and fragmentation (assumed)", lambda need: need.overhead(tokens))
-    line("a GPU needs", lambda need: need.total(tokens) + need.overhead(tokens))
-    if args.gpu_memory:
-        fits = [need.longest(args.gpu_memory * GIB, args.batch_size) for need in both]
-        print(f"{f'longest sequence in {args.gpu_memory:g} GiB, tokens':36}"
-              + "".join(f"{tokens if tokens else 'none':>10}" for tokens in fits)
-              + f"  (the limit is {model_length(args.weights, model.args.max_seq_len)})")
-    return both
+def print_needs(measure, length, *, gpu_memory, limit):
+    """Prints measure(length, checkpoint) for both values of checkpoint, and the longest
+    sequence that fits gpu_memory GiB (None: not asked) in addition to the model's limit."""
+    both = {checkpoint: measure(length, checkpoint) for checkpoint in (False, True)}
+    unit, name = (GIB, "GiB") if both[False].total > GIB else (2**20, "MiB")
+    print(f"{f'{name}, measured on fake tensors':36}{'plain':>10}  --checkpoint-activations")
+    for field, label in ROWS.items():
+        plain, again = (getattr(need, field) / unit for need in both.values())
+        if plain or again:
+            print(f"{label:36}{plain:10.2f}{again:10.2f}")
+    if gpu_memory:
+        plain, again = (longest_sequence(gpu_memory * GIB, length, need,
+                                         partial(measure, checkpoint=checkpoint))
+                        for checkpoint, need in both.items())
+        print(f"{f'longest sequence in {gpu_memory:g} GiB, tokens':36}{plain or 'none':>10}"
+              f"{again or 'none':>10}  (the limit is {limit})")

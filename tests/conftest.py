@@ -3,14 +3,11 @@
 import contextlib
 import os
 import signal
-import weakref
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train
 from data import WORLD
@@ -76,33 +73,6 @@ def tokenizer():
     return Tokenizer(WORLD / "base" / "tokenizer.model")
 
 
-class Watch(TorchDispatchMode):
-    """Bytes of every tensor made inside that is still alive, their peak, and what made each."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive, self.made = {}, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs or {}))
-                  if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if id(storage) not in inputs and id(storage) not in self.alive:
-                    self.made.append((func.overloadpacket.__name__, tuple(tensor.shape)))
-                    self.alive[id(storage)] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.freed, id(storage))
-        return out
-
-    def freed(self, key):
-        self.now -= self.alive.pop(key)
-
-
 @contextlib.contextmanager
 def in_step(number, act):
     """Inside, act() is called at the start of that training step, counted from 1."""
@@ -120,7 +90,7 @@ def in_step(number, act):
 
 @pytest.fixture(autouse=True)
 def same_signal_handlers():
-    """start_script() changes them for the rest of the process."""
+    """run_script() changes them for the rest of the process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():

@@ -23,7 +23,8 @@ from cluster import (
     tfidf_features,
 )
 from data.corpus import encode_prompts, read_records
-from tests.conftest import WORLD, Watch, asset, tiny_model
+from support.memory import Watch
+from tests.conftest import WORLD, asset, tiny_model
 
 LAYERS = 2  # of tiny_model
 

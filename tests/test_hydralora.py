@@ -1,15 +1,12 @@
 """hydralora.py: the layer against its looped twin, what trains, what is saved."""
 
-import copy
 import math
-from itertools import combinations
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.corpus import collate, encode_records, read_records
 from hydralora import (
     HydraLinear,
     adapter_parameters,
@@ -18,10 +15,11 @@ from hydralora import (
     hydra_layers,
     load_adapter,
     record_gates,
+    remove_adapters,
     save_adapter,
 )
-from model import ModelArgs, Transformer, load_llama, rotary_table
-from tests.conftest import WORLD, tiny_model
+from model import ModelArgs, Transformer, rotary_table
+from tests.conftest import tiny_model
 
 VARIANTS = [dict(), dict(share_a=False), dict(gate="uniform"), dict(gate="uniform", share_a=False),
             dict(heads=1), dict(heads=5, rank=2)]
@@ -38,6 +36,15 @@ def filled(layer, seed=0):
 def hydra(**settings):
     torch.manual_seed(0)
     return filled(HydraLinear(nn.Linear(12, 20, bias=False), **{**dict(rank=4), **settings}))
+
+
+def adapted(model, **settings):
+    """The model with adapters that are not zero."""
+    torch.manual_seed(0)
+    add_hydralora(model, **settings)
+    for layer in hydra_layers(model).values():
+        filled(layer)
+    return model
 
 
 def gate_of(layer, x):
@@ -70,6 +77,8 @@ def test_outputs_and_every_gradient_equal_the_looped_twins(settings):
     for got, want in zip(torch.autograd.grad((y * weight).sum(), wanted),
                          torch.autograd.grad((twin * weight).sum(), wanted)):
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+    one_head_or_uniform = layer.settings.heads == 1 or layer.settings.gate == "uniform"
+    assert (layer.router is None) == one_head_or_uniform and layer.lora_B.is_contiguous()
 
 
 @pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 3, 4, 12)])
@@ -83,58 +92,6 @@ def test_a_new_layer_is_the_base_layer_exactly(settings):
     base = nn.Linear(12, 20, bias=False)
     x = torch.randn(3, 12)
     assert torch.equal(HydraLinear(base, **settings)(x), base(x))
-
-
-def test_one_head_is_lora():
-    layer, x = hydra(heads=1), torch.randn(3, 12)
-    lora = layer.base(x) + 32 / 4 * (x @ layer.lora_A.T) @ layer.lora_B[0].T
-    assert layer.router is None and torch.allclose(layer(x), lora, atol=1e-5)
-
-
-def test_a_uniform_gate_trains_like_one_lora_with_the_mean_b():
-    many = hydra(gate="uniform")
-    one = HydraLinear(copy.deepcopy(many.base), rank=4, heads=1)
-    with torch.no_grad():
-        one.lora_A.copy_(many.lora_A)
-        one.lora_B.copy_(many.lora_B.mean(0, keepdim=True))
-    # the mean of N matrices moves 1/N^2 as far per step of plain descent, N times over
-    steps = {many: dict(a=0.01, b=0.01 * 3), one: dict(a=0.01, b=0.01)}
-    for step in range(5):
-        x = torch.randn(6, 12, generator=torch.Generator().manual_seed(step))
-        outs = {}
-        for layer, rate in steps.items():
-            outs[layer] = layer(x)
-            loss = outs[layer].square().mean()
-            a, b = torch.autograd.grad(loss, [layer.lora_A, layer.lora_B])
-            with torch.no_grad():
-                layer.lora_A -= rate["a"] * a
-                layer.lora_B -= rate["b"] * b
-        assert torch.allclose(outs[many], outs[one], rtol=1e-3, atol=1e-3)
-
-
-def test_permuting_the_heads_changes_nothing():
-    layer, x = hydra(heads=4), torch.randn(3, 12)
-    want = layer(x)
-    order = torch.tensor([2, 0, 3, 1])
-    with torch.no_grad():
-        layer.lora_B.copy_(layer.lora_B[order].clone())
-        layer.router.copy_(layer.router[order].clone())
-    assert torch.allclose(layer(x), want, atol=1e-5)
-
-
-def test_step_0_moves_every_b_almost_in_parallel_and_nothing_else():
-    model, tokenizer = load_llama(WORLD / "base", dtype=torch.float32)
-    add_hydralora(model)
-    records = read_records(WORLD / "train.jsonl")[:16]
-    batch = collate(encode_records(records, tokenizer, 256)[0])
-    F.cross_entropy(model(batch.tokens).flatten(0, 1)[batch.target_index], batch.labels).backward()
-    cosines = []
-    for layer in hydra_layers(model).values():
-        assert not layer.lora_A.grad.any() and not layer.router.grad.any()
-        cosines += [F.cosine_similarity(a, b, dim=0).item()
-                    for a, b in combinations(layer.lora_B.grad.flatten(1), 2)]
-    assert min(cosines) > 0.4 and max(cosines) < 1 - 1e-6
-    assert sum(cosines) / len(cosines) > 0.8  # 0.86 here; the narrower the model, the lower
 
 
 def test_a_and_the_router_start_uniform_within_one_over_sqrt_in_and_b_at_zero():
@@ -177,13 +134,6 @@ def test_dropout_acts_in_training_only_and_never_on_the_routers_input():
     assert torch.allclose(gate_of(layer, x), F.linear(x, layer.router).softmax(-1))
     layer = hydra(dropout=0.5).eval()
     assert torch.allclose(layer(x), looped(layer, x), atol=1e-5)
-
-
-def test_dropout_keeps_the_mean():
-    layer, x = hydra(dropout=0.3), torch.randn(4, 12)
-    torch.manual_seed(0)
-    mean = layer(x.expand(20000, 4, 12)).mean(0)
-    assert torch.allclose(mean, looped(layer, x), atol=0.15 * mean.abs().mean().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -232,10 +182,13 @@ def test_injection_wraps_exactly_the_layers_that_are_named(model):
     assert count == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_a_target_matches_whole_names_only(model):
-    for wrong in (("w",), ("feed_forward.w1",), ("w1", "gate_proj"), ()):
-        with pytest.raises(ValueError, match="no linear layer"):
-            add_hydralora(model, targets=wrong)
+@pytest.mark.parametrize("targets, message", [
+    (("w",), r"no linear layer is called \['w'\]"), (("feed_forward.w1",), "no linear layer"),
+    (("w1", "gate_proj"), r"called \['gate_proj'\]; there are \['output', 'w1'"),
+    ((), "targets is empty")])
+def test_targets_that_are_no_whole_name_of_a_linear_layer_are_refused(model, targets, message):
+    with pytest.raises(ValueError, match=message):
+        add_hydralora(model, targets=targets)
     assert not hydra_layers(model) and all(p.requires_grad for p in model.parameters())
 
 
@@ -263,10 +216,7 @@ def test_only_adapters_train_all_of_them_and_the_base_keeps_its_bytes(model):
 def test_disabled_adapters_leave_the_base_model_exactly(model):
     x = torch.randint(768, (2, 9))
     base = model(x)
-    add_hydralora(model)
-    for layer in hydra_layers(model).values():
-        filled(layer)
-    tuned = model(x)
+    tuned = adapted(model)(x)
     with pytest.raises(RuntimeError), adapters_disabled(model):
         assert torch.equal(model(x), base)
         with adapters_disabled(model):
@@ -276,10 +226,30 @@ def test_disabled_adapters_leave_the_base_model_exactly(model):
     assert torch.equal(model(x), tuned) and not torch.allclose(tuned, base)
 
 
+def test_removed_adapters_leave_the_frozen_base_and_room_for_others(model, tmp_path):
+    x = torch.randint(768, (2, 9))
+    base, modules, state = model(x), dict(model.named_modules()), vars(model).copy()
+    tuned = adapted(model)(x)
+    save_adapter(model, tmp_path / "a.pt")
+    remove_adapters(model)
+    assert torch.equal(model(x), base) and vars(model) == state
+    assert dict(model.named_modules()) == modules
+    assert not any(p.requires_grad for p in model.parameters())
+    load_adapter(model, tmp_path / "a.pt")
+    assert torch.equal(model(x), tuned)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_new_layers_are_in_the_mode_of_those_they_wrap(model, tmp_path, training):
+    save_adapter(adapted(tiny_model(), dropout=0.5), tmp_path / "a.pt")
+    load_adapter(model.train(training), tmp_path / "a.pt")
+    assert all(module.training == training for module in model.modules())
+    x = torch.randint(768, (2, 9))
+    assert torch.equal(model(x), model(x)) == (not training)  # dropout in training alone
+
+
 def test_checkpointed_activations_give_the_same_adapter_gradients_dropout_included(model):
-    add_hydralora(model, dropout=0.3)
-    for layer in hydra_layers(model).values():
-        filled(layer)
+    adapted(model, dropout=0.3)
 
     def gradients():
         torch.manual_seed(5)
@@ -321,20 +291,10 @@ def test_7b_has_the_papers_number_of_trainable_parameters(targets, count):
 # ---------------------------------------------------------------- saving and loading
 
 
-def trained(seed=0, base=0, **settings):
-    model = tiny_model(base)
-    torch.manual_seed(seed)
-    add_hydralora(model, **settings)
-    for layer in hydra_layers(model).values():
-        filled(layer, seed)
-    return model
-
-
-@pytest.mark.parametrize("settings", [dict(), dict(share_a=False, heads=2, targets=["wq", "wo"]),
-                                      dict(gate="uniform"), dict(heads=1, rank=3, alpha=6.0)],
-                         ids=str)
-def test_an_adapter_comes_back_whole(tmp_path, settings):
-    model, x = trained(**settings), torch.randint(768, (2, 9))
+@pytest.mark.parametrize("settings", [dict(), dict(share_a=False, heads=2, rank=3, alpha=6.0,
+                                                   targets=["wq", "wo"])], ids=str)
+def test_a_loaded_adapter_equals_the_saved_one(tmp_path, settings):
+    model, x = adapted(tiny_model(), **settings), torch.randint(768, (2, 9))
     save_adapter(model, tmp_path / "a.pt")
     other = tiny_model()
     config = load_adapter(other, tmp_path / "a.pt")
@@ -344,7 +304,7 @@ def test_an_adapter_comes_back_whole(tmp_path, settings):
 
 
 def test_the_file_holds_exactly_the_adapters_tensors(tmp_path):
-    model = trained()
+    model = adapted(tiny_model())
     save_adapter(model, tmp_path / "a.pt")
 
     def tensors(content):
@@ -357,9 +317,38 @@ def test_the_file_holds_exactly_the_adapters_tensors(tmp_path):
     assert any(name.endswith(".router") for name in content["tensors"])
 
 
+def test_lora_b_of_an_older_file_is_loaded_whatever_its_strides(tmp_path):
+    model, loaded = adapted(tiny_model()), tiny_model()
+    save_adapter(model, tmp_path / "a.pt")
+    spoil(tmp_path / "a.pt", lambda c: c["tensors"].update({  # a view of (O, N, R), as once saved
+        name: t.transpose(0, 1).contiguous().transpose(0, 1)
+        for name, t in c["tensors"].items() if name.endswith("lora_B")}))
+    load_adapter(loaded, tmp_path / "a.pt")
+    x = torch.randint(768, (2, 9))
+    assert torch.equal(loaded(x), model(x))
+    assert all(layer.lora_B.is_contiguous() for layer in hydra_layers(loaded).values())
+
+
+def compiled_whole(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_by_block(model):
+    for i, block in enumerate(model.layers):
+        model.layers[i] = torch.compile(block, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiled", [compiled_whole, compiled_by_block])
+def test_an_adapter_passes_between_compiled_and_plain_models(tmp_path, compiled):
+    save_adapter(compiled(adapted(tiny_model())), tmp_path / "a.pt")
+    load_adapter(tiny_model(), tmp_path / "a.pt")
+    load_adapter(compiled(tiny_model()), tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_same_base_in_another_dtype_is_accepted(tmp_path, dtype):
-    save_adapter(trained(), tmp_path / "a.pt")
+    save_adapter(adapted(tiny_model()), tmp_path / "a.pt")
     load_adapter(tiny_model().to(dtype), tmp_path / "a.pt")
 
 
@@ -378,12 +367,11 @@ KEY = "layers.0.feed_forward.w1.router"
     (lambda c: c["tensors"].update({KEY + "s": c["tensors"].pop(KEY)}), KEY),
     (lambda c: c["tensors"].update({KEY: torch.zeros(3, 31)}), KEY),
     (lambda c: c["config"].update(rank=4), "lora_A"),
-    (lambda c: c["config"].pop("rank"), "rank"),
     (lambda c: c.pop("tensors"), "not an adapter"),
     (lambda c: c["config"].update(targets=["gate_proj"]), "gate_proj"),
 ])
 def test_a_file_that_does_not_fit_is_refused_and_the_model_is_as_it_was(tmp_path, change, message):
-    save_adapter(trained(), tmp_path / "a.pt")
+    save_adapter(adapted(tiny_model()), tmp_path / "a.pt")
     spoil(tmp_path / "a.pt", change)
     model, fresh = tiny_model(), tiny_model()
     with pytest.raises(ValueError, match=message):
@@ -393,8 +381,8 @@ def test_a_file_that_does_not_fit_is_refused_and_the_model_is_as_it_was(tmp_path
 
 
 def test_an_adapter_of_another_base_model_is_refused(tmp_path):
-    save_adapter(trained(), tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="another base model"):
+    save_adapter(adapted(tiny_model()), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"another base model \(layers.0.attention.wk.weight"):
         load_adapter(tiny_model(seed=1), tmp_path / "a.pt")
     with pytest.raises(ValueError, match="another base model"):
         load_adapter(tiny_model(n_layers=3), tmp_path / "a.pt")
