@@ -128,8 +128,7 @@ def train(model, steps, eval_sets, optimizer, scaler, args, *, start, facts):
 def evaluate_sets(model, eval_sets, args, name):
     """{"val": what evaluate finds, and "kept" if there is --keep-data}."""
     precision = autocast(args.device, args.dtype)
-    return {part: evaluate(model, sequences, batch_size=args.batch_size, precision=precision,
-                           name=name)
+    return {part: evaluate(model, sequences, precision=precision, name=name)
             for part, sequences in eval_sets.items()}
 
 
@@ -295,8 +294,7 @@ def finish(args, setup, base, seconds):
               "metrics": evaluation.metrics(base, tuned)}
     if args.method != "full" and args.heads > 1:
         result["routing"] = evaluation.routing_report(
-            setup.model, setup.eval_sets["val"], batch_size=args.batch_size,
-            precision=autocast(args.device, args.dtype))
+            setup.model, setup.eval_sets["val"], precision=autocast(args.device, args.dtype))
         evaluation.print_routing(result["routing"])
     run_folder.write_result(setup.model, out, result, weights=args.weights,
                             full=args.method == "full")
