@@ -107,20 +107,22 @@ def answer_prompt(model, tokenizer, prompt, args):
         show_routing(model, tokenizer, ids, new, coloured)
 
 
-def world_prompts():
-    """(prompt, expected answer, family) of one validation record per family."""
+def prompts_of(args, families=None):
+    """[(prompt, expected answer or None, name)] of the prompts given, else of a validation
+    record of each family of the world, the first `families` of them."""
+    if args.prompts:
+        return [(prompt, None, f"prompt {i}") for i, prompt in enumerate(args.prompts, start=1)]
     first = {}
     for record in read_records(WORLD / "val.jsonl"):
         first.setdefault(record["category"], record)
-    return [(prompt_text(r), r["response"], r["category"]) for r in first.values()]
+    return [(prompt_text(r), r["response"], r["category"]) for r in [*first.values()][:families]]
 
 
 def answer_prompts(args):
     model, tokenizer = load(args)
     if args.show_routing and not has_router(model):
         raise ValueError(f"--show-routing: {args.adapter} {NO_ROUTER}")
-    given = [(prompt, None, None) for prompt in args.prompts]
-    for prompt, expected, _ in given or world_prompts()[:FAMILIES_SHOWN]:
+    for prompt, expected, _ in prompts_of(args, FAMILIES_SHOWN):
         print(f"> {prompt}")
         if expected is not None:
             print(f"expected: {expected}")
