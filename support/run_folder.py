@@ -204,14 +204,15 @@ def trained_parameters(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_checkpoint(path, step, constants, model, optimizer, scaler):
+def save_checkpoint(path, step, facts, model, optimizer, scaler):
     """All that the next step depends on. The learning rate and the place in the shuffled data
-    follow from the step and the seed, and no generator but torch's is used. constants: what does
-    not change during the run, {settings, fingerprints, before: the base's losses, clusters}."""
+    follow from the step and the seed, and no generator but torch's is used. facts: what run.json
+    will hold, and the base's losses, "before"."""
     tensors = {name: p.detach() for name, p in trained_parameters(model).items()}
-    state = {**constants, "step": step, "tensors": tensors, "optimizer": optimizer.state_dict(),
-             "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
-             "cuda_rng": get_rng_state(next(iter(tensors.values())).device)}  # of any device
+    state = {name: facts[name] for name in ("settings", "fingerprints", "before", "clusters")}
+    state |= {"step": step, "tensors": tensors, "optimizer": optimizer.state_dict(),
+              "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
+              "cuda_rng": get_rng_state(next(iter(tensors.values())).device)}  # of any device
     moments = {f"{key} of parameter {i}": value for i, entry in state["optimizer"]["state"].items()
                for key, value in entry.items()}
     check_finite({**tensors, **moments}, path)
@@ -247,12 +248,12 @@ def compare_settings(recorded, settings, defaults):
                          "first command")
 
 
-def restore(path, constants, defaults, model, optimizer, scaler):
+def restore(path, facts, defaults, model, optimizer, scaler):
     """Puts a stopped run's state in place; returns (steps done, losses of the base). Raises
-    ValueError unless its settings, data and weights are those of `constants`; `defaults` are the
+    ValueError unless its settings, data and weights are those of `facts`; `defaults` are the
     settings of a command without flags."""
     state = read_checkpoint(path)
-    settings, now = constants["settings"], constants["fingerprints"]
+    settings, now = facts["settings"], facts["fingerprints"]
     compare_settings(state["settings"], settings, defaults)
     begun = state["settings"].get("processes", 1)
     if begun != settings["processes"]:
