@@ -201,25 +201,20 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-def sample_values(weight: Tensor) -> Tensor:
-    """16 evenly spaced values of a weight."""
-    return weight.detach().flatten()[::max(1, weight.numel() // 16)][:16]
-
-
 def base_fingerprint(model: nn.Module) -> dict[str, list]:
     """{tensor name: [shape, 16 evenly spaced values]} of the frozen weights, used to check
     that an adapter is loaded on the base it was trained on."""
     adapter = set(adapter_parameters(model).values())
     found = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "dense_fingerprint"):  # its dense weight's, kept when packing
+            found[f"{name}.weight"] = layer.dense_fingerprint
     for name, weight in model.named_parameters():
         if weight not in adapter:
             if hasattr(weight, "full_tensor"):  # a DTensor
                 weight = weight.full_tensor()
-            found[name] = [list(weight.shape), sample_values(weight).float().tolist()]
-    for name, layer in model.named_modules():
-        if hasattr(layer, "sample"):  # its weight is packed; the dense one had these values
-            found[f"{name}.weight"] = [[layer.out_features, layer.in_features],
-                                       layer.sample.float().tolist()]
+            values = weight.detach().flatten()[::max(1, weight.numel() // 16)][:16]
+            found[name] = [list(weight.shape), values.float().tolist()]
     return {name.replace("_orig_mod.", "").replace(".base.", "."): entry
             for name, entry in found.items()}
 

@@ -11,24 +11,25 @@ int8  a block is a row; 255 levels, evenly spaced from -1 to 1; a byte per code.
 nf4   a block is 64 weights; 16 levels, "4-bit NormalFloat"; two codes per byte.
 
 Why these 16 levels (section 3). Trained weights are nearly normal: many close to zero,
-few close to the largest. Of 16 evenly spaced levels the outer ones would rarely be the
-nearest. NormalFloat takes quantiles of the normal distribution instead, so that each
-level stands for about as many weights: a quantile code. Zero is a level, since a weight
-of zero must stay zero; that leaves 7 levels below it and 8 above. The blocks are short
-because the largest weight sets the scale: an outlier spoils the 63 beside it, not a row.
+few close to the largest. 16 evenly spaced levels would be crowded in the middle, where
+4 of them serve half of all weights, and idle at the ends. NormalFloat takes quantiles of
+the normal distribution, dense where the weights are: a quantile code, whose levels are
+used more alike. Zero is one of them, since a weight of zero must stay zero; that leaves
+7 below it and 8 above. Blocks are short because the largest weight sets the scale: an
+outlier spoils the 63 weights beside it, not a whole row.
 
-Where the error goes. The layer computes (W + E) x. E is as large as 9 % of W with nf4 and
-1 % with int8, but it has no direction: over the thousands of terms of a product it
-mostly cancels, and the base loses little. It is also constant. The adapters learn on
-top of W + E, so they correct it as far as it matters for the task. And the gradient is
-exact for the model that runs: the backward pass uses the same W + E, and no code ever
-changes, so nothing has to be differentiated through a rounding.
+Where the error goes. The layer computes (W + E) x. Of normal weights, E is 9 % with nf4
+(10 % with even levels) and 0.8 % with int8. It is no larger in the product: 6 % on
+average in the embedded world's base, whose loss moves by 0.8 %. And it is constant. The
+adapters learn on top of W + E and may correct what matters of it for the task. The
+gradient is exact for the model that runs: the backward pass uses the same W + E, and no
+code ever changes, so nothing has to be differentiated through a rounding.
 
 What it costs. The dense weight is made anew for each product, forward and backward, and
-dropped at once: a step takes longer, and no more than one dense weight exists at a time.
-An nf4 weight takes 4 bits and its share of a scale: 4.25 in all where the scales are
-bf16. QLoRA keeps fp32 scales and quantises them in turn, which comes to 4.13; here a
-scale is itself one of the weights, so the dtype of the checkpoint holds it exactly.
+dropped at once: a step takes longer, and one dense weight exists at a time. An nf4
+weight takes 4 bits and its share of a scale, 4.25 in all with bf16 scales. QLoRA has
+fp32 scales and quantises them in turn, which comes to 4.13; here a scale is itself one
+of the weights, so the dtype of the checkpoint holds it exactly.
 """
 
 from collections.abc import Callable
@@ -36,8 +37,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from hydralora import sample_values
 
 KINDS = ("int8", "nf4")
 BLOCK = 64  # weights that share a scale in nf4
@@ -103,14 +102,15 @@ class QuantizedLinear(nn.Linear):
                                  f"{self.out_features} x {self.in_features} is no multiple")
             levels = normal_levels().to(weight.device)
             # (256, 2): the two levels that a byte stands for
-            pairs = torch.cartesian_prod(levels, levels).to(weight.dtype)
+            pairs = torch.cartesian_prod(levels, levels)
         blocks = weight.detach().reshape(-1, size)
         parts = [encode(part, levels) for part in blocks.split(max(1, CHUNK // size))]
         codes, scales = (torch.cat(part) for part in zip(*parts))
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         self.register_buffer("pairs", pairs)
-        self.register_buffer("sample", sample_values(weight).clone())  # for a fingerprint
+        sample = weight.detach().flatten()[::max(1, weight.numel() // 16)][:16].clone()
+        self.register_buffer("sample", sample)
 
     @property
     def weight(self) -> Tensor:
@@ -118,8 +118,14 @@ class QuantizedLinear(nn.Linear):
         if self.kind == "int8":
             dense = self.codes.to(self.scales.dtype).mul_(self.scales / 127)
         else:
-            dense = F.embedding(self.codes.int(), self.pairs).flatten(1).mul_(self.scales)
+            pairs = self.pairs.to(self.scales.dtype)
+            dense = F.embedding(self.codes.int(), pairs).flatten(1).mul_(self.scales)
         return dense.view(self.out_features, self.in_features)
+
+    @property
+    def dense_fingerprint(self) -> list:
+        """What hydralora.base_fingerprint says of the dense weight."""
+        return [[self.out_features, self.in_features], self.sample.float().tolist()]
 
     def forward(self, x: Tensor) -> Tensor:
         return Product.apply(x, self)
