@@ -19,14 +19,14 @@ import signal
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
 
-from hydralora import load_adapter, save_adapter
+from hydralora import HydraSettings, load_adapter, save_adapter
 from support.device import DTYPES, get_rng_state, set_rng_state
 from support.diagnose import stated_length, warn_of_spare_rows
 from support.distributed import ignore_signals, load_model, rank
@@ -52,8 +52,8 @@ SIGNS_OF_A_RUN = RUN_FILES[:3]  # only train.py writes these; --overwrite needs 
 # What the paths hold is compared by its fingerprint
 RESUME_MAY_DIFFER = ("resume", "overwrite", "out", "save_every", "eval_every", "debug", "strict",
                      "checkpoint_activations", "shard_base", "processes",
-                     "weights", "data", "val_data", "keep_data")
-CHECKPOINT_KEYS = {"settings", "fingerprints", "step", "before", "clusters", "tensors",
+                     "weights", "data", "val_data", "keep_data", "init_adapter")
+CHECKPOINT_KEYS = {"settings", "fingerprints", "step", "before", "init", "clusters", "tensors",
                    "optimizer", "scaler", "rng", "cuda_rng"}
 MOST_SKIPPED = 20  # steps in a row: fp16's scale, 2**16 at the start, is below 1 by then
 MOST_NAMED = 20  # records of a step that a message names
@@ -107,10 +107,11 @@ def versions():
             "platform": platform.platform(), "threads": torch.get_num_threads()}
 
 
-def fingerprints(weights, **data):
-    """{name: sha256} of what a run reads: the weights, their tokenizer, and each data file that is
-    given."""
-    found = {name: file_fingerprint(path) for name, path in data.items() if path}
+def fingerprints(weights, data, **others):
+    """{name: sha256} of what a run reads: the weights, their tokenizer, each file of data (called
+    data, data_2, data_3), and each other file that is given."""
+    files = {f"data_{i}" if i > 1 else "data": path for i, path in enumerate(data, start=1)}
+    found = {name: file_fingerprint(path) for name, path in {**files, **others}.items() if path}
     return {**found, "tokenizer": file_fingerprint(Path(weights) / "tokenizer.model"),
             "weights": weights_fingerprint(weights)}
 
@@ -163,6 +164,18 @@ def load_model_and_adapter(weights, adapter, *, device, dtype, max_seq_len=None,
     return model.eval(), tokenizer
 
 
+def read_adapter_config(path):
+    """{"targets": list, and every field of HydraSettings} of an adapter file. Raises ValueError for
+    any other file."""
+    content = read_torch(path, "an adapter of this project")
+    try:
+        settings = dict(content["config"])
+        targets = list(settings.pop("targets"))
+        return {"targets": targets, **asdict(HydraSettings(**settings))}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not an adapter of this project: {error}") from None
+
+
 def save_adapter_file(model, path):
     """save_adapter, whole or not at all. Every rank must call it: the base's fingerprint gathers
     the parts of a sharded base."""
@@ -207,7 +220,8 @@ def trained_parameters(model):
 def save_checkpoint(path, step, constants, model, optimizer, scaler):
     """All that the next step depends on. The learning rate and the place in the shuffled data
     follow from the step and the seed, and no generator but torch's is used. constants: what does
-    not change during the run, {settings, fingerprints, before: the base's losses, clusters}."""
+    not change during the run, {settings, fingerprints, before: the base's losses, init: those of
+    --init-adapter or None, clusters}."""
     tensors = {name: p.detach() for name, p in trained_parameters(model).items()}
     state = {**constants, "step": step, "tensors": tensors, "optimizer": optimizer.state_dict(),
              "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
@@ -222,6 +236,8 @@ def read_checkpoint(path):
     """The state that save_checkpoint wrote. Raises ValueError for any other file."""
     kind = "a checkpoint of a run"
     state = read_torch(path, kind)
+    if isinstance(state, dict):
+        state.setdefault("init", None)  # older checkpoints
     if not isinstance(state, dict) or state.keys() != CHECKPOINT_KEYS:
         found = sorted(map(str, state))[:4] if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} is not {kind}: found {found}")
@@ -248,8 +264,8 @@ def compare_settings(recorded, settings, defaults):
 
 
 def restore(path, constants, defaults, model, optimizer, scaler):
-    """Puts a stopped run's state in place; returns (steps done, losses of the base). Raises
-    ValueError unless its settings, data and weights are those of `constants`; `defaults` are the
+    """Puts a stopped run's state in place; returns (steps done, losses of the base, and those of
+    --init-adapter or None). Raises ValueError unless its settings, data and weights are those of `constants`; `defaults` are the
     settings of a command without flags."""
     state = read_checkpoint(path)
     settings, now = constants["settings"], constants["fingerprints"]
@@ -267,6 +283,8 @@ def restore(path, constants, defaults, model, optimizer, scaler):
     trained = trained_parameters(model)
     try:
         check_losses(state["before"])
+        if state["init"] is not None:
+            check_losses(state["init"])
         check_tensors(state["tensors"])
         check_finite(state["tensors"], path)
         if shape_mismatches({name: p.shape for name, p in trained.items()}, state["tensors"]):
@@ -282,7 +300,7 @@ def restore(path, constants, defaults, model, optimizer, scaler):
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(state["tensors"][name])
-    return state["step"], state["before"]
+    return state["step"], state["before"], state["init"]
 
 
 def check_losses(losses):
