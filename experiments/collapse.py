@@ -1,70 +1,69 @@
-"""Zero router plus zero B: why HydraLoRA's heads would stay one head, and what tells them apart.
+"""Zero router plus zero B: why HydraLoRA's heads would stay one head, and what separates them.
 
-Every B starts at zero, so at the first step each B_i gets the same gradient times its gate. With a
-router of zeros the gates are equal, and with them the heads, the gradients of the gates, and all
-that follows: a LoRA of the same rank. Each start below is trained by the same steps; printed is the
-mean cosine between the B matrices (1: copies), and how many steps it takes to stay below 0.9. That
-is arithmetic and no sample: there are no claims and intervals here, and a test holds the copies.
+Every B starts at zero, so at the first step each B_i gets the same gradient times its gate. With
+a router of zeros the gates are equal, and with them the heads, the gradients of the gates, and
+all that follows: a LoRA of the same rank. Each start below is trained by the same steps; printed
+is the mean cosine between the B matrices (1: copies), and how many steps it takes to stay below
+0.9. That is arithmetic, not a sample: there are no claims, and a test holds the copies.
 
     python -m experiments.collapse   # 5 runs of 300 steps
 """
 
-import math
 import statistics
 import sys
-from itertools import combinations
 
 import torch
-import torch.nn.functional as F
 
 import train
 from data.corpus import encode_records
-from experiments import common
+from experiments import common, report
 from experiments.common import hydra
-from experiments.report import markdown, write_results
 from hydralora import hydra_layers
+from support import files
+from support.device import autocast
+from support.evaluation import mean_cosine
 
 APART = 0.9
 # (factor of the router's own random start, standard deviation of B)
 STARTS = {"router 0, B 0": (0.0, 0.0), "router x 1e-6, B 0": (1e-6, 0.0),
           "router x 1e-3, B 0": (1e-3, 0.0), "router random, B 0": (1.0, 0.0),
           "router 0, B random": (0.0, 1e-3)}
-STYLES = ("-", "--", "-.", ":", (0, (1, 3)))
-MARKERS = ("o", "s", "^", "D", "v")
+STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (1, 3)), "v"))
 
 
-def likeness(model):
-    """(mean cosine between the heads' B matrices, largest difference between two of them)."""
-    pairs = [pair for layer in hydra_layers(model).values()
-             for pair in combinations(layer.lora_B.detach(), 2)]
-    return (statistics.fmean(F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
-                             for a, b in pairs), max((a - b).abs().max().item() for a, b in pairs))
-
-
-def watch(flags, records, start, every):
-    """{steps, cosine, difference}, a value each every so many steps of the run."""
-    args = train.parse_args(flags)
-    torch.manual_seed(args.seed)
-    model, tokenizer = train.load_base(args)
-    args = train.resolve_args(args, model, clusters=None)
-    train.add_adapters(model, args)
+def watch(settings, records, start, every):
+    """{steps, cosine, apart}, each with a value per `every` steps of the run: the mean cosine
+    between the heads' B matrices, and the largest difference between two of them."""
+    model, tokenizer = common.starting_model(settings)
+    layers = hydra_layers(model).values()
     router, b = STARTS[start]
     with torch.no_grad():
-        for layer in hydra_layers(model).values():
+        for layer in layers:
             layer.router.mul_(router)
             layer.lora_B.normal_().mul_(b)
-    sequences, _ = encode_records(records, tokenizer, args.max_seq_len)
-    plan, trace = train.plan_steps(sequences, args), {"steps": [], "cosine": [], "apart": []}
-    optimizer, scaler = train.make_optimizer(model, args)
-    for row in train.train_steps(model, plan, optimizer, scaler, args):
-        if (row["step"] - 1) % every == 0 or row["step"] == len(plan):
-            for key, value in zip(trace, (row["step"], *likeness(model))):
-                trace[key].append(value)
+    longest = settings.max_seq_len or min(train.MAX_SEQ_LEN, model.args.max_seq_len)
+    steps = train.plan_steps(encode_records(records, tokenizer, longest)[0],
+                             batch_size=settings.batch_size, grad_accum=settings.grad_accum,
+                             epochs=settings.epochs, max_steps=settings.max_steps,
+                             seed=settings.seed)
+    optimizer = train.make_optimizer(model, lr=settings.lr)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    trace = {"steps": [], "cosine": [], "apart": []}
+    for step, batches in enumerate(steps):
+        rate = train.learning_rate(step, len(steps), settings.lr, settings.warmup)
+        optimizer.param_groups[0]["lr"] = rate
+        train.train_step(model, batches, optimizer, scaler, clip=settings.clip,
+                         precision=autocast("cpu", "fp32"))
+        if step % every == 0 or step + 1 == len(steps):
+            matrices = [layer.lora_B.detach() for layer in layers]  # (N, O, R)
+            trace["steps"].append(step + 1)
+            trace["cosine"].append(statistics.fmean(map(mean_cosine, matrices)))
+            trace["apart"].append(max((b.amax(0) - b.amin(0)).max().item() for b in matrices))
     return trace
 
 
 def separated(trace):
-    """The first step seen from which on the heads are apart for good, or None."""
+    """The first recorded step from which on the heads stay apart, or None."""
     since = None
     for step, cosine in zip(trace["steps"], trace["cosine"]):
         since = None if cosine >= APART else since or step
@@ -74,50 +73,52 @@ def separated(trace):
 def make_table(traces):
     rows = []
     for start, seeds in traces.items():
-        steps = [str(separated(trace) or "never") for trace in seeds]
         rows.append([start, ", ".join(f"{trace['cosine'][-1]:.4f}" for trace in seeds),
-                     f"{max(trace['apart'][-1] for trace in seeds):.2g}", ", ".join(steps)])
-    return markdown(["start", "cosine at the end", "largest difference of two B",
-                     "steps until below 0.9 for good"], rows)
+                     f"{max(trace['apart'][-1] for trace in seeds):.2g}",
+                     ", ".join(str(separated(trace) or "never") for trace in seeds)])
+    return report.markdown(["start", "cosine at the end", "largest difference of two B",
+                            "steps until below 0.9 for good"], rows)
 
 
 def draw_collapse(pyplot, traces):
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for (start, seeds), style, marker in zip(traces.items(), STYLES, MARKERS):
+    for (start, seeds), (line, marker) in zip(traces.items(), STYLES):
         mean = [statistics.fmean(values) for values in zip(*(trace["cosine"] for trace in seeds))]
-        axes.plot(seeds[0]["steps"], mean, linestyle=style, marker=marker, markersize=4,
+        axes.plot(seeds[0]["steps"], mean, linestyle=line, marker=marker, markersize=4,
                   markevery=max(1, len(mean) // 8), label=start)
-    axes.set_xlabel("optimiser steps")
+    axes.set_xlabel("optimizer steps")
     axes.set_ylabel("mean cosine between the B matrices")
     axes.legend()
     return figure
 
 
-def main(argv=None):
-    p = common.parser("collapse", __doc__, seeds=1, epochs=1, sweeps=False)
+def parse_args(argv):
+    p = common.parser("collapse", __doc__, seeds=1, epochs=1, rates=None, sweep_epochs=None)
     p.set_defaults(max_steps=300)
     p.add_argument("--every", type=int, default=5, help="steps between two looks (5)")
-    args, records, val = common.prepare(p, argv)
-    traces = {}
+    return common.parse_args(p, argv)
+
+
+def run(args):
+    records, val = common.load_records(args)
+    data, val_data = (common.write_records(part, args) for part in (records, val))
     torch.set_num_threads(1)
+    traces = {start: [] for start in STARTS}
     for start in STARTS:
-        traces[start] = []
         for seed in range(args.seeds):
-            flags = common.train_flags(args, hydra(3), rate=train.WORLD_RECIPE["lr"], seed=seed,
-                                       epochs=args.epochs, data=records, val=val)
-            key = [start, STARTS[start], args.every, common.run_folder(flags, args.runs).name]
-            traces[start].append(common.remember(
-                args.runs / f"collapse-{common.digest(key)}.json", key,
-                lambda flags=flags, start=start: watch(flags, records, start, args.every)))
-            last = traces[start][-1]["cosine"][-1]
-            print(f"{start}, seed {seed}: cosine {last if math.isfinite(last) else 'nan'}",
-                  flush=True)
-    write_results(
-        args, "collapse", {"conditions": common.conditions(args, records, val), "traces": traces},
-        [make_table(traces)],
-        lambda pyplot: draw_collapse(pyplot, traces))
-    return 0
+            settings = common.run_settings(args, hydra(3), rate=train.WORLD_RECIPE["lr"],
+                                           seed=seed, data=data, val=val_data)
+            key = [start, STARTS[start], args.every, common.run_folder(settings, args.runs).name]
+            path = args.runs / f"collapse-{files.digest(key)}.json"
+            trace = common.cached(path, key, lambda settings=settings, start=start: watch(
+                settings, records, start, args.every))
+            traces[start].append(trace)
+            print(f"{start}, seed {seed}: cosine {trace['cosine'][-1]}", flush=True)
+    report.write_results(
+        args, "collapse",
+        {"conditions": common.conditions(args, records, val), "traces": traces},
+        [make_table(traces)], lambda pyplot: draw_collapse(pyplot, traces))
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_experiment("collapse", main, None))
+    sys.exit(common.main("collapse", parse_args, run))

@@ -1,17 +1,15 @@
-"""Figure 3 of HydraLoRA: do the A matrices of LoRAs tuned apart converge, and the B matrices not?
+"""Figure 3 of HydraLoRA: do the A matrices of LoRAs tuned apart converge, and not the B?
 
-LoRA of rank 8 is tuned on three families apart, twice: all three from the same random A, which is
-what one seed in three runs gives (the paper's picture), and each from an A of its own (the
-objection to it: then nothing but training can bring the A's together). Compared layer by layer are
-A, B, the displacement of A from its start, and the update B A. B starts at zero, so it is its own
-displacement. Two A's with no cosine in common may still read the same subspace: so beside the
-cosines stands the overlap of the spaces that their rows span (and B's columns), which a change of
-basis does not touch.
+LoRA is tuned on three families apart, twice: all three from the same random A (the paper's
+picture, which has one seed), and each from an A of its own (only training can then bring the A's
+together). Compared layer by layer are A, B, the displacement of A from its start, and the update
+B A; B starts at zero, so it is its own displacement. A's with a cosine of zero may still read
+the same subspace: hence the overlap of the spaces that their rows and B's columns span.
 
     python -m experiments.figure3
 
-Claims (Observation II): the A's converge, so that from different starts most of their row spaces is
-shared; the B's are distinguishable; and A moves in more alike directions than B does.
+Claims (Observation II): the A's converge, so that from different starts most of their row spaces
+is shared; the B's are distinguishable; and A moves in more alike directions than B does.
 """
 
 import statistics
@@ -19,21 +17,11 @@ import sys
 from itertools import combinations
 
 import torch
-import torch.nn.functional as F
 
-from experiments import common
+from experiments import common, report
 from experiments.common import lora
-from experiments.report import (
-    claim,
-    claims_text,
-    difference,
-    interval,
-    judged,
-    markdown,
-    show,
-    write_results,
-)
-from support.files import read_torch
+from hydralora import hydra_layers
+from support.evaluation import mean_cosine
 
 PRIMARY = "the A's converge from different starts: over half of their row spaces is shared"
 FAMILIES = ["extraction", "norvan", "arithmetic"]  # of the embedded world
@@ -41,103 +29,108 @@ STARTS = {"same": "the same random A", "different": "different random A's"}
 PARTS = {"A at the start": "start", "A": "a", "B": "b", "displacement of A": "moved",
          "update B A": "update"}
 SPACES = {"rows of A at the start": "start", "rows of A": "a", "columns of B": "b"}
+PANELS = {"A": "a", "B": "b", "displacement of A": "moved"}
 APART = 1000  # between the seeds of families that start from different A's
 ALIKE = 0.5  # cosine or share that "converge" and "distinguishable" are measured against
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def matrices(flags, folder):
+def matrices(run):
     """{part: {layer: matrix}} of a finished run."""
-    tensors = read_torch(folder / "adapter.pt", "an adapter of this project")["tensors"]
-    start = {name: layer.lora_A.detach() for name, layer in common.starting_layers(flags).items()}
-    a = {name: tensors[f"{name}.lora_A"] for name in start}
-    b = {name: tensors[f"{name}.lora_B"][0] for name in start}  # (1, O, R) -> (O, R)
+    first, last = (hydra_layers(model) for model, _ in (common.starting_model(run["args"]),
+                                                        common.trained_model(run)))
+    start = {name: layer.lora_A.detach() for name, layer in first.items()}
+    a = {name: layer.lora_A.detach() for name, layer in last.items()}
+    b = {name: layer.lora_B.detach()[0] for name, layer in last.items()}  # (1, O, R) -> (O, R)
     return {"start": start, "a": a, "b": b, "moved": {name: a[name] - start[name] for name in a},
             "update": {name: b[name] @ a[name] for name in a}}
 
 
-def mean_over(found, part, likeness):
-    """likeness(matrix, matrix) over all pairs of families and all layers."""
-    return statistics.fmean(likeness(one[part][name], other[part][name]).item()
-                            for one, other in combinations(found, 2) for name in one[part])
+def mean_over(families, part, likeness):
+    """The mean over the layers of likeness(matrices of all families)."""
+    return statistics.fmean(likeness([family[part][layer] for family in families])
+                            for layer in families[0][part])
 
 
-def cosine(a, b):
-    return F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+def cosine(matrices):
+    return mean_cosine(torch.stack(matrices))
 
 
 def overlap(a, b):
-    """How much of the space that the rows of one matrix (R, I) span lies in the other's: the mean
-    squared cosine of the angles between the spaces; 1: the same, R / I by chance. Matrices (O, R)
-    that are taller than wide have their columns compared."""
+    """The share of the space spanned by the rows of one matrix (R, I) that lies in the other's:
+    the mean squared cosine of the principal angles; 1: the same space, R / I by chance. Of
+    matrices (O, R) that are taller than wide the columns are compared."""
     one, other = (torch.linalg.qr(m if len(m) > m.shape[1] else m.T)[0] for m in (a, b))
-    return (one.T @ other).square().sum() / one.shape[1]
+    return ((one.T @ other).square().sum() / one.shape[1]).item()
+
+
+def mean_overlap(matrices):
+    return statistics.fmean(overlap(a, b) for a, b in combinations(matrices, 2))
 
 
 def by_chance(matrices):
-    """The mean overlap() of random matrices of the sizes of {layer: matrix}."""
+    """The mean overlap of random matrices of the sizes of {layer: matrix}."""
     return statistics.fmean(min(m.shape) / max(m.shape) for m in matrices.values())
 
 
 def make_runs(args, rate, records, val):
-    """{(start, seed): [run of each family]}; the first family's run serves both."""
-    keys = [(start, seed) for start in STARTS for seed in range(args.seeds)]
-    flags = []
-    for start, seed in keys:
-        for i, family in enumerate(args.families):
-            own = [[r for r in part if r["category"] == family] for part in (records, val)]
-            flags.append(common.train_flags(
-                args, lora(args.rank), rate=rate, epochs=args.epochs, data=own[0], val=own[1],
-                seed=seed + (APART * i if start == "different" else 0)))
-    runs = common.run_all(flags, args)
-    common.check_converged(runs)
-    count = len(args.families)
-    return {key: runs[i * count:(i + 1) * count] for i, key in enumerate(keys)}
+    """{start: [[run of each family] of each seed]}; the first family's run serves both starts."""
+    data, val = ({family: common.write_records(common.of_families(part, [family]), args)
+                  for family in args.families} for part in (records, val))
+    runs = common.run_all({(start, seed, family): common.run_settings(
+        args, lora(args.rank), rate=rate,
+        seed=seed + (APART * i if start == "different" else 0),
+        data=data[family], val=val[family])
+        for start in STARTS for seed in range(args.seeds)
+        for i, family in enumerate(args.families)}, args)
+    return {start: [[runs[start, seed, family] for family in args.families]
+                    for seed in range(args.seeds)] for start in STARTS}
 
 
 def make_claims(stats, shares):
     """stats and shares {start: {part: interval}}: cosines, and overlaps of spaces."""
     def above(stat, sign=1):
-        return interval(sign * (value - ALIKE) for value in stat["values"])
+        return report.interval(sign * (value - ALIKE) for value in stat["values"])
 
-    moved, b = (stats["same"][part]["values"] for part in ("moved", "b"))
+    same = stats["same"]
     rows = shares["different"]
-    return judged([
-        claim(PRIMARY, above(rows["a"]), primary=True),
-        claim("from different starts the A's row spaces share more than at the start",
-              difference(rows["a"]["values"], rows["start"]["values"])),
-        claim("the A's are alike from the same start (cosine above 0.5)",
-              above(stats["same"]["a"])),
-        claim("the B's are distinguishable from the same start (cosine below 0.5)",
-              above(stats["same"]["b"], -1)),
-        claim("from the same start A's displacements are more alike than B's",
-              difference(moved, b))], __file__)
+    return report.judge([
+        report.claim(PRIMARY, above(rows["a"]), primary=True),
+        report.claim("from different starts the A's row spaces share more than at the start",
+                     report.difference(rows["a"]["values"], rows["start"]["values"])),
+        report.claim("the A's are alike from the same start (cosine above 0.5)",
+                     above(same["a"])),
+        report.claim("the B's are distinguishable from the same start (cosine below 0.5)",
+                     above(same["b"], -1)),
+        report.claim("from the same start A's displacements are more alike than B's",
+                     report.difference(same["moved"]["values"], same["b"]["values"]))], __file__)
 
 
 def draw_figure3(pyplot, found, families):
-    """t-SNE of w1 and w3 of every layer, whose matrices are of one size; None without the tool."""
+    """t-SNE of w1 and w3 of every layer, whose matrices are of one size, for {start: matrices
+    of each family}; None without scikit-learn."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:
-        print("no picture: scikit-learn is not here (pip install -r requirements-optional.txt)")
+        print("no picture: scikit-learn is not installed "
+              "(pip install -r requirements-optional.txt)")
         return None
-    panels = {"A": "a", "B": "b", "displacement of A": "moved"}
-    figure, axes = pyplot.subplots(2, len(panels), figsize=(10, 6.5), layout="constrained")
+    figure, axes = pyplot.subplots(2, len(PANELS), figsize=(10, 6.5), layout="constrained")
     for row, start in zip(axes, STARTS):
-        for axis, (label, part) in zip(row, panels.items()):
-            names = [name for name in found[start][0][part] if not name.endswith("w2")]
-            points = torch.stack([own[part][name].flatten() for own in found[start]
-                                  for name in names]).numpy()
+        for axis, (label, part) in zip(row, PANELS.items()):
+            layers = [name for name in found[start][0][part] if not name.endswith("w2")]
+            points = torch.stack([family[part][name].flatten() for family in found[start]
+                                  for name in layers]).numpy()
             axis.set_title(f"{label}, {start} start", fontsize=10)
-            if not points.std(0).any():
-                axis.text(0.5, 0.5, "all points are one", ha="center")  # t-SNE would divide by zero
+            if not points.std(0).any():  # t-SNE would divide by zero
+                axis.text(0.5, 0.5, "all points are one", ha="center")
                 continue
             flat = TSNE(perplexity=min(5, len(points) - 1), init="pca",
                         random_state=0).fit_transform(points)
             for i, family in enumerate(families):
-                own = flat[i * len(names):(i + 1) * len(names)]
-                axis.scatter(own[:, 0], own[:, 1], marker=MARKERS[i % len(MARKERS)], s=30,
-                             alpha=0.7, label=family)
+                x, y = flat[i * len(layers):(i + 1) * len(layers)].T
+                axis.scatter(x, y, marker=MARKERS[i % len(MARKERS)], s=30, alpha=0.7,
+                             label=family)
             axis.set_xlabel("t-SNE 1 (no unit)")
             axis.set_ylabel("t-SNE 2 (no unit)")
     lines, labels = axes[0][1].get_legend_handles_labels()  # the B matrices move in any run
@@ -145,50 +138,50 @@ def draw_figure3(pyplot, found, families):
     return figure
 
 
-def main(argv=None):
+def parse_args(argv):
     p = common.parser("figure3", __doc__, seeds=5, epochs=4, sweep_epochs=4)
     p.add_argument("--families", nargs="+", default=FAMILIES,
                    help=f"categories of the data ({' '.join(FAMILIES)})")
-    p.add_argument("--rank", type=int, default=8, help="of LoRA (8)")
-    args, records, val = common.prepare(p, argv)
-    known = {record["category"] for record in records} & {record["category"] for record in val}
+    p.add_argument("--rank", type=int, default=8, help="rank of LoRA (8)")
+    return common.parse_args(p, argv)
+
+
+def run(args):
+    records, val = common.load_records(args)
+    known = common.families(records) & common.families(val)
     if not set(args.families) <= known or len(set(args.families)) < 2:
         raise ValueError(f"--families needs two or more of {', '.join(sorted(known))}")
-    tried = common.tune({"LoRA": (lora(args.rank), [
-        [r for r in records if r["category"] == family] for family in args.families])}, args)
+    by_family = [common.of_families(records, [family]) for family in args.families]
+    tried = common.tune({"LoRA": (lora(args.rank), by_family)}, args)
     runs = make_runs(args, common.steady_rate(tried["LoRA"]), records, val)
-    values, first = {}, {}
-    for (start, _), own in runs.items():
-        found = [matrices(run["flags"], run["folder"]) for run in own]
-        first.setdefault(start, found)
-        for likeness, parts in ((cosine, PARTS), (overlap, SPACES)):
-            for part in parts.values():
-                values.setdefault((likeness, start, part), []).append(
-                    mean_over(found, part, likeness))
-    stats, shares = ({start: {part: interval(values[likeness, start, part])
-                              for part in parts.values()} for start in STARTS}
-                     for likeness, parts in ((cosine, PARTS), (overlap, SPACES)))
-    claims = make_claims(stats, shares)
-    again = common.rerun(f"LoRA on {args.families[0]}",
-                         [own[0] for (start, _), own in runs.items() if start == "same"], args)
+    found = {start: [[matrices(run) for run in seed] for seed in seeds]
+             for start, seeds in runs.items()}
+    first = {start: seeds[0] for start, seeds in found.items()}
+
+    def intervals(parts, likeness):
+        return {start: {part: report.interval(mean_over(seed, part, likeness) for seed in seeds)
+                        for part in parts.values()} for start, seeds in found.items()}
+
+    cosines = intervals(PARTS, cosine)
+    overlaps = intervals(SPACES, mean_overlap)
     chance = {part: by_chance(first["same"][0][part]) for part in SPACES.values()}
+    again = common.rerun(f"LoRA on {args.families[0]}", [seed[0] for seed in runs["same"]], args)
     titles = [f"from {text}" for text in STARTS.values()]
-    cosines = markdown(["mean cosine between families", *titles],
-                       [[label, *(show(stats[start][part], 3) for start in STARTS)]
-                        for label, part in PARTS.items()])
-    overlaps = markdown(["overlap of spaces", *titles, "by chance"],
-                        [[label, *(show(shares[start][part], 3) for start in STARTS),
-                          f"{chance[part]:.3f}"] for label, part in SPACES.items()])
-    write_results(
-        args, "figure3",
-        {"conditions": common.conditions(args, records, val), "families": args.families,
-         "rank": args.rank, "sweep": tried, "cosines": stats, "overlaps": shares,
-         "overlaps_by_chance": chance, "rerun": again, "claims": claims},
-        [cosines, overlaps, common.rerun_text(again), claims_text(claims),
-         common.rates_table(tried)],
-        lambda pyplot: draw_figure3(pyplot, first, args.families))
-    return 0
+    cosine_table = report.markdown(
+        ["mean cosine between families", *titles],
+        [[label, *(report.show(cosines[start][part], 3) for start in STARTS)]
+         for label, part in PARTS.items()])
+    overlap_table = report.markdown(
+        ["overlap of spaces", *titles, "by chance"],
+        [[label, *(report.show(overlaps[start][part], 3) for start in STARTS),
+          f"{chance[part]:.3f}"] for label, part in SPACES.items()])
+    common.publish(args, "figure3", records, val,
+                   {"families": args.families, "rank": args.rank, "sweep": tried,
+                    "cosines": cosines, "overlaps": overlaps, "overlaps_by_chance": chance},
+                   tables=[cosine_table, overlap_table], again=again,
+                   claims=make_claims(cosines, overlaps), more=[common.rates_table(tried)],
+                   draw=lambda pyplot: draw_figure3(pyplot, first, args.families))
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_experiment("figure3", main, None))
+    sys.exit(common.main("figure3", parse_args, run))

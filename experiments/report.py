@@ -1,14 +1,14 @@
-"""From numbers to what is printed: intervals, claims and their verdicts, tables, files, pictures.
+"""From numbers to what is printed: intervals, claims and verdicts, tables, files, pictures.
 
-    claims = judged([claim(PRIMARY, difference(a, b), primary=True), claim("...", ...)], __file__)
+    claims = judge([claim(PRIMARY, difference(a, b), primary=True), ...], __file__)
     write_results(args, "table1", {"claims": claims}, [claims_text(claims)], draw)
 
-The rules, which experiments/README.md states at length:
+The rules, which experiments/README.md explains at length:
 
     interval   Student's t, 95 %, over seeds; differences are taken seed by seed
-    primary    at most one claim a script, written into it and committed before its long run
-    secondary  all others; their p carries Holm's correction for how many they are
-    verdict    at p below 0.05 "holds", or "does not hold" where the opposite was measured; else
+    primary    at most one claim per script, written into it and committed before its long run
+    secondary  all others; their p values are corrected by Holm for how many they are
+    verdict    at p below 0.05 "holds", or "does not hold" if the opposite was measured; else
                "not shown"
 """
 
@@ -25,11 +25,13 @@ LEVEL = 0.05
 
 
 def student_p(t, freedom):
-    """How probable a value of Student's t is that is further from zero than t; two-sided, by the
-    finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    """The two-sided p value of Student's t, by the finite series of Abramowitz and Stegun,
+    26.7.3 and 26.7.4."""
     angle = math.atan(abs(t) / math.sqrt(freedom))
-    cosine, odd = math.cos(angle), freedom % 2
-    term, total = cosine if odd else 1.0, 0.0
+    cosine = math.cos(angle)
+    odd = freedom % 2
+    term = cosine if odd else 1.0
+    total = 0.0
     for k in range(odd, freedom - 1, 2):
         total += term
         term *= cosine ** 2 * (k + 1) / (k + 2)
@@ -38,23 +40,26 @@ def student_p(t, freedom):
 
 
 def student_quantile(freedom):
-    """The t that student_p gives LEVEL for, by halving."""
+    """The t whose student_p is LEVEL, by bisection."""
     low, high = 0.0, 100.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, freedom) > LEVEL else (low, middle)
+        if student_p(middle, freedom) > LEVEL:
+            low = middle
+        else:
+            high = middle
     return low
 
 
 def interval(numbers):
-    """{mean, low, high, values}: the mean and its 95 % interval by Student's t; a single value has
-    no interval, so low and high are None."""
+    """{mean, low, high, values}: the mean and its 95 % interval by Student's t. The interval
+    of a single value is unknown: low and high are None."""
     numbers = list(numbers)
     mean = statistics.fmean(numbers)
     if len(numbers) < 2:
         return {"mean": mean, "low": None, "high": None, "values": numbers}
-    half = (student_quantile(len(numbers) - 1) * statistics.stdev(numbers)
-            / math.sqrt(len(numbers)))
+    error = statistics.stdev(numbers) / math.sqrt(len(numbers))
+    half = student_quantile(len(numbers) - 1) * error
     return {"mean": mean, "low": mean - half, "high": mean + half, "values": numbers}
 
 
@@ -66,8 +71,8 @@ def difference(a, b):
 
 
 def p_value(stat):
-    """Of a mean of zero behind the values of an interval; 1 where there is no interval, or None in
-    its place."""
+    """The p value of an interval's values if their true mean were zero; 1 for a single value
+    and for None."""
     numbers = stat["values"] if stat else []
     if len(numbers) < 2 or not stat["mean"]:
         return 1.0
@@ -75,12 +80,13 @@ def p_value(stat):
     return student_p(stat["mean"] / error, len(numbers) - 1) if error else 0.0
 
 
-def holm(found):
-    """The p values, corrected by Holm: none of them all is below LEVEL by chance, in 95 of 100
-    scripts."""
-    corrected, largest = [0.0] * len(found), 0.0
-    for done, i in enumerate(sorted(range(len(found)), key=found.__getitem__)):
-        largest = max(largest, min(1.0, (len(found) - done) * found[i]))
+def holm(p_values):
+    """The p values, corrected by Holm: in 95 of 100 scripts none of them is below LEVEL by
+    chance."""
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = largest
     return corrected
 
@@ -89,22 +95,25 @@ def holm(found):
 
 
 def claim(text, stat, primary=False):
-    """A claim and the paired difference that is positive where it is true, None where it could not
+    """A claim and the paired difference that is positive if it is true, None if it could not
     be measured."""
     return {"claim": text, "primary": primary, "difference": stat}
 
 
-def judged(claims, script):
-    """The claims with p and verdict; the primary one with the commit that brought its words into
-    the script, which is a path."""
-    main, others = ([c for c in claims if c["primary"] == kind] for kind in (True, False))
-    if len(main) > 1:
-        raise ValueError(f"{script} has {len(main)} primary claims, one at most is allowed")
-    found = {id(c): p_value(c["difference"]) for c in main}
-    found |= zip(map(id, others), holm([p_value(c["difference"]) for c in others]))
-    return [{**c, "p": found[id(c)], "verdict": verdict(c["difference"], found[id(c)]),
-             **({"fixed_by": fixed_by(script, c["claim"])} if c["primary"] else {})}
-            for c in claims]
+def judge(claims, script):
+    """The claims with p and verdict, the primary one also with the commit that brought its
+    text into the script (a path). Raises ValueError for more than one primary claim."""
+    primary = sum(c["primary"] for c in claims)
+    if primary > 1:
+        raise ValueError(f"{script} has {primary} primary claims, one at most is allowed")
+    corrected = iter(holm([p_value(c["difference"]) for c in claims if not c["primary"]]))
+    judged = []
+    for c in claims:
+        p = p_value(c["difference"]) if c["primary"] else next(corrected)
+        judged.append({**c, "p": p, "verdict": verdict(c["difference"], p)})
+        if c["primary"]:
+            judged[-1]["fixed_by"] = fixed_by(script, c["claim"])
+    return judged
 
 
 def verdict(stat, p):
@@ -114,7 +123,7 @@ def verdict(stat, p):
 
 
 def fixed_by(script, text):
-    """The commit that brought the text into the script, None where git does not say."""
+    """The commit that brought the text into the script; None if git does not know."""
     path = Path(script).resolve()
 
     def git(*words):
@@ -131,28 +140,28 @@ def fixed_by(script, text):
 
 def claims_text(claims):
     """The table of judged claims, and which commit fixed the primary one."""
-    def p(c):
-        return "< 0.001" if c["p"] < 0.001 else f"{c['p']:.3f}"
-
-    table = markdown(["claim", "difference", "p", "verdict"],
-                     [[("primary: " if c["primary"] else "") + c["claim"],
-                       signed(c["difference"]), p(c), c["verdict"]] for c in claims])
+    rows = []
+    note = ""
     for c in claims:
-        if c["primary"]:
-            table += (f"\n\nThe primary claim was fixed by commit {c['fixed_by']}, before the run."
-                      if c["fixed_by"] else
-                      "\n\nThe primary claim was not committed before the run.")
-    return table
+        p = "< 0.001" if c["p"] < 0.001 else f"{c['p']:.3f}"
+        prefix = "primary: " if c["primary"] else ""
+        rows.append([prefix + c["claim"], signed(c["difference"]), p, c["verdict"]])
+        if c["primary"] and c["fixed_by"]:
+            note = f"\n\nThe primary claim was fixed by commit {c['fixed_by']}, before the run."
+        elif c["primary"]:
+            note = "\n\nThe primary claim was not committed before the run."
+    return markdown(["claim", "difference", "p", "verdict"], rows) + note
 
 
 # ---------------------------------------------------------------- tables, files, pictures
 
 
 def show(stat, digits=4, percent=False):
-    """"mean ± half the interval", in percent or as it is; "-" for None."""
+    """"mean ± half the interval", as it is or in percent; "-" for None."""
     if stat is None:
         return "-"
-    factor, unit, digits = (100, " %", 1) if percent else (1, "", digits)
+    factor, unit = (100, " %") if percent else (1, "")
+    digits = 1 if percent else digits
     text = f"{factor * stat['mean']:.{digits}f}"
     if stat["low"] is not None:
         text += f" ± {factor * (stat['high'] - stat['mean']):.{digits}f}"
@@ -160,6 +169,7 @@ def show(stat, digits=4, percent=False):
 
 
 def signed(stat, digits=4):
+    """show() with a plus sign before a positive mean."""
     return "-" if stat is None else ("+" if stat["mean"] > 0 else "") + show(stat, digits)
 
 
@@ -169,41 +179,43 @@ def markdown(header, rows):
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |"
              for row in table]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def write_results(args, name, content, sections, picture):
-    """Prints the sections and writes NAME.json, NAME.md and, where matplotlib is there, NAME.png;
-    picture(pyplot) returns a figure, or None where it cannot be drawn."""
+    """Prints the sections and writes NAME.json, NAME.md and, if matplotlib is installed,
+    NAME.png. picture(pyplot) returns a figure, or None if it cannot be drawn."""
     args.out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(sections) + "\n"
     print("\n" + text)
-    write_json(args.out / f"{name}.json", plain(content))
+    write_json(args.out / f"{name}.json", finite(content))
     write_text(args.out / f"{name}.md", text)
     try:
         import matplotlib
     except ImportError:
-        print("no picture: matplotlib is not here (pip install -r requirements-optional.txt)")
+        print("no picture: matplotlib is not installed "
+              "(pip install -r requirements-optional.txt)")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure = picture(pyplot)
     if figure is not None:
-        # without the version in it, the same numbers give the same file
+        # without matplotlib's version in it, the same numbers give the same file
         figure.savefig(args.out / f"{name}.png", dpi=100, metadata={"Software": None})
         pyplot.close(figure)
 
 
-def plain(content):
-    """The same with None where a number is not finite, which JSON does not have."""
+def finite(content):
+    """The content with None for every number that is not finite, which JSON does not have."""
     if isinstance(content, dict):
-        return {str(key): plain(value) for key, value in content.items()}
+        return {str(key): finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [plain(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def error_bars(axes, x, stats, **style):
-    """Means with their intervals; a marker tells series apart, not the colour alone."""
+    """Means with their intervals. A marker tells series apart, not the colour alone."""
     half = [0 if s["low"] is None else s["high"] - s["mean"] for s in stats]
     axes.errorbar(x, [s["mean"] for s in stats], yerr=half, capsize=3, **style)

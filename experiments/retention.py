@@ -1,19 +1,18 @@
 """Learning against forgetting: what does a method keep of what the base knew, at equal learning?
 
-"LoRA Learns Less and Forgets Less" (Biderman et al. 2024, arXiv 2405.09673) has the frame: learning
-across, forgetting up, one curve a method. Learning is the validation loss of the mix; forgetting is
-the loss on --keep-data, texts that the base knows and the mix does not teach. Every method runs at
-the same learning rates, and none is selected: the curve is the result.
+As in "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, arXiv 2405.09673) every method
+is a curve: validation loss of the mix (learning) on one axis, loss on --keep-data (forgetting)
+on the other, a point per learning rate. No rate is selected.
 
     python -m experiments.retention
 
-At equal learning: the level is the highest of the methods' lowest mean losses, which all of them
-reach. Seed by seed, from the lowest rate on, the curve is followed to where it comes down to the
-level, and what is kept there is read off between the two rates. A seed that never comes so low
+Equal learning is a level of validation loss: the highest of the methods' lowest mean losses,
+which all of them reach. Seed by seed, from the lowest rate on, the curve is followed to where it
+comes down to the level, and the kept loss is interpolated there. A seed that never comes so low
 counts with its lowest loss; a method that is lower at the lowest rate already has no value.
 
-Why: of the trained adapters nearest to the level, what is kept with the gate uniform or constant,
-and with the update of each block switched off; and how large the update is beside W0 x.
+Why: of the trained adapters nearest to the level, the losses with the gate uniform or constant
+and with the update of each block switched off, and the size of the update compared with W0 x.
 """
 
 import statistics
@@ -23,49 +22,49 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from data import corpus
-from experiments import common
+from experiments import common, report
 from experiments.common import FULL, hydra, lora, split
-from experiments.report import (
-    claim,
-    claims_text,
-    difference,
-    interval,
-    judged,
-    markdown,
-    show,
-    write_results,
+from experiments.routing import (
+    constant_gate,
+    gate_sums,
+    loss_with,
+    make_batches,
+    unchanged,
+    uniform_gate,
 )
-from experiments.routing import batches_of, constant, gate_sums, loss_with, unchanged, uniform
 from hydralora import hydra_layers
+from support import files
 
 PRIMARY = "at equal learning HydraLoRA 3x8 keeps more than one LoRA of its size"
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 HYDRA, UNIFORM, SPLIT = "HydraLoRA 3x8", "uniform gate 3x8", "LoRA (Split) 4x8"
-STYLES = {"LoRA r8": ("o", ":"), "LoRA, matched": ("s", "--"), "LoRA r32": ("^", ":"),
+MATCHED = "LoRA, matched"
+STYLES = {"LoRA r8": ("o", ":"), MATCHED: ("s", "--"), "LoRA r32": ("^", ":"),
           SPLIT: ("P", "-."), HYDRA: ("D", "-"), UNIFORM: ("v", "-."), "full": ("X", ":")}
 EXAMINED = 400  # records of the validation set behind "why"
 
 
 def methods(args):
-    return {"LoRA r8": lora(8), "LoRA, matched": lora(common.matched_rank(args)),
-            "LoRA r32": lora(32), SPLIT: split(4, 8), HYDRA: hydra(3),
-            UNIFORM: hydra(3, gate="uniform"), "full": FULL}
+    return {"LoRA r8": lora(8), MATCHED: lora(common.matched_rank(args)), "LoRA r32": lora(32),
+            SPLIT: split(4, 8), HYDRA: hydra(3), UNIFORM: hydra(3, gate="uniform"), "full": FULL}
 
 
 def make_runs(args, configs, records, val):
     """{name: {rate: [run of each seed]}}; a rate at which a seed diverged is left out."""
-    keys = [(name, rate) for name in configs for rate in sorted(args.rates)]
-    flags = [common.train_flags(args, configs[name], rate=rate, seed=seed, epochs=args.epochs,
-                                data=records, val=val, keep=True)
-             for name, rate in keys for seed in range(args.seeds)]
-    found, runs = iter(common.run_all(flags, args)), {name: {} for name in configs}
-    for name, rate in keys:
-        own = [next(found) for _ in range(args.seeds)]
-        if any("reason" in run for run in own):
-            print(f"{name} diverged at {rate:g}, which is left out")
-        else:
-            runs[name][rate] = own
-        if rate == max(args.rates) and not runs[name]:
+    data, val = (common.write_records(part, args) for part in (records, val))
+    found = common.run_all({(name, rate, seed): common.run_settings(
+        args, config, rate=rate, seed=seed, data=data, val=val, keep=True)
+        for name, config in configs.items() for rate in sorted(args.rates)
+        for seed in range(args.seeds)}, args, may_diverge=True)
+    runs = {name: {} for name in configs}
+    for name, rates in runs.items():
+        for rate in sorted(args.rates):
+            seeds = [found[name, rate, seed] for seed in range(args.seeds)]
+            if any("diverged" in run for run in seeds):
+                print(f"{name} diverged at {rate:g}, which is left out")
+            else:
+                rates[rate] = seeds
+        if not rates:
             raise ValueError(f"{name} diverged at every rate of {args.rates}: give lower --rates")
     return runs
 
@@ -73,18 +72,24 @@ def make_runs(args, configs, records, val):
 # ---------------------------------------------------------------- equal learning
 
 
-def mean_losses(rates):
+def mean_by_rate(rates):
     return {rate: statistics.fmean(common.values(runs)) for rate, runs in rates.items()}
 
 
 def common_level(runs):
     """The highest of the methods' lowest mean losses."""
-    return max(min(mean_losses(rates).values()) for rates in runs.values())
+    return max(min(mean_by_rate(rates).values()) for rates in runs.values())
+
+
+def nearest_runs(rates, level):
+    """The runs at the rate whose mean loss is nearest to the level."""
+    means = mean_by_rate(rates)
+    return rates[min(means, key=lambda rate: abs(means[rate] - level))]
 
 
 def kept_at(points, level):
-    """What is kept where [(validation loss, kept loss)], by rising rate, comes down to the level;
-    at the lowest loss where it never does; None where it is lower from the start."""
+    """The kept loss at which [(validation loss, kept loss)], by rising rate, comes down to the
+    level; that of the lowest validation loss if it never does; None if it starts lower."""
     if points[0][0] < level:
         return None
     for (above, kept), (below, then) in zip(points, points[1:]):
@@ -98,9 +103,9 @@ def at_equal_learning(runs, level):
     """{name: [kept loss of each seed]}, None for a method with a seed that has no value."""
     found = {}
     for name, rates in runs.items():
-        seeds = zip(*(zip(common.values(own), common.values(own, "kept"))
-                      for _, own in sorted(rates.items())))
-        kept = [kept_at(list(points), level) for points in seeds]
+        points = [zip(common.values(seeds), common.values(seeds, "kept"))
+                  for _, seeds in sorted(rates.items())]
+        kept = [kept_at(curve, level) for curve in zip(*points)]
         found[name] = None if None in kept else kept
     return found
 
@@ -109,13 +114,14 @@ def make_claims(kept):
     """kept {name: [loss of each seed] or None}."""
     def add(text, worse, better, primary=False):
         known = kept[worse] and kept[better]
-        return claim(text, difference(kept[worse], kept[better]) if known else None, primary)
+        stat = report.difference(kept[worse], kept[better]) if known else None
+        return report.claim(text, stat, primary)
 
-    return judged([
-        add(PRIMARY, "LoRA, matched", HYDRA, primary=True),
-        *(add(f"at equal learning {better} keeps more than {worse}", worse, better)
-          for worse, better in (("LoRA r8", HYDRA), ("LoRA r32", HYDRA), (UNIFORM, HYDRA),
-                                ("LoRA r32", SPLIT), ("full", "LoRA r8")))], __file__)
+    pairs = (("LoRA r8", HYDRA), ("LoRA r32", HYDRA), (UNIFORM, HYDRA), ("LoRA r32", SPLIT),
+             ("full", "LoRA r8"))
+    secondary = [add(f"at equal learning {better} keeps more than {worse}", worse, better)
+                 for worse, better in pairs]
+    return report.judge([add(PRIMARY, MATCHED, HYDRA, primary=True), *secondary], __file__)
 
 
 # ---------------------------------------------------------------- why
@@ -123,7 +129,7 @@ def make_claims(kept):
 
 @contextmanager
 def switched_off(layers):
-    """Inside, the update of these layers is zero."""
+    """Within this context the update of these layers is zero."""
     scales = [layer.scale for layer in layers]
     for layer in layers:
         layer.scale = 0.0
@@ -136,103 +142,102 @@ def switched_off(layers):
 
 @torch.no_grad()
 def update_size(model, batches):
-    """|update| / |W0 x|, the roots of the sums of squares over all real tokens, mean over the
-    layers."""
-    layers, sums = hydra_layers(model).values(), {}
-
-    def note(layer, inputs, real):
-        x = inputs[0][real]
-        frozen = layer.base(x)
-        update = layer.forward(x) - frozen
-        sums[layer] = sums.get(layer, 0) + torch.stack([frozen.square().sum(),
-                                                        update.square().sum()]).double()
+    """|update| / |W0 x|, mean over the layers; each norm is over all tokens but padding."""
+    layers = hydra_layers(model).values()
+    sums = dict.fromkeys(layers, 0)  # of squares: W0 x, update
 
     for batch in map(corpus.collate, batches):
-        with ExitStack() as after:
+        def add(layer, inputs, mask=batch.attention_mask):
+            x = inputs[0][mask]
+            frozen = layer.base(x)
+            update = layer.forward(x) - frozen
+            squares = [frozen.square().sum(), update.square().sum()]
+            sums[layer] = sums[layer] + torch.stack(squares).double()
+
+        with ExitStack() as hooks:
             for layer in layers:
-                after.callback(layer.register_forward_pre_hook(
-                    lambda layer, inputs, mask=batch.attention_mask:
-                    note(layer, inputs, mask)).remove)
+                hooks.callback(layer.register_forward_pre_hook(add).remove)
             model.hidden_states(batch.tokens)
-    return statistics.fmean((update / whole).sqrt().item() for whole, update in sums.values())
+    return statistics.fmean((update / frozen).sqrt().item() for frozen, update in sums.values())
 
 
-def examine(run, val):
-    """{"kept" and "mix": {change: loss, "update size": share}} of one trained adapter; the constant
-    gate is each layer's mean over the mix."""
-    model, tokenizer, args, limit = common.trained_model(run)
-    mix = batches_of(corpus.encode_records(common.draw_records(val, EXAMINED), tokenizer, limit)[0])
-    texts = {"kept": batches_of(corpus.encode_texts(args.keep_data, tokenizer, limit)[0]),
-             "mix": mix}
+def examine(run, val, keep_data):
+    """{"kept" and "mix": {change: loss, "update size": share}} of one trained adapter; the
+    constant gate is each layer's mean over the mix."""
+    model, tokenizer = common.trained_model(run)
+    longest = run["settings"]["max_seq_len"]
+    records = common.draw_records(val, EXAMINED)
+    mix = make_batches(corpus.encode_records(records, tokenizer, longest)[0])
+    kept = make_batches(corpus.encode_texts(keep_data, tokenizer, longest)[0])
     changes = {"as trained": unchanged}
-    if args.heads > 1:
-        changes |= {"gate uniform": uniform, "gate constant": constant(*gate_sums(
-            model, mix, args)[:2])}
+    if run["settings"]["heads"] > 1:
+        sums, tokens, _ = gate_sums(model, mix)
+        changes |= {"gate uniform": uniform_gate, "gate constant": constant_gate(sums, tokens)}
     blocks = {}
     for name, layer in hydra_layers(model).items():
         blocks.setdefault(f"block {int(name.split('.')[1]) + 1} off", []).append(layer)
     found = {}
-    for part, batches in texts.items():
-        found[part] = {key: loss_with(model, batches, args, change)
-                       for key, change in changes.items()}
+    for part, batches in (("kept", kept), ("mix", mix)):
+        found[part] = {key: loss_with(model, batches, change) for key, change in changes.items()}
         for key, layers in blocks.items():
             with switched_off(layers):
-                found[part][key] = loss_with(model, batches, args, unchanged)
+                found[part][key] = loss_with(model, batches, unchanged)
         found[part]["update size"] = update_size(model, batches)
     return found
 
 
 def find_reasons(args, runs, level, val):
-    """{name: [examine() of each seed]} of HydraLoRA and LoRA of its size, at the rate whose mean
-    loss is nearest to the level."""
-    found = {}
-    for name in (HYDRA, "LoRA, matched"):
-        means = mean_losses(runs[name])
-        own = runs[name][min(means, key=lambda rate: abs(means[rate] - level))]
-        key = [args.keep_data and common.file_fingerprint(args.keep_data), EXAMINED]
-        found[name] = [common.remember(run["folder"] / "retention.json", key,
-                                       lambda run=run: examine(run, val)) for run in own]
-    return found
+    """{name: [examine() of each seed]} of HydraLoRA and LoRA of its size."""
+    key = [files.file_fingerprint(args.keep_data), EXAMINED]
+    return {name: [common.cached(run["folder"] / "retention.json", key,
+                                 lambda run=run: examine(run, val, args.keep_data))
+                   for run in nearest_runs(runs[name], level)] for name in (HYDRA, MATCHED)}
 
 
 # ---------------------------------------------------------------- what is written
 
 
-def curve_table(runs):
-    return markdown(["method", "rate", "trainable", "validation loss", "kept: loss"],
-                    [[name, f"{rate:g}", f"{own[0]['parameters']['trainable']:,}",
-                      *(show(interval(common.values(own, m))) for m in ("val_loss", "kept"))]
-                     for name, rates in runs.items() for rate, own in rates.items()])
+def curve_table(curves):
+    return report.markdown(
+        ["method", "rate", "trainable", "validation loss", "kept: loss"],
+        [[name, f"{rate:g}", f"{point['trainable']:,}", report.show(point["val_loss"]),
+          report.show(point["kept"])]
+         for name, rates in curves.items() for rate, point in rates.items()])
 
 
 def equal_table(kept, level):
-    return markdown([f"at equal learning, a validation loss of {level:.4f}", "kept: loss"],
-                    [[name, show(own and interval(own))] for name, own in kept.items()])
+    return report.markdown(
+        [f"at equal learning, a validation loss of {level:.4f}", "kept: loss"],
+        [[name, report.show(own and report.interval(own))] for name, own in kept.items()])
 
 
 def reasons_table(reasons):
-    """A row a change; HydraLoRA's kept and mix, then LoRA's."""
+    """A row per change; HydraLoRA's kept loss and mix, then LoRA's."""
+    columns = [(name, part) for name in reasons for part in ("kept", "mix")]
     rows = []
     for key in reasons[HYDRA][0]["kept"]:
-        cells = [show(interval(one[part][key] for one in seeds)) if key in seeds[0][part] else "-"
-                 for seeds in reasons.values() for part in ("kept", "mix")]
-        rows.append([{"update size": "size of the update beside W0 x"}.get(key, key), *cells])
-    return markdown(["loss after training", *(f"{name}, {part}" for name in reasons
-                                              for part in ("kept", "mix"))], rows)
+        label = "size of the update compared with W0 x" if key == "update size" else key
+        row = [label]
+        for name, part in columns:
+            seeds = [one[part] for one in reasons[name]]
+            known = key in seeds[0]
+            row.append(report.show(report.interval(one[key] for one in seeds) if known else None))
+        rows.append(row)
+    return report.markdown(["loss after training", *map(", ".join, columns)], rows)
 
 
-def draw_retention(pyplot, runs, base, level):
-    """One line a method, from its lowest rate on; seeds thin."""
+def draw_retention(pyplot, curves, base, level):
+    """One line per method, from its lowest rate on; seeds thin."""
     from matplotlib import ticker
     figure, axis = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    for (name, rates), color in zip(runs.items(), pyplot.cm.tab10.colors):
+    for (name, rates), color in zip(curves.items(), pyplot.cm.tab10.colors):
         marker, line = STYLES[name]
-        seeds = [[common.values(own, metric) for _, own in sorted(rates.items())]
-                 for metric in ("val_loss", "kept")]
-        for seed in range(len(seeds[0][0])):
-            axis.plot([of[seed] for of in seeds[0]], [of[seed] for of in seeds[1]], color=color,
-                      linewidth=0.6, alpha=0.4)
-        axis.plot(*([statistics.fmean(of) for of in part] for part in seeds), color=color,
+        points = [point for _, point in sorted(rates.items())]
+        x, y = ([point[metric] for point in points] for metric in ("val_loss", "kept"))
+        for seed in range(len(x[0]["values"])):
+            axis.plot([stat["values"][seed] for stat in x], [stat["values"][seed] for stat in y],
+                      color=color, linewidth=0.6, alpha=0.4)
+        axis.plot([stat["mean"] for stat in x], [stat["mean"] for stat in y], color=color,
                   marker=marker, linestyle=line, linewidth=2, label=name)
     axis.axhline(base, color="grey", linewidth=1, linestyle=":")
     axis.annotate("the base, before tuning", (0.99, base), xycoords=("axes fraction", "data"),
@@ -251,35 +256,36 @@ def draw_retention(pyplot, runs, base, level):
     return figure
 
 
-def main(argv=None):
-    p = common.parser("retention", __doc__, seeds=5, epochs=1, records=common.MIXED, sweeps=False)
-    p.add_argument("--rates", type=float, nargs="+", default=list(RATES),
-                   help=f"learning rates of every method ({' '.join(f'{r:g}' for r in RATES)})")
-    p.add_argument("--jobs", type=int, default=2, help="processes of one thread each (2)")
-    p.add_argument("--name", default="retention", help="of the files in --out (retention)")
-    args, records, val = common.prepare(p, argv)
+def parse_args(argv):
+    p = common.parser("retention", __doc__, seeds=5, epochs=1, records=common.MIXED, rates=RATES,
+                      sweep_epochs=None)
+    p.add_argument("--name", default="retention", help="name of the files in --out (retention)")
+    args = common.parse_args(p, argv)
     if not args.keep_data:
-        p.error("--keep-data FILE is needed: without it nothing is known of what is kept")
+        p.error("--keep-data FILE is needed: without it forgetting cannot be measured")
+    return args
+
+
+def run(args):
+    records, val = common.load_records(args)
     runs = make_runs(args, methods(args), records, val)
     level = common_level(runs)
-    kept, reasons = at_equal_learning(runs, level), find_reasons(args, runs, level, val)
-    claims, base = make_claims(kept), next(iter(runs[HYDRA].values()))[0]["metrics"]["kept"]
-    means = mean_losses(runs[HYDRA])
-    again = common.rerun(HYDRA, runs[HYDRA][min(means, key=lambda r: abs(means[r] - level))], args)
-    curves = {name: {rate: {metric: interval(common.values(own, metric))
-                            for metric in ("val_loss", "kept")} for rate, own in rates.items()}
-              for name, rates in runs.items()}
-    write_results(
-        args, args.name,
-        {"conditions": common.conditions(args, records, val), "curves": curves,
-         "kept_base": base["loss_base"], "level": level, "at_equal_learning": kept,
-         "reasons": reasons, "rerun": again, "claims": claims},
-        [f"Before tuning the loss on what is to be kept is {base['loss_base']:.4f}.",
-         curve_table(runs), equal_table(kept, level), common.rerun_text(again),
-         claims_text(claims), reasons_table(reasons)],
-        lambda pyplot: draw_retention(pyplot, runs, base["loss_base"], level))
-    return 0
+    kept = at_equal_learning(runs, level)
+    reasons = find_reasons(args, runs, level, val)
+    base = runs[HYDRA][min(runs[HYDRA])][0]["metrics"]["kept"]["loss_base"]
+    again = common.rerun(HYDRA, nearest_runs(runs[HYDRA], level), args)
+    curves = {name: {rate: {metric: report.interval(common.values(seeds, metric))
+                            for metric in ("val_loss", "kept")}
+                     | {"trainable": seeds[0]["parameters"]["trainable"]}
+                     for rate, seeds in rates.items()} for name, rates in runs.items()}
+    common.publish(args, args.name, records, val,
+                   {"curves": curves, "kept_base": base, "level": level,
+                    "at_equal_learning": kept, "reasons": reasons},
+                   tables=[f"Before tuning the loss on what is to be kept is {base:.4f}.",
+                           curve_table(curves), equal_table(kept, level)],
+                   again=again, claims=make_claims(kept), more=[reasons_table(reasons)],
+                   draw=lambda pyplot: draw_retention(pyplot, curves, base, level))
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_experiment("retention", main, None))
+    sys.exit(common.main("retention", parse_args, run))

@@ -1,15 +1,12 @@
 """tools.generate --data: the answers to a whole file of records."""
 
 import json
-from pathlib import Path
 
 import pytest
-import torch
 
 from hydralora import adapters_disabled
 from model import load_llama
-from tests.test_tools import make_adapter, refused, run, tuned
-from tools import answers
+from tests.test_tools import make_adapter, refused, run, slow_answer, tuned
 from tools import generate as talk
 
 WORDS = ["the cook", "one two three four five six seven", "a", "the old boat is red", "Sort: dog"]
@@ -20,28 +17,13 @@ def adapter(weights, tmp_path):
     return make_adapter(weights, tmp_path / "a.pt", dropout=0.5)
 
 
-def one_at_a_time(model, tokenizer, prompt, count=6, eos=True):
-    """No cache, no batch: the likeliest token, again and again, decoded apart from the prompt (or,
-    where that is continued, what the text gains)."""
-    ids, new = tokenizer.encode(prompt, eos=eos), []
-    for _ in range(count):
-        token = torch.tensor([ids + new])
-        new.append(model(token)[0, -1].argmax().item())
-        if new[-1] == tokenizer.eos_id:
-            new.pop()
-            break
-    before = [] if eos else ids
-    text = tokenizer.decode(before + new)[len(tokenizer.decode(before)):]
-    return text.removesuffix("\ufffd")
-
-
 @pytest.fixture
 def data(weights, adapter, tokenizer, tmp_path):
     """Records of which every second one expects what the adapter says."""
     model, lines = tuned(weights, adapter), []
     for i, words in enumerate(WORDS):
         prompt = words + ("\nnear the sea" if i == 3 else "")
-        expected = one_at_a_time(model, tokenizer, prompt) if i % 2 == 0 else "no"
+        expected = slow_answer(model, tokenizer, prompt) if i % 2 == 0 else "no"
         lines.append({"instruction": words, "context": prompt[len(words) + 1:],
                       "response": expected or "?", "category": "ab"[i // 3]})
     path = tmp_path / "records.jsonl"
@@ -63,7 +45,7 @@ def answer(weights, adapter, data, tmp_path, capsys):
     return call
 
 
-def test_the_answers_are_in_file_order_and_equal_those_given_one_at_a_time(
+def test_answers_are_in_file_order_and_equal_those_to_each_prompt_alone(
         answer, weights, adapter, tokenizer, data):
     status, lines, printed = answer("--batch-size", 2, "--compare")
     assert status == 0
@@ -71,9 +53,9 @@ def test_the_answers_are_in_file_order_and_equal_those_given_one_at_a_time(
     for row, text in zip(lines, data.read_text().splitlines(), strict=True):
         record = json.loads(text)
         prompt = record["instruction"] + ("\n" + record["context"] if record["context"] else "")
-        want = one_at_a_time(model, tokenizer, prompt)
+        want = slow_answer(model, tokenizer, prompt)
         with adapters_disabled(model):
-            base = one_at_a_time(model, tokenizer, prompt)
+            base = slow_answer(model, tokenizer, prompt)
         expected = record["response"].strip()
         assert row == {**record, "answer": want, "exact": want.strip() == expected,
                        "base_answer": base, "base_exact": base.strip() == expected}
@@ -89,21 +71,24 @@ def test_without_an_adapter_the_base_answers_and_there_is_no_second_column(
     assert status == 0 and lines[0].keys() == {"instruction", "context", "response", "category",
                                                "answer", "exact"}
     base = load_llama(weights)[0]
-    assert [row["answer"] for row in lines][:3] == [one_at_a_time(base, tokenizer, words)
+    assert [row["answer"] for row in lines][:3] == [slow_answer(base, tokenizer, words)
                                                     for words in WORDS[:3]]
 
 
 def test_raw_continues_the_prompt(answer, weights, adapter, tokenizer):
-    lines = answer("--raw")[1]
-    model = tuned(weights, adapter)
-    assert lines[0]["answer"] == one_at_a_time(model, tokenizer, WORDS[0], eos=False)
+    want = slow_answer(tuned(weights, adapter), tokenizer, WORDS[0], raw=True)
+    assert answer("--raw")[1][0]["answer"] == want and want.startswith(" ")
 
 
 def test_a_batch_holds_records_of_like_length_and_does_not_change_the_answers(
         answer, monkeypatch):
-    sizes, inner = [], answers.answer_tokens
-    monkeypatch.setattr(answers, "answer_tokens", lambda model, tokenizer, rows, args: sizes.append(
-        [len(row) for row in rows]) or inner(model, tokenizer, rows, args))
+    sizes, inner = [], talk.generate_ids
+
+    def recorded(model, tokenizer, ids, **sampling):
+        sizes.append([len(row) for row in ids])
+        return inner(model, tokenizer, ids, **sampling)
+
+    monkeypatch.setattr(talk, "generate_ids", recorded)
     one = answer("--batch-size", 1, "--temperature", 1.5, "--seed", 3)[1]
     assert len(sizes) == 5
     sizes.clear()
@@ -119,20 +104,20 @@ def test_a_batch_holds_records_of_like_length_and_does_not_change_the_answers(
 
 
 def stop_after(monkeypatch, count):
-    """The next call of answer_tokens after so many stops the run; returns the list of calls."""
-    calls, inner = [], answers.answer_tokens
+    """Interrupts the run after so many batches; returns the list of batches."""
+    calls, inner = [], talk.generate_ids
 
-    def stopping(*rest):
+    def stopping(*rest, **sampling):
         if len(calls) == count:
             raise KeyboardInterrupt
         calls.append(1)
-        return inner(*rest)
+        return inner(*rest, **sampling)
 
-    monkeypatch.setattr(answers, "answer_tokens", stopping)
+    monkeypatch.setattr(talk, "generate_ids", stopping)
     return calls
 
 
-def test_a_stopped_run_goes_on_and_ends_with_the_same_file(answer, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_and_ends_with_the_same_file(answer, tmp_path, monkeypatch):
     flags = ("--batch-size", 2, "--temperature", 1.0)
     answer(*flags)
     whole = (tmp_path / "answers.jsonl").read_bytes()
@@ -140,18 +125,21 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_file(answer, tmp_path, mon
     with monkeypatch.context() as patched:
         stop_after(patched, 2)
         status, lines, printed = answer(*flags)
-    assert status == 130 and not lines and "the same command goes on from here" in printed
+    assert status == 130 and not lines and "rerun the same command to continue" in printed
     partial = tmp_path / "answers.jsonl.partial"
     text = partial.read_text()
     assert len(text.splitlines()) == 1 + 4
     partial.write_text(text[:-9])  # torn: one record of the second batch is lost
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        assert answer(*flags)[0] == 130
     calls = stop_after(monkeypatch, 9)
     status, _, printed = answer(*flags)
-    assert status == 0 and len(calls) == 2 and "wrote" in printed
+    assert status == 0 and len(calls) == 1 and "wrote" in printed
     assert (tmp_path / "answers.jsonl").read_bytes() == whole and not partial.exists()
 
 
-def test_a_run_with_other_settings_does_not_go_on(answer, data, tmp_path, monkeypatch):
+def test_a_run_with_other_settings_is_not_resumed(answer, data, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         stop_after(patched, 1)
         assert answer("--batch-size", 2)[0] == 130
@@ -168,39 +156,38 @@ def test_a_run_with_other_settings_does_not_go_on(answer, data, tmp_path, monkey
     data.write_text(before)
     partial = tmp_path / "answers.jsonl.partial"
     text = partial.read_text()
-    for foreign in ("3", '{"index": 1}', '{"index": "1", "answer": "x"}'):
+    for foreign in ("3", '{"index": 1}', '{"index": "1", "answer": "x"}',
+                    '{"index": 99, "answer": "x"}'):
         partial.write_text(text + foreign + "\n")
-        assert "is not of a stopped run" in answer()[2]
-    partial.write_text(text + '{"index": 99, "answer": "x"}\n')
-    assert "is not of a stopped run" in answer()[2]
+        assert "is not of a" in answer()[2]
     partial.write_text(text)
     assert answer("--batch-size", 3)[0] == 0  # which no answer depends on
 
 
-def test_what_cannot_be_answered_is_said_before_any_time_is_spent(
-        answer, weights, adapter, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(answers, "answer_tokens", lambda *_: pytest.fail("spent"))
+def test_impossible_flags_and_too_long_records_are_refused_before_the_first_answer(
+        weights, adapter, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(talk, "generate_ids", lambda *_, **__: pytest.fail("generated"))
 
     def attempt(*argv):
         return refused(capsys, talk, "--weights", weights, "--adapter", adapter, *argv)
 
-    ours = ("--data", data)
     out = ("--out", tmp_path / "o.jsonl")
-    assert "--data needs --out FILE" in attempt(*ours)
+    both = ("--data", data, *out)
+    assert "--data needs --out FILE" in attempt("--data", data)
     assert "--out needs --data FILE" in attempt("one", *out)
-    assert "give prompts or --data" in attempt("one", *ours, *out)
-    assert "--show-routing" in attempt(*ours, *out, "--show-routing")
-    assert "--batch-size must be at least 1" in attempt(*ours, *out, "--batch-size", 0)
-    assert "is the data itself" in attempt(*ours, "--out", data)
-    assert "is a folder" in attempt(*ours, "--out", tmp_path)
+    assert "give prompts or --data" in attempt("one", *both)
+    assert "--show-routing" in attempt(*both, "--show-routing")
+    assert "--batch-size must be at least 1" in attempt(*both, "--batch-size", 0)
+    assert "is the data itself" in attempt("--data", data, "--out", data)
+    assert "is a folder" in attempt("--data", data, "--out", tmp_path)
     assert "no data file" in attempt("--data", tmp_path / "absent", *out)
-    message = attempt(*ours, *out, "--max-seq-len", 16)
+    message = attempt(*both, "--max-seq-len", 16)
     assert "records.jsonl, line 1: the prompt's" in message
     assert "exceed --max-seq-len 16: shorten one of them" in message
     assert not (tmp_path / "o.jsonl").exists() and not (tmp_path / "o.jsonl.partial").exists()
 
 
-def test_a_record_that_cannot_be_used_is_skipped_and_named(answer, data):
+def test_an_unusable_record_is_skipped_and_named(answer, data):
     lines = data.read_text().splitlines()
     empty = json.dumps({"instruction": "", "response": "x"})
     data.write_text("\n".join([*lines * 2, empty]))
@@ -209,17 +196,16 @@ def test_a_record_that_cannot_be_used_is_skipped_and_named(answer, data):
     assert "records.jsonl: skipped: empty instruction (1 record); the first: line 11" in printed
 
 
-def test_a_second_run_into_one_file_is_refused(answer, tmp_path, capsys, monkeypatch):
-    inner, seen = answers.answer_tokens, []
+def test_a_second_run_into_one_file_is_refused(answer, tmp_path, monkeypatch):
+    inner, seen = talk.generate_ids, []
 
-    def meanwhile(*arguments):
-        if not seen:  # half way, the same command is sent again
-            seen.append("")
-            seen[0] = answer()[::2]
-        return inner(*arguments)
+    def meanwhile(*rest, **sampling):
+        if not seen:  # half way, the same command is given again
+            seen.append(None)
+            seen[0] = answer()
+        return inner(*rest, **sampling)
 
-    monkeypatch.setattr(answers, "answer_tokens", meanwhile)
+    monkeypatch.setattr(talk, "generate_ids", meanwhile)
     assert answer()[0] == 0
-    (status, printed), out = seen[0], tmp_path / "answers.jsonl"
-    assert status == 2 and f"generate.py: {out} is held by process" in printed
-    assert not Path(f"{out}.lock.pid").exists()
+    status, _, printed = seen[0]
+    assert status == 2 and f"generate.py: {tmp_path / 'answers.jsonl'} is held by" in printed

@@ -15,17 +15,19 @@ import sys
 import pytest
 import torch
 
-from hydralora import hydra_layers
 from tests.conftest import WORLD
-from tests.test_tools import make_adapter, refused, run, tuned
+from tests.test_tools import greedy, make_adapter, refused, run, slow_gates, tuned
 from tools import plot, routing_page
-from tools.answers import text_pieces
+from tools.generate import text_pieces
 
 FAMILIES = ("art", "law", "$x$ and $y$")
 
 
-def write_run(folder, families=FAMILIES, steps=150, base=6.0, heads=3, layers=2, log=None,
-              **settings):
+COLUMNS = ["step", "loss", "grad_norm", "lr", "tokens_per_second", "val_loss", "exact_match",
+           "kept_loss"]
+
+
+def write_run(folder, families=FAMILIES, steps=150, base=6.0, heads=3, every=0, **settings):
     """A run folder as train.py leaves it, with numbers that tell every place apart."""
     folder.mkdir(parents=True)
     settings = {"method": "hydralora", "heads": heads, "rank": 8, "alpha": 32.0, "dropout": 0.0,
@@ -40,7 +42,7 @@ def write_run(folder, families=FAMILIES, steps=150, base=6.0, heads=3, layers=2,
               "metrics": {**row(9, ""), "categories": {c: row(i, c)
                                                        for i, c in enumerate(families)}}}
     if heads > 1 and settings["method"] != "full":
-        names = [f"layers.{i}.feed_forward.{w}" for i in range(layers) for w in ("w1", "w2")]
+        names = [f"layers.{i}.feed_forward.{w}" for i in (0, 1) for w in ("w1", "w2")]
         names.append("output")
         tilt = {name: (3 - i) / 50 for i, name in enumerate(names)}
         result["routing"] = {
@@ -52,8 +54,10 @@ def write_run(folder, families=FAMILIES, steps=150, base=6.0, heads=3, layers=2,
     losses = [4 / (i + 1) + 0.3 + 0.2 * math.sin(9 * i) for i in range(steps)]
     with open(folder / "log.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["step", "loss", "grad_norm", "lr", "tokens_per_second"])
-        writer.writerows([i + 1, loss, 1, 1, 1] for i, loss in enumerate(losses))
+        writer.writerow(COLUMNS)
+        for step, loss in enumerate(losses, start=1):
+            found = [loss + 1, step / steps, loss + 2] if every and step % every == 0 else [""] * 3
+            writer.writerow([step, loss, 1, 1, 1, *found])
     return folder, result, losses
 
 
@@ -86,8 +90,33 @@ def test_the_losses_drawn_are_those_of_log_csv_thin_and_their_means_thick(tmp_pa
 
 
 def test_a_skipped_step_does_not_spoil_the_mean():
-    assert plot.smoothed([1.0, math.inf, 3.0], 1) == [1.0, 2.0, 3.0]
-    assert math.isnan(plot.smoothed([math.nan], 1)[0])
+    assert plot.moving_mean([1.0, math.inf, 3.0], 1) == [1.0, 2.0, 3.0]
+    assert math.isnan(plot.moving_mean([math.nan], 1)[0])
+
+
+def test_evaluations_during_a_run_are_points_over_its_loss_and_a_panel_of_exact_match(tmp_path):
+    a, _, losses = write_run(tmp_path / "a", every=50)
+    b, _, _ = write_run(tmp_path / "b", steps=40)
+    axes, _ = drawn(a, b)
+    ((title, (loss,)),) = [item for item in axes.items() if item[0].startswith("training loss")]
+    assert title == "training loss; diamonds: validation, hollow: texts to keep"
+    points = {line.get_markerfacecolor(): line for line in loss.get_lines()
+              if line.get_marker() == "D"}
+    assert points.keys() == {plot.COLOURS[0], "white"}
+    for colour, more in ((plot.COLOURS[0], 1), ("white", 2)):
+        assert list(points[colour].get_xdata()) == [50, 100, 150]
+        assert list(points[colour].get_ydata()) == [losses[i] + more for i in (49, 99, 149)]
+    (line,) = axes["exact match by step"][0].get_lines()
+    assert list(line.get_xdata()) == [50, 100, 150]
+    assert list(line.get_ydata()) == pytest.approx([100 / 3, 200 / 3, 100])
+    assert "exact match by step" not in drawn(b)[0]
+
+
+def test_a_log_from_before_evaluations_is_drawn(tmp_path):
+    folder, _, losses = write_run(tmp_path / "a")
+    rows = [line.split(",")[:5] for line in (folder / "log.csv").read_text().splitlines()]
+    (folder / "log.csv").write_text("\n".join(map(",".join, rows)) + "\n")
+    assert list(drawn(folder)[0]["training loss"][0].get_lines()[0].get_ydata()) == losses
 
 
 def test_every_family_has_the_loss_and_exact_match_of_the_base_and_each_run(tmp_path):
@@ -118,20 +147,21 @@ def test_runs_with_other_families_or_none_share_a_picture(tmp_path):
     a, _, _ = write_run(tmp_path / "a", families=("art", "law"))
     b, other, _ = write_run(tmp_path / "bb", families=("law", "sea"), base=2.0)
     c, _, _ = write_run(tmp_path / "ccc", families=())
-    axes, runs = drawn(a, b, c)
+    axes, runs = drawn(c, a, b)
     (loss,) = axes["validation loss"]
     assert [text.get_text() for text in loss.get_yticklabels()] == ["art", "law", "sea", "all"]
     marks = {line.get_label(): line for line in loss.get_lines() if line.get_marker() != "None"}
     bases = [label for label in marks if label.startswith("base of ")]
-    assert len(bases) == 2  # theirs differ; the base of the third is that of the first
-    assert list(marks[plot.plain(runs[1].label, 40)].get_xdata()) == [
+    # those of a and b differ; c's is that of a, which adds its families
+    assert [len(marks[label].get_xdata()) for label in bases] == [3, 3]
+    assert list(marks[plot.escape(runs[2].label, 40)].get_xdata()) == [
         other["metrics"]["categories"]["law"]["val_loss"],
         other["metrics"]["categories"]["sea"]["val_loss"], other["metrics"]["val_loss"]]
     (alone,) = drawn(c)[0]["validation loss"]
     assert [text.get_text() for text in alone.get_yticklabels()] == ["all"]
 
 
-def test_the_heat_map_is_the_most_divided_layer_of_each_run_with_a_router(tmp_path):
+def test_the_heat_map_is_the_most_specialised_layer_of_each_run_with_a_router(tmp_path):
     a, result, _ = write_run(tmp_path / "a")
     others = [write_run(tmp_path / "b", method="lora", heads=1)[0],
               write_run(tmp_path / "c", gate="uniform")[0],
@@ -181,14 +211,14 @@ def test_the_command_writes_a_picture_as_wide_as_a_readme_the_same_each_time(tmp
     assert capsys.readouterr().out.count("wrote ") == 2
 
 
-def test_without_matplotlib_one_line_says_so(tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_the_picture_is_refused_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     folder, _, _ = write_run(tmp_path / "a")
     line = refused(capsys, plot, folder, "--out", tmp_path / "a.png")
-    assert "matplotlib is not here" in line and not (tmp_path / "a.png").exists()
+    assert "matplotlib is not installed" in line and not (tmp_path / "a.png").exists()
 
 
-def test_what_is_no_run_is_refused(tmp_path, capsys):
+def test_a_folder_without_a_whole_run_is_refused(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     folder, result, _ = write_run(tmp_path / "a")
 
@@ -197,7 +227,7 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
 
     assert "must end in .png" in attempt("a.pdf")
     log = (folder / "log.csv").read_text()
-    for text in ("", log.splitlines()[0] + "\n", log + "x,y\n"):
+    for text in ("", log.splitlines()[0] + "\n", log + "151,much,,,,,,\n"):
         (folder / "log.csv").write_text(text)
         assert "run.json or log.csv is damaged" in attempt()
     (folder / "log.csv").write_text(log)
@@ -318,19 +348,6 @@ def contrast(a, b):
     return (high + 0.05) / (low + 0.05)
 
 
-def slow_gates(model, ids):
-    """{layer: gate (T, N)} by a loop over the tokens."""
-    seen = {}
-    handles = [layer.register_forward_hook(lambda layer, x, _, name=name: seen.update(
-        {name: torch.stack([(layer.router @ row).softmax(0) for row in x[0][0]])}))
-        for name, layer in hydra_layers(model).items()]
-    with torch.no_grad():
-        model(torch.tensor([ids]))
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
 def embedded(path):
     return re.search(r'<script type="application/json" id="data">(.*?)</script>',
                      path.read_text(encoding="utf-8"), re.S)[1]
@@ -351,20 +368,8 @@ def routed(weights, tokenizer, tmp_path):
     model, rows = tuned(weights, adapter), []
     for prompt in prompts:
         ids = tokenizer.encode(prompt, eos=True)
-        new = next(iter(answers_of(model, tokenizer, [ids], 5)))
-        rows.append((ids, new))
+        rows.append((ids, greedy(model, tokenizer, ids, 5)))
     return out, rows, [slow_gates(model, ids + new) for ids, new in rows]
-
-
-def answers_of(model, tokenizer, rows, count):
-    for ids in rows:
-        new = []
-        for _ in range(count):
-            token = model(torch.tensor([ids + new]))[0, -1].argmax().item()
-            if token == tokenizer.eos_id:
-                break
-            new.append(token)
-        yield new
 
 
 def test_the_page_holds_the_text_and_the_gates_of_prompt_and_answer(routed, tokenizer):
@@ -390,7 +395,7 @@ def test_the_page_holds_the_text_and_the_gates_of_prompt_and_answer(routed, toke
                           torch.stack([w.mean(0) for w in together.values()]), atol=6e-4)
 
 
-def test_a_hostile_prompt_stays_data(routed, tokenizer):
+def test_a_hostile_prompt_stays_text(routed, tokenizer):
     path, rows, _ = routed
     page = path.read_text(encoding="utf-8")
     assert "<" not in embedded(path) and page.count("<script") == 2
@@ -438,8 +443,7 @@ def test_in_a_browser_the_numbers_shown_are_the_gates_and_the_switches_work(
 def test_in_a_browser_keys_and_legend_work_and_text_is_text(routed, tokenizer, tmp_path):
     path, rows, gates = routed
     seen, _ = browse(path, tmp_path, 1280)
-    want = ["".join(list(text_pieces(tokenizer, part)))
-            for ids, new in rows for part in (ids, new)]
+    want = ["".join(text_pieces(tokenizer, part)) for row in rows for part in row]
     assert "".join(seen["pieces"]) == "".join(want).replace("\n", "↵")
     assert seen["focused"] == 2 and seen["stops"] == 2  # one for each text
     assert seen["ended"] == sum(map(len, rows[0])) - 1

@@ -119,11 +119,11 @@ def test_a_format_refuses_a_setting_that_it_cannot_hold(tool, monkeypatch):
     monkeypatch.setattr(HydraSettings, "new", 0, raising=False)
     for name in [*SETTINGS, "new"]:
         value = 1 if name == "new" else other(name)
-        if name in tool.SETTINGS_HELD:
-            hf_layout.check_settings({name: value}, tool.SETTINGS_HELD, "it")
+        if name in tool.SUPPORTED:
+            hf_layout.check_settings({name: value}, tool.SUPPORTED, "it")
         else:
             with pytest.raises(ValueError, match=f"{name} is"):
-                hf_layout.check_settings({name: value}, tool.SETTINGS_HELD, "it")
+                hf_layout.check_settings({name: value}, tool.SUPPORTED, "it")
         hf_layout.check_settings({name: getattr(HydraSettings, name)}, (), "it")
 
 
@@ -156,7 +156,7 @@ def test_every_method_runs_through_every_tool(method, place, tmp_path, capsys):
     adapter = str(tmp_path / "run" / "adapter.pt")
     assert to_lora.main([adapter, str(tmp_path / "lora"), "--weights", weights, "--constant",
                          "uniform", "--val-data", data, "--device", "cpu"]) == 0
-    held = train.METHODS[method].keys() <= set(official_adapter.SETTINGS_HELD)
+    held = train.METHODS[method].keys() <= set(official_adapter.SUPPORTED)
     status = official_adapter.main([adapter, str(tmp_path / "theirs"), "--weights", weights])
     assert status == (0 if held else 2), capsys.readouterr().err
     model, _ = load_llama(weights)

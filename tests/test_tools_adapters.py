@@ -1,5 +1,5 @@
-"""tools/official_adapter.py, tools/to_lora.py, tools/generate.py. What compares with transformers
-and peft is in test_tools_hf.py."""
+"""tools.official_adapter, tools.to_lora, and tools.generate with prompts. test_tools_hf.py compares
+with transformers and peft."""
 
 import json
 import os
@@ -9,16 +9,18 @@ import sys
 import pytest
 import torch
 
-from hydralora import hydra_layers
 from model import generate, load_llama
 from tests.conftest import ROOT, WORLD
 from tests.test_tools import (
     Evil,
+    greedy,
     make_adapter,
     official_folder,
     refused,
     run,
     safetensors_bytes,
+    slow_answer,
+    slow_gates,
     tokens,
     tuned,
     without,
@@ -32,36 +34,18 @@ from tools import generate as talk
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj", "lm_head")
 
 
-@pytest.mark.parametrize("targets", [("gate_proj", "down_proj", "up_proj"), ALL], ids=len)
-def test_their_adapter_comes_back_exactly(model, weights, tmp_path, targets):
-    before = official_folder(tmp_path / "theirs", model, targets)
+@pytest.mark.parametrize("targets, dtype", [
+    (("gate_proj", "down_proj", "up_proj"), torch.bfloat16), (ALL, torch.float32)], ids=str)
+def test_their_adapter_comes_back_exactly_from_our_format(model, weights, tmp_path, targets, dtype):
+    before = official_folder(tmp_path / "theirs", model, targets, dtype=dtype)
     for source, out in [("theirs", "ours.pt"), ("ours.pt", "again")]:
         assert run(official_adapter, tmp_path / source, tmp_path / out, "--weights", weights) == 0
     after = torch.load(tmp_path / "again" / "adapter_model.bin", weights_only=True)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text())
-               for name in ("theirs", "again")]
-    assert {**configs[1], "base_model_name_or_path": 0} == {**configs[0],
-                                                            "base_model_name_or_path": 0}
-
-
-def test_our_adapter_comes_back_exactly_through_their_format(weights, tmp_path):
-    make_adapter(weights, tmp_path / "a.pt", targets=("wq", "wk", "w2"), dropout=0.1)
-    run(official_adapter, tmp_path / "a.pt", tmp_path / "theirs", "--weights", weights)
-    run(official_adapter, tmp_path / "theirs", tmp_path / "b.pt", "--weights", weights)
-    a, b = (torch.load(tmp_path / name, weights_only=True) for name in ("a.pt", "b.pt"))
-    assert {**a["config"], "targets": sorted(a["config"]["targets"])} == {
-        **b["config"], "targets": sorted(b["config"]["targets"])}
-    assert all(torch.equal(a["tensors"][name], b["tensors"][name]) for name in a["tensors"])
-
-
-def test_a_bf16_adapter_of_theirs_keeps_its_numbers(model, weights, tmp_path):
-    tensors = official_folder(tmp_path / "theirs", model, dtype=torch.bfloat16)
-    run(official_adapter, tmp_path / "theirs", tmp_path / "a.pt", "--weights", weights)
-    layer = tuned(weights, tmp_path / "a.pt").layers[0].feed_forward.w1
-    want = tensors["base_model.model.model.layers.0.mlp.gate_proj.lora_B2.weight"]
-    assert layer.lora_B.dtype == torch.float32 and torch.equal(layer.lora_B[2], want.float())
+    assert before.keys() == after.keys() and after.popitem()[1].dtype == torch.float32
+    assert all(torch.equal(before[name].float(), tensor) for name, tensor in after.items())
+    want, got = (json.loads((tmp_path / name / "adapter_config.json").read_text())
+                 for name in ("theirs", "again"))
+    assert got == {**want, "base_model_name_or_path": "weights"}
 
 
 @pytest.mark.parametrize("settings", [{"heads": 1}, {"heads": 3, "gate": "uniform"}], ids=str)
@@ -79,7 +63,7 @@ def rename(tensors, old, new):
 
 @pytest.mark.parametrize("config, change, message", [
     ({"lora_nums": None}, None, "lora_nums is None"),
-    ({"r": 10**7}, None, "says r 10000000 and lora_nums 3; .* rank \\[4\\] and 3 heads"),
+    ({"r": 10**7}, None, "has r 10000000 and lora_nums 3; .* rank .4. and 3 heads"),
     ({"lora_nums": 5}, None, "lora_nums 5; the tensors beside it have rank .4. and 3 heads"),
     ({"lora_alpha": float("nan")}, None, "it holds NaN"),
     ({"lora_alpha": None}, None, "lora_alpha is None"),
@@ -87,14 +71,14 @@ def rename(tensors, old, new):
     ({"lora_dropout": 1.5}, None, "dropout must be in"),
     ({"target_modules": "all-linear"}, None, "target_modules is 'all-linear'"),
     ({"target_modules": ["gate_proj", "c_attn"]}, None, "c_attn"),
-    ({"target_modules": ["gate_proj", "up_proj"]}, None, "does not fit its config"),
+    ({"target_modules": ["gate_proj", "up_proj"]}, None, "fit its config: missing .., extra"),
     ({"bias": "all"}, None, "bias is 'all'"),
     ({"modules_to_save": ["embed_tokens"]}, None, "modules_to_save is"),
     ({"fan_in_fan_out": True}, None, "fan_in_fan_out is True"),
-    ({}, lambda t: without(t, next(iter(t))), "lora_A.weight'.* missing, extra or mis-shaped"),
-    ({}, lambda t: rename(t, "layers.1.", "layers.7."), "missing, extra or mis-shaped"),
-    ({}, lambda t: {name: x[..., :8] for name, x in t.items()}, "mis-shaped"),
-    ({}, lambda t: {name: x.to(torch.int8) for name, x in t.items()}, "torch.int8"),
+    ({}, lambda t: without(t, next(iter(t))), r"missing \['.*lora_A.weight'\], extra \[\]"),
+    ({}, lambda t: rename(t, "layers.1.", "layers.7."), "missing .*layers.1.* extra .*layers.7"),
+    ({}, lambda t: {name: x[..., :8] for name, x in t.items()}, r"\(4, 8\), .* asks for \(4, 32\)"),
+    ({}, lambda t: {name: x.to(torch.int8) for name, x in t.items()}, "not a plain tensor"),
     ({}, lambda t: {"a": Evil(ROOT / "owned")}, "not a file of tensors alone"),
 ])
 def test_a_foreign_adapter_is_refused_with_its_reason(model, weights, tmp_path, capsys, config,
@@ -108,9 +92,10 @@ def test_a_foreign_adapter_is_refused_with_its_reason(model, weights, tmp_path, 
     assert not (ROOT / "owned").exists()
 
 
-def test_what_is_no_adapter_of_theirs_or_ours_is_refused(model, weights, tmp_path, capsys):
-    def attempt(source, out="out"):
-        return refused(capsys, official_adapter, source, tmp_path / out, "--weights", weights)
+def test_a_file_that_is_neither_adapter_is_refused(model, weights, tmp_path, capsys):
+    def attempt(source, out="out", *flags):
+        return refused(capsys, official_adapter, source, tmp_path / out, "--weights", weights,
+                       *flags)
 
     assert "holds no adapter_model.bin" in attempt(weights)
     assert "is not an adapter of this project" in attempt(weights / "consolidated.00.pth")
@@ -119,6 +104,8 @@ def test_what_is_no_adapter_of_theirs_or_ours_is_refused(model, weights, tmp_pat
     assert "an A for every head" in attempt(tmp_path / "split.pt")
     official_folder(tmp_path / "theirs", model)
     assert "exists already" in attempt(tmp_path / "theirs", "split.pt")
+    assert "--base is written into their format" in attempt(tmp_path / "theirs", "a.pt", "--base",
+                                                            "x")
     config = tmp_path / "theirs" / "adapter_config.json"
     config.write_text('{"peft_type": "LORA", "r": 4}')
     assert "no lora_nums: an ordinary LoRA" in attempt(tmp_path / "theirs")
@@ -151,7 +138,7 @@ TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 @pytest.mark.parametrize("settings", [
     {"heads": 1}, {"heads": 1, "alpha": 5.0}, {"heads": 3, "gate": "uniform"},
     {"heads": 3, "gate": "uniform", "share_a": False}], ids=str)
-def test_what_a_single_lora_can_say_is_exported_exactly(weights, tmp_path, capsys, settings):
+def test_one_head_and_the_uniform_gate_are_exported_exactly(weights, tmp_path, capsys, settings):
     path = make_adapter(weights, tmp_path / "a.pt", TARGETS, **settings)
     assert run(to_lora, path, tmp_path / "lora", "--weights", weights) == 0
     assert "exact: " in capsys.readouterr().out
@@ -160,7 +147,8 @@ def test_what_a_single_lora_can_say_is_exported_exactly(weights, tmp_path, capsy
     assert torch.allclose(got, want, atol=1e-4 * want.abs().max().item())
 
 
-RECORDS = [{"instruction": f"What is {i} plus {i}?", "response": f"It is {2 * i}."}
+RECORDS = [{"instruction": f"What is {i} plus {i}?", "response": f"It is {2 * i}.",
+            "category": "ab"[i % 2]}
            for i in range(40)]
 
 
@@ -225,7 +213,7 @@ def test_the_calibrated_gate_is_the_mean_over_every_token_of_the_data(
                           atol=1e-6)
 
 
-def test_a_learned_gate_is_not_exported_without_saying_how(weights, records, tmp_path, capsys):
+def test_a_learned_gate_is_not_exported_without_a_constant(weights, records, tmp_path, capsys):
     path = make_adapter(weights, tmp_path / "a.pt")
 
     def attempt(*more):
@@ -269,17 +257,6 @@ def test_a_raw_prompt_streams_what_generate_returns(weights, adapter, tokenizer,
     assert want[0].startswith(" ")  # a piece carries its own space
 
 
-def slow_answer(model, tokenizer, prompt, count):
-    """No cache: BOS, prompt, EOS, then the likeliest token, decoded apart from the prompt."""
-    ids, new = tokenizer.encode(prompt, eos=True), []
-    for _ in range(count):
-        token = model(torch.tensor([ids + new]))[0, -1].argmax().item()
-        if token == tokenizer.eos_id:
-            break
-        new.append(token)
-    return tokenizer.decode(new).removesuffix("\ufffd")
-
-
 def test_compare_answers_an_instruction_with_the_base_and_with_the_adapter(
         weights, adapter, tokenizer, capsys):
     out = spoken(capsys, "What is 3?", "--weights", weights, "--adapter", adapter, "--compare",
@@ -292,13 +269,13 @@ def test_compare_answers_an_instruction_with_the_base_and_with_the_adapter(
         f"> What is 3?\nanswer:   {base}\n\n")
 
 
-def test_a_character_is_printed_when_its_last_byte_has_come(tokenizer):
+def test_a_character_is_printed_when_its_last_byte_is_known(tokenizer):
     ids = tokenizer.encode("naïve 😀!", bos=False)
-    pieces = list(talk.text_pieces(tokenizer, ids))
+    pieces = talk.text_pieces(tokenizer, ids)
     assert "".join(pieces) == "naïve 😀!" and "😀" in pieces and "" in pieces
+    assert talk.text_of(tokenizer, ids[:-2]) == "naïve "  # the last byte of the 😀 is missing
     before = tokenizer.encode("the old")
-    assert "".join(talk.text_pieces(tokenizer, tokenizer.encode("cook", bos=False), before)) == (
-        " cook")
+    assert talk.text_pieces(tokenizer, tokenizer.encode("cook", bos=False), before)[0][0] == " "
 
 
 def test_sampling_follows_its_flags(weights, capsys):
@@ -310,35 +287,19 @@ def test_sampling_follows_its_flags(weights, capsys):
     assert draw(*hot, "--top-p", 1e-6) == draw()
 
 
-@pytest.fixture
-def routed(weights, adapter, tokenizer):
-    """What --show-routing should say of a text, token by token."""
-    model, seen = tuned(weights, adapter), {}
-    prompt = tokenizer.encode("What is 3?", eos=True)
-    new = []
-    for _ in range(6):
-        new.append(model(torch.tensor([prompt + new]))[0, -1].argmax().item())
-    handles = [layer.register_forward_hook(
-        lambda layer, x, _, name=name: seen.update(
-            {name: torch.stack([(layer.router @ row).softmax(0) for row in x[0][0]])}))
-        for name, layer in hydra_layers(model).items()]
-    model(torch.tensor([prompt + new]))
-    for handle in handles:
-        handle.remove()
-    divided = max(seen, key=lambda name: seen[name].std(0).mean())
-    return seen, divided, prompt, new
-
-
 def test_show_routing_marks_each_token_by_its_strongest_head(
-        weights, adapter, tokenizer, capsys, routed, monkeypatch):
-    gates, divided, prompt, new = routed
+        weights, adapter, tokenizer, capsys, monkeypatch):
+    model, prompt = tuned(weights, adapter), tokenizer.encode("What is 3?", eos=True)
+    new = greedy(model, tokenizer, prompt, 6)
+    gates = slow_gates(model, prompt + new)
+    layer = max(gates, key=lambda name: gates[name].std(0).mean())
     argv = ["What is 3?", "--weights", weights, "--adapter", adapter, "--show-routing",
             "--max-new-tokens", 6]
     out = spoken(capsys, *argv)
     assert "\033[" not in out  # not a terminal
     legend, text = out.split("\n\n")[1].split("\n", 1)
-    assert f"in {divided}," in legend and "[1]head 1 [2]head 2 [3]head 3" in legend
-    heads, want, last = gates[divided].argmax(-1).tolist(), "", None
+    assert f"in {layer}," in legend and "[1]head 1 [2]head 2 [3]head 3" in legend
+    heads, want, last = gates[layer].argmax(-1).tolist(), "", None
     pieces = [*talk.text_pieces(tokenizer, prompt), *talk.text_pieces(tokenizer, new)]
     for i, (head, piece) in enumerate(zip(heads, pieces, strict=True)):
         want += " | " if i == len(prompt) else ""
@@ -360,7 +321,7 @@ def test_show_routing_marks_each_token_by_its_strongest_head(
     assert spoken(capsys, *argv) == out
 
 
-def test_without_flags_it_answers_records_of_the_world_with_the_first_commands_adapter(
+def test_without_flags_the_first_commands_adapter_answers_records_of_the_world(
         tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "make it with `python train.py --heads 3 --rank 8`" in refused(capsys, talk)
@@ -371,7 +332,7 @@ def test_without_flags_it_answers_records_of_the_world_with_the_first_commands_a
     assert out.count("> ") == out.count("\nexpected: ") == out.count("\nadapter:  ") == 2
 
 
-def test_what_generate_cannot_do_is_said_in_one_line(weights, adapter, tmp_path, capsys):
+def test_generate_refuses_impossible_flags_in_one_line(weights, adapter, tmp_path, capsys):
     def attempt(*argv):
         return refused(capsys, talk, "one", *argv)
 
@@ -393,8 +354,8 @@ def test_what_generate_cannot_do_is_said_in_one_line(weights, adapter, tmp_path,
     assert "another base model" in attempt("--adapter", adapter)
     assert "has no params.json" in attempt("--weights", tmp_path)
     assert "--device nonsense cannot be used" in attempt(*ours, "--device", "nonsense")
-    assert "--temperature not negative" in attempt(*ours, "--temperature", -1)
-    assert "--top-p above 0" in attempt(*ours, "--top-p", 0)
+    assert "--temperature must be at least 0" in attempt(*ours, "--temperature", -1)
+    assert "--top-p must be above 0" in attempt(*ours, "--top-p", 0)
     assert "give a prompt" in refused(capsys, talk, *ours)
 
 
@@ -403,37 +364,25 @@ def test_generate_runs_in_bf16(weights, adapter, capsys):
                                 "--dtype", "bf16", "--max-new-tokens", 2)
 
 
-def test_pefts_config_names_the_base_and_a_tied_output_is_warned_about(weights, tmp_path, capsys):
+@pytest.mark.parametrize("tool", [official_adapter, to_lora])
+def test_the_adapters_config_names_the_base(weights, tmp_path, capsys, tool):
+    make_adapter(weights, tmp_path / "a.pt", heads=1)
+    for flags, want in (([], "weights"), (["--base", "me/my-llama"], "me/my-llama")):
+        out = tmp_path / f"out {len(flags)}"
+        assert run(tool, tmp_path / "a.pt", out, "--weights", weights, *flags) == 0
+        assert f'for the base model "{want}" (--base names another)' in capsys.readouterr().out
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == want
+
+
+def test_a_lora_on_a_tied_output_gets_a_warning(weights, tmp_path, capsys):
     make_adapter(weights, tmp_path / "a.pt", ("output",), heads=1)
-
-    def config_of(name, *flags):
-        assert run(to_lora, tmp_path / "a.pt", tmp_path / name, "--weights", weights, *flags) == 0
-        text = (tmp_path / name / "adapter_config.json").read_text()
-        return json.loads(text)["base_model_name_or_path"]
-
-    assert config_of("one") == "weights"
-    out = capsys.readouterr().out
-    assert "for the base weights (--base names another)" in out and "warning" not in out
-    assert config_of("two", "--base", "me/my-llama") == "me/my-llama"
+    run(to_lora, tmp_path / "a.pt", tmp_path / "one", "--weights", weights)
+    assert "warning" not in capsys.readouterr().out
     shard = torch.load(weights / "consolidated.00.pth", weights_only=True)
     (weights / "consolidated.00.pth").unlink()
     torch.save({**shard, "output.weight": shard["tok_embeddings.weight"].clone()},
                weights / "consolidated.00.pth")
     make_adapter(weights, tmp_path / "a.pt", ("output",), heads=1)
-    capsys.readouterr()
-    config_of("three")
+    run(to_lora, tmp_path / "a.pt", tmp_path / "two", "--weights", weights)
     assert "warning: the base's output layer equals its embedding" in capsys.readouterr().out
-
-
-def test_the_authors_config_names_the_base_too_and_an_adapter_has_no_place_for_it(
-        weights, tmp_path, capsys):
-    make_adapter(weights, tmp_path / "a.pt")
-    for name, flags, want in (("one", [], "weights"), ("two", ["--base", "me/llama"], "me/llama")):
-        assert run(official_adapter, tmp_path / "a.pt", tmp_path / name, "--weights", weights,
-                   *flags) == 0
-        assert f"tensors, for the base {want} (--base names" in capsys.readouterr().out
-        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
-        assert config["base_model_name_or_path"] == want
-    assert "--base is written into their format" in refused(
-        capsys, official_adapter, tmp_path / "one", tmp_path / "b.pt", "--weights", weights,
-        "--base", "x")

@@ -10,7 +10,15 @@ import torch
 
 from model import load_llama, save_llama
 from tests.conftest import WORLD, asset
-from tests.test_tools import make_adapter, official_folder, run, tokens, tuned
+from tests.test_tools import (
+    make_adapter,
+    official_folder,
+    run,
+    same_bytes,
+    tokens,
+    tuned,
+    write_weights,
+)
 from tests.test_tools_adapters import RECORDS, loss_of, losses
 from tools import export_hf, import_hf, official_adapter, to_lora
 
@@ -47,22 +55,14 @@ def make_model(shape, seed=0):
 
 
 def save(model, folder, files=1, kind="safetensors"):
-    """The folder that transformers writes; as pickles, and in so many files, as it used to be."""
+    """The folder that transformers writes, or the same in other files as it used to be; returns the
+    state."""
     model.save_pretrained(folder)
     shutil.copy(TOKENIZER, folder / "tokenizer.model")
     state = safetensors.load_file(folder / "model.safetensors")
-    if files == 1 and kind == "safetensors":
-        return state
-    (folder / "model.safetensors").unlink()
-    stem = "model" if kind == "safetensors" else "pytorch_model"
-    weight_map = {}
-    for i in range(files):
-        name = f"{stem}-{i + 1:05d}-of-{files:05d}.{kind}" if files > 1 else f"{stem}.{kind}"
-        part = {key: state[key] for key in list(state)[i::files]}
-        weight_map.update(dict.fromkeys(part, name))
-        (safetensors.save_file if kind == "safetensors" else torch.save)(part, folder / name)
-    if files > 1:
-        (folder / f"{stem}.{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    if files > 1 or kind == "bin":
+        (folder / "model.safetensors").unlink()
+        write_weights(folder, state, files, kind)
     return state
 
 
@@ -86,23 +86,9 @@ def test_an_imported_model_has_transformers_logits_and_comes_back_byte_for_byte(
     assert ours.std() > 0.3  # logits that could differ
 
     assert run(export_hf, tmp_path / "meta", tmp_path / "back") == 0
-    after = safetensors.load_file(tmp_path / "back" / "model.safetensors")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8))
-               for name in before)
+    assert same_bytes(before, safetensors.load_file(tmp_path / "back" / "model.safetensors"))
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back")
     assert torch.equal(logits(again, ids), logits(hf, ids))
-
-
-def test_a_bf16_model_keeps_its_bytes(tmp_path):
-    before = save(make_model("TinyLlama").bfloat16(), tmp_path / "hf")
-    run(import_hf, tmp_path / "hf", tmp_path / "meta")
-    run(export_hf, tmp_path / "meta", tmp_path / "back")
-    after = safetensors.load_file(tmp_path / "back" / "model.safetensors")
-    assert {t.dtype for t in after.values()} == {torch.bfloat16}
-    assert before.keys() == after.keys() and all(
-        torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8))
-        for name in before)
 
 
 def test_stories260k_tells_its_story_in_transformers(tmp_path):
@@ -112,8 +98,7 @@ def test_stories260k_tells_its_story_in_transformers(tmp_path):
     model, tokenizer = load_llama(folder)
     want = (folder / "expected_greedy.txt").read_text(encoding="utf-8")
     ids = torch.tensor([tokenizer.encode(want)])
-    told = logits(hf, ids)[0, :-1].argmax(-1).tolist()
-    assert told == ids[0, 1:].tolist()
+    assert logits(hf, ids)[0, :-1].argmax(-1).tolist() == ids[0, 1:].tolist()
     assert (logits(hf, ids) - model(ids)).abs().max() < 1e-4
 
 
@@ -182,6 +167,16 @@ def hf_weights(tmp_path):
     return tmp_path / "meta"
 
 
+def check_against_peft(tmp_path, weights, adapter, model=None):
+    """Asserts that a model of PEFT has the logits of our adapter; returns them."""
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        want = tuned(weights, adapter)(ids)
+    got = logits(model or peft_model(tmp_path), ids)
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    return want
+
+
 ALL = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
@@ -193,10 +188,7 @@ ALL = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 def test_the_exported_lora_has_our_logits_in_peft(hf_weights, tmp_path, targets, settings):
     path = make_adapter(hf_weights, tmp_path / "a.pt", targets, **settings)
     assert run(to_lora, path, tmp_path / "lora", "--weights", hf_weights) == 0
-    ids = tokens(2, 20)
-    with torch.no_grad():
-        want = tuned(hf_weights, path)(ids)
-    assert (logits(peft_model(tmp_path), ids) - want).abs().max() < 1e-4 * want.abs().max()
+    check_against_peft(tmp_path, hf_weights, path)
 
 
 @pytest.mark.slow
@@ -221,27 +213,21 @@ def test_pefts_automatic_classes_find_the_base(hf_weights, tmp_path):
     path = make_adapter(hf_weights, tmp_path / "a.pt", ALL, heads=1)
     assert run(to_lora, path, tmp_path / "lora", "--weights", hf_weights, "--base",
                tmp_path / "hf") == 0
-    ids = tokens(2, 20)
-    with torch.no_grad():
-        want = tuned(hf_weights, path)(ids)
-    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").eval()
-    assert (logits(theirs, ids) - want).abs().max() < 1e-4 * want.abs().max()
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").eval()
+    check_against_peft(tmp_path, hf_weights, path, model)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_lora_on_a_tied_output_is_right_unmerged_and_wrong_merged(tmp_path, capsys):
-    """Why to_lora warns, and does not refuse: what it writes is right as long as it stays apart."""
+    """Why to_lora warns instead of refusing: its LoRA is right as long as it is not merged."""
     pytest.importorskip("peft", reason="needs requirements-optional.txt")
     save(make_model("SmolLM"), tmp_path / "hf")
     run(import_hf, tmp_path / "hf", tmp_path / "meta")
     path = make_adapter(tmp_path / "meta", tmp_path / "a.pt", ("output",), heads=1)
     assert run(to_lora, path, tmp_path / "lora", "--weights", tmp_path / "meta") == 0
     assert "use it unmerged" in capsys.readouterr().out
-    ids = tokens(2, 20)
-    with torch.no_grad():
-        want = tuned(tmp_path / "meta", path)(ids)
     theirs = peft_model(tmp_path)
-    assert (logits(theirs, ids) - want).abs().max() < 1e-4 * want.abs().max()
-    merged = theirs.merge_and_unload()
-    assert (logits(merged, ids) - want).abs().max() > 0.1 * want.abs().max()
+    want = check_against_peft(tmp_path, tmp_path / "meta", path, theirs)
+    merged = logits(theirs.merge_and_unload(), tokens(2, 20))
+    assert (merged - want).abs().max() > 0.1 * want.abs().max()

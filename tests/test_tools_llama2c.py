@@ -52,7 +52,7 @@ def numbers(model, vocab):
 
 def write_legacy(model, path, tied):
     """The .bin of llama2.c's first export: the vocabulary's sign says whether the output is
-    tied, and tables of rotary embedding stand before an output of its own."""
+    tied, and tables of rotary embedding come before an output of its own."""
     args = model.args
     tables = torch.full((2, args.max_seq_len, args.dim // args.n_heads // 2), 0.5)
     path.write_bytes(numbers(model, args.vocab_size if tied else -args.vocab_size) + floats(
@@ -92,7 +92,7 @@ def test_an_imported_checkpoint_is_the_model_bit_for_bit(tmp_path, form, tied):
     assert torch.equal(loaded(tokens(2, 9)), model(tokens(2, 9)))
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
     assert loaded.args.max_seq_len == 128 and tokenizer.vocab_size == 768
-    with torch.no_grad():  # full fine-tuning must not move both at once
+    with torch.no_grad():  # full fine-tuning must not change both at once
         loaded.output.weight.add_(1)
     assert torch.equal(loaded.tok_embeddings.weight, model.tok_embeddings.weight)
     assert sorted(os.listdir(tmp_path)) == [path.name, "meta"]
@@ -152,16 +152,16 @@ def of_content(content):
 @pytest.mark.parametrize("write, message", [
     (lambda path: path / "absent.pt", "there is no file"),
     (of_content([1]), "has no model and model_args"),
-    (of_content({"model": {}, "model_args": {}}), "do not fit its model_args: a layer is missing"),
+    (of_content({"model": {}, "model_args": {}}), "has no layers.0.feed_forward.w1.weight"),
     (of_content({"model": {"a": 1}, "model_args": {}}), "a.pt: 'a' is int, not a tensor"),
     (of_content({"model_args": Evil("trap")}), "is not a checkpoint of llama2.c"),
-    (of_pt(n_layers=3), "do not fit its model_args: ['layers.2"),
+    (of_pt(n_layers=3), "do not fit its config: missing ['layers.2"),
     (of_pt(n_layers=10**6), "a layer is missing"), (of_pt(dim="32"), "dim is '32'"),
-    (of_pt(n_heads=5), "cannot be divided over 5 heads"), (of_pt(n_kv_heads=3), "3 key/value"),
-    (of_pt(vocab_size=769), "['output.weight', 'tok_embeddings.weight'] missing"),
+    (of_pt(n_heads=5), "an even multiple of n_heads 5"), (of_pt(n_kv_heads=3), "of n_kv_heads 3"),
+    (of_pt(vocab_size=769), "is (768, 32), its config asks for (769, 32)"),
     (of_pt(vocab_size=None), "vocab_size is None"),
-    (of_state(lambda s: s.pop("norm.weight")), "['norm.weight'] missing"),
-    (of_state(lambda s: s.update(more=torch.ones(1))), "['more'] missing, extra"),
+    (of_state(lambda s: s.pop("norm.weight")), "missing ['norm.weight'], extra []"),
+    (of_state(lambda s: s.update(more=torch.ones(1))), "missing [], extra ['more']"),
     (of_bin(lambda b: b[:-1]), "ends before freqs_sin: it is cut short"),
     (of_bin(lambda b: b[:1000]), "ends before tok_embeddings.weight"),
     (of_bin(lambda b: b + b"\0\0"), "2 bytes after its last tensor"),
@@ -172,7 +172,7 @@ def of_content(content):
     (lambda path: write_version_1(tied_model(), path.with_suffix(".bin"), True, version=2),
      "version 2, which is quantised"),
 ])
-def test_what_is_no_checkpoint_of_llama2c_is_refused_and_nothing_is_written(
+def test_a_file_that_is_no_checkpoint_of_llama2c_is_refused_and_nothing_is_written(
         tmp_path, monkeypatch, capsys, write, message):
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "a")
@@ -182,7 +182,7 @@ def test_what_is_no_checkpoint_of_llama2c_is_refused_and_nothing_is_written(
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path, capsys):
+def test_the_tokenizer_of_another_model_is_refused(tmp_path, capsys):
     path = write_pt(tied_model(vocab_size=700), tmp_path / "a.pt",
                     shape={**SHAPE, "vocab_size": 700})
     binary = tmp_path / "tok512.bin"

@@ -1,1 +1,1 @@
-"""Converters, and ways to talk to a model: python -m tools.NAME --help says what each does."""
+"""Converters, and ways to talk to a model; python -m tools.NAME --help describes each."""

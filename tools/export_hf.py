@@ -1,12 +1,13 @@
-"""A checkpoint in Meta's layout becomes a Hugging Face folder: the way back from import_hf.py.
+"""A checkpoint in Meta's layout becomes a Hugging Face folder: import_hf.py reversed.
 
     python -m tools.export_hf runs/full my-llama       # what train.py --method full wrote
 
-The same model (Touvron et al. 2023, section 2.2) for everything that reads transformers' layout.
-Tensors are written one at a time; what import_hf.py took from a folder comes back byte for byte. An
-output layer that equals the embedding is left out and tied, as Hugging Face does. A checkpoint in
-several shards is merged in memory first. tokenizer_config.json makes AutoTokenizer (which needs
-protobuf to read a tokenizer.model) put BOS in front; without it, it leaves BOS out in silence.
+The same model (Touvron et al. 2023, section 2.2) for everything that reads
+transformers' layout. Tensors are written one at a time; what import_hf.py took from a
+folder comes back byte for byte. An output layer that equals the embedding is left out
+and tied, as Hugging Face does. A checkpoint in several shards is merged in memory
+first. tokenizer_config.json makes AutoTokenizer (which needs protobuf to read a
+tokenizer.model) put BOS in front; without that file it leaves BOS out silently.
 """
 
 import shutil
@@ -16,14 +17,14 @@ from pathlib import Path
 import torch
 
 from model import load_llama
-from support.cli import Parser, run_script
-from support.diagnose import explained, model_length, stated_length
+from support.cli import Parser, report_failure, start_script
+from support.diagnose import model_length, stated_length
 from support.files import atomic_dir, write_json
 from tools.hf_layout import hf_rows, rotary_heads, tensor_names, write_safetensors
 
 
 def config_of(args, tokenizer, tied, dtype):
-    """The config.json of a model, in the keys that every version of transformers reads."""
+    """The config.json of a model, with keys that every version of transformers reads."""
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         "hidden_size": args.dim, "intermediate_size": args.ffn_dim,
@@ -36,8 +37,8 @@ def config_of(args, tokenizer, tied, dtype):
 
 
 def tokenizer_config_of(tokenizer):
-    """Tells AutoTokenizer which tokenizer this is. In transformers 5 it gives our ids but for texts
-    that begin with a space."""
+    """The tokenizer_config.json by which AutoTokenizer knows the tokenizer. In
+    transformers 5 its ids equal ours, except for texts that begin with a space."""
     piece = tokenizer.model.id_to_piece
     return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
             "bos_token": piece(tokenizer.bos_id), "eos_token": piece(tokenizer.eos_id),
@@ -45,12 +46,12 @@ def tokenizer_config_of(tokenizer):
 
 
 def export_folder(source, out):
-    """Writes the checkpoint in `source` to the new folder `out` in Hugging Face's layout, every
-    number in its dtype. Raises ValueError or OSError, leaving nothing behind."""
+    """Writes the checkpoint in `source` to the new folder `out`, every number in its
+    dtype. Raises ValueError or OSError and then leaves nothing behind."""
     with atomic_dir(out) as folder:
-        with explained(weights=source):
-            model, tokenizer = load_llama(source)
+        model, tokenizer = load_llama(source)
         state = dict(model.named_parameters())
+        dtype = state["tok_embeddings.weight"].dtype
         tied = torch.equal(state["output.weight"], state["tok_embeddings.weight"])
         if tied:
             del state["output.weight"]
@@ -59,8 +60,7 @@ def export_folder(source, out):
         write_safetensors(folder / "model.safetensors",
                           {names[name]: weight for name, weight in state.items()},
                           lambda name, weight: hf_rows(weight, heads[name]))
-        write_json(folder / "config.json", config_of(model.args, tokenizer, tied,
-                                                     model.tok_embeddings.weight.dtype))
+        write_json(folder / "config.json", config_of(model.args, tokenizer, tied, dtype))
         write_json(folder / "tokenizer_config.json", tokenizer_config_of(tokenizer))
         shutil.copyfile(Path(source) / "tokenizer.model", folder / "tokenizer.model")
     print(f"wrote {out}: {len(state)} tensors{', output tied to the embedding' if tied else ''}")
@@ -70,12 +70,16 @@ def export_folder(source, out):
 
 def main(argv=None):
     p = Parser("export_hf.py", __doc__)
-    p.add_argument("source", metavar="SRC", type=Path, help="folder in Meta's layout")
+    p.add_argument("weights", metavar="SRC", type=Path, help="folder in Meta's layout")
     p.add_argument("out", metavar="DST", type=Path, help="Hugging Face folder to make")
     args = p.parse_args(argv)
-    return run_script("export_hf.py", lambda: export_folder(args.source, args.out), argv,
-                      stopped="interrupted; nothing was written",
-                      memory="a machine with more memory can")
+    start_script()
+    try:
+        return export_folder(args.weights, args.out) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error, "export_hf.py", args,
+                              stopped="interrupted; nothing was written",
+                              memory="a machine with more memory can")
 
 
 if __name__ == "__main__":

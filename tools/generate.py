@@ -5,84 +5,162 @@
     python -m tools.generate "Give me three ideas." --weights llama-2-7b --adapter adapter.pt
     python -m tools.generate --data FILE --out answers.jsonl           # a whole file of records
 
-A prompt is taken as an instruction, as in training: BOS, prompt, EOS, and the answer follows
-(HydraLoRA, section 4); --raw continues it instead. --show-routing is section 3.2.2 made visible:
-which of the B matrices the router chose for each token.
+A prompt is taken as an instruction, as in training: BOS, prompt, EOS, and the answer
+follows (HydraLoRA, section 4); --raw continues the prompt instead. --show-routing makes
+section 3.2.2 visible: the B matrix that the router prefers for each token.
 
 Shapes: T tokens, N heads.
 """
 
+import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from data import WORLD
-from data.corpus import prompt_text, read_records
-from hydralora import adapters_disabled, hydra_layers, record_gates
-from model import generate_tokens
-from support.cli import Parser, check_min, flag, run_script
+from data.corpus import Sequence, length_batches, prompt_text, read_records
+from hydralora import adapters_disabled, base_fingerprint, hydra_layers, record_gates
+from model import generate_ids, generate_tokens
+from support.cli import Parser, check_min, flag, progress, report_failure, start_script
 from support.device import add_device_flags, pick_device, pick_dtype
+from support.diagnose import model_length
 from support.distributed import add_shard_flag, process_group
 from support.evaluation import most_specialised_layer
+from support.files import digest, write_text
+from support.jsonl_resume import append_row, open_partial, read_partial, remove_partial
 from support.lock import file_lock
 from support.run_folder import load_model_and_adapter
-from tools.answers import answer_file, encode_prompt, sampling, text_pieces
 
-ADAPTER, MADE_BY = Path("runs/hydralora/adapter.pt"), "python train.py --heads 3 --rank 8"
-FAMILIES_SHOWN = 8  # of the embedded world: a record of each is answered without a prompt
+ADAPTER = Path("runs/hydralora/adapter.pt")  # of the README's first command
+FAMILIES_SHOWN = 8  # of the embedded world: a record of each is answered without prompts
 NO_ROUTER = "has no router (one head, or the uniform gate)"
 COLOURS = [31, 32, 34, 33, 35, 36, 91, 92, 94, 93, 95, 96]  # ANSI: red, green, blue, ...
 
 
-def answer(model, tokenizer, ids, args):
-    """Prints the completion of ids token by token and returns its tokens."""
-    new = []
+# ---------------------------------------------------------------- text and tokens
 
-    def tokens():
-        for token, in generate_tokens(model, tokenizer, [ids], **sampling(args)):
-            new.append(token)
-            yield token
 
-    for piece in text_pieces(tokenizer, tokens(), before=ids if args.raw else ()):
-        print(piece, end="", flush=True)
+def encode_prompt(model, tokenizer, prompt, args, place=""):
+    """The tokens of a prompt: BOS, prompt, EOS; with --raw no EOS. Raises ValueError,
+    which begins with `place`, if the longest answer does not fit after them."""
+    ids = tokenizer.encode(prompt, eos=not args.raw)
+    limit = model.args.max_seq_len
+    if len(ids) + args.max_new_tokens > limit:
+        length = f"--max-seq-len {limit}" if args.max_seq_len else model_length(args.weights, limit)
+        raise ValueError(f"{place}the prompt's {len(ids)} tokens and --max-new-tokens "
+                         f"{args.max_new_tokens} exceed {length}: shorten one of them")
+    return ids
+
+
+def text_of(tokenizer, tokens, before=()):
+    """The text that tokens add to the tokens before them, without a last character that
+    still lacks some of its bytes."""
+    before = list(before)
+    text = tokenizer.decode(before + tokens)
+    return text[len(tokenizer.decode(before)):].rstrip("\ufffd")
+
+
+def text_pieces(tokenizer, tokens, before=()):
+    """[text that each token adds]: "" for BOS, EOS, and a character's first bytes."""
+    texts = [text_of(tokenizer, tokens[:i], before) for i in range(len(tokens) + 1)]
+    return [text[len(shown):] for shown, text in zip(texts, texts[1:])]
+
+
+def sampling(args):
+    """The flags that generate_tokens takes."""
+    return {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
+            "top_p": args.top_p, "seed": args.seed}
+
+
+# ---------------------------------------------------------------- one prompt
+
+
+def stream_answer(model, tokenizer, ids, args):
+    """Prints the answer to an encoded prompt token by token, and returns its tokens."""
+    before = ids if args.raw else []
+    new, shown = [], ""
+    for step in generate_tokens(model, tokenizer, [ids], **sampling(args)):
+        new += step
+        text = text_of(tokenizer, new, before)
+        print(text[len(shown):], end="", flush=True)
+        shown = text
     print()
     return new
+
+
+def answer_prompt(model, tokenizer, prompt, args):
+    """Prints the answer to a prompt, with --compare the base's before it, and with
+    --show-routing the gates after it."""
+    ids = encode_prompt(model, tokenizer, prompt, args)
+    if args.compare:
+        print("base:     ", end="")
+        with adapters_disabled(model):
+            stream_answer(model, tokenizer, ids, args)
+    print("adapter:  " if args.adapter else "answer:   ", end="")
+    new = stream_answer(model, tokenizer, ids, args)
+    if args.show_routing:
+        print()
+        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        show_routing(model, tokenizer, ids, new, coloured)
+
+
+def world_prompts():
+    """(prompt, expected answer, family) of one validation record per family."""
+    first = {}
+    for record in read_records(WORLD / "val.jsonl"):
+        first.setdefault(record["category"], record)
+    return [(prompt_text(r), r["response"], r["category"]) for r in first.values()]
+
+
+def answer_prompts(args):
+    model, tokenizer = load(args)
+    if args.show_routing and not has_router(model):
+        raise ValueError(f"--show-routing: {args.adapter} {NO_ROUTER}")
+    given = [(prompt, None, None) for prompt in args.prompts]
+    for prompt, expected, _ in given or world_prompts()[:FAMILIES_SHOWN]:
+        print(f"> {prompt}")
+        if expected is not None:
+            print(f"expected: {expected}")
+        answer_prompt(model, tokenizer, prompt, args)
+        print()
 
 
 # ---------------------------------------------------------------- routing
 
 
+def has_router(model):
+    return any(layer.router is not None for layer in hydra_layers(model).values())
+
+
 @torch.no_grad()
 def gates_of(model, ids):
-    """{layer: gate (T, N)} of the layers with a router, in one pass over ids."""
-    routed = {name for name, layer in hydra_layers(model).items() if layer.router is not None}
+    """{layer: gate (T, N)} from one pass over the tokens ids."""
     with record_gates(model) as gates:
         model(torch.tensor([ids], device=model.tok_embeddings.weight.device))
-    return {name: gate[0].cpu() for name, gate in gates.items() if name in routed}
+    return {name: gate[0].cpu() for name, gate in gates.items()}
 
 
-def painter(coloured):
-    """paint(head, text): in the head's colour, or as [head] text where colours are not wanted."""
-    def paint(head, text):
-        if not coloured:
-            return f"[{head + 1}]{text}"
-        return f"\033[{COLOURS[head % len(COLOURS)]}m{text}\033[0m"
-    return paint
+def paint(head, text, coloured):
+    """The text in the colour of a head, or without colours after "[head]"."""
+    if not coloured:
+        return f"[{head + 1}]{text}"
+    return f"\033[{COLOURS[head % len(COLOURS)]}m{text}\033[0m"
 
 
 def show_routing(model, tokenizer, prompt, new, coloured):
-    """Prints the text with every token marked by its strongest head in one layer, and the mean gate
-    of each layer. Head 1 of one layer has nothing to do with head 1 of another, so it is the layer
-    that divides these tokens most. A token's gate is the one with which it was read."""
-    ids = prompt + new
-    gates = gates_of(model, ids)
+    """Prints the text with every token marked by its strongest head in one layer, and
+    the mean gate of each layer. Head 1 of one layer has nothing to do with head 1 of
+    another, so it is the layer whose gates differ most between these tokens. A token's
+    gate is the one computed from it."""
+    gates = gates_of(model, prompt + new)
     name = most_specialised_layer(gates)
+    heads = range(gates[name].shape[1])
+    print(f"the strongest head of each token in {name}, the most specialised layer: "
+          + " ".join(paint(i, f"head {i + 1}", coloured) for i in heads))
     strongest = gates[name].argmax(-1).tolist()
-    paint, count = painter(coloured), gates[name].shape[1]
-    print(f"the strongest head of each token in {name}, which divides them most: "
-          + " ".join(paint(i, f"head {i + 1}") for i in range(count)))
     # prompt and answer are decoded apart, as they were encoded
     pieces = [*text_pieces(tokenizer, prompt), " | ", *text_pieces(tokenizer, new)]
     strongest.insert(len(prompt), None)
@@ -90,94 +168,169 @@ def show_routing(model, tokenizer, prompt, new, coloured):
     for head, piece in zip(strongest, pieces):
         if head is None or not piece:  # the line between the two; BOS and EOS have no text
             line += piece
-        else:  # uncoloured, a mark holds until the next one
-            line += paint(head, piece) if coloured or head != last else piece
+        elif coloured or head != last:
+            line += paint(head, piece, coloured)
             last = head
+        else:  # without colours a mark holds until the next one
+            line += piece
     print(line)
-    print(f"\n{'mean gate':32}" + "".join(f"{f'head {i + 1}':>9}" for i in range(count)))
+    print(f"\n{'mean gate':32}" + "".join(f"{f'head {i + 1}':>9}" for i in heads))
     for layer, gate in gates.items():
         print(f"{layer:32}" + "".join(f"{w:9.3f}" for w in gate.mean(0).tolist()))
 
 
-# ---------------------------------------------------------------- the run
+# ---------------------------------------------------------------- a whole file of records
 
 
-def talk(model, tokenizer, prompt, args):
-    """Answers one prompt: with the adapter if there is one, with --compare without it first."""
-    ids = encode_prompt(model, tokenizer, prompt, args)
-    if args.compare:
-        print("base:     ", end="")
-        with adapters_disabled(model):
-            answer(model, tokenizer, ids, args)
-    print("adapter:  " if args.adapter else "answer:   ", end="")
-    new = answer(model, tokenizer, ids, args)
-    if args.show_routing:
-        print()
-        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        show_routing(model, tokenizer, ids, new, coloured)
+def encode_file(model, tokenizer, records, args):
+    """A Sequence of every record's prompt; one that is too long is refused before the
+    first answer."""
+    sequences = []
+    for index, record in enumerate(records):
+        ids = encode_prompt(model, tokenizer, prompt_text(record), args,
+                            place=f"{args.data}, {record.place}: ")
+        sequences.append(Sequence(ids, len(ids), index, record["category"], record.place))
+    return sequences
 
 
-def has_router(model):
-    return any(layer.router is not None for layer in hydra_layers(model).values())
+def batch_answers(model, tokenizer, batch, args):
+    """The text that stream_answer would print for each Sequence alone."""
+    ids = [s.ids for s in batch]
+    new = generate_ids(model, tokenizer, ids, **sampling(args))
+    return [text_of(tokenizer, answer, prompt if args.raw else ())
+            for prompt, answer in zip(ids, new)]
 
 
-def world_prompts():
-    """(prompt, expected answer, family) of one validation record of each family of the world."""
-    first = {}
-    for record in read_records(WORLD / "val.jsonl"):
-        first.setdefault(record["category"], record)
-    return [(prompt_text(r), r["response"], r["category"]) for r in first.values()]
+def answer_missing(model, tokenizer, sequences, args, done, file):
+    """Adds the missing rows to `done`, {record's index: row}, and to the file. A
+    resumed run has the batches of a whole one, so that sums are rounded alike."""
+    with progress(total=len(sequences), initial=len(done), unit=" records") as bar:
+        for batch in length_batches(sequences, args.batch_size):
+            if all(s.record in done for s in batch):
+                continue
+            answers = batch_answers(model, tokenizer, batch, args)
+            rows = [{"index": s.record, "answer": text} for s, text in zip(batch, answers)]
+            if args.compare:
+                with adapters_disabled(model):
+                    answers = batch_answers(model, tokenizer, batch, args)
+                rows = [{**row, "base_answer": text} for row, text in zip(rows, answers)]
+            for row in rows:
+                if row["index"] not in done:
+                    append_row(file, row)
+                    done[row["index"]] = row
+            file.flush()
+            bar.update(len(done) - bar.n)
 
 
-def settle_and_answer(args):
-    resolve_args(args, args.prompts or args.data)
-    settle_data(args)
-    with process_group(args):
-        if not args.data:
-            return answer_prompts(args)
-        with file_lock(f"{args.out}.lock", args.out):
-            return answer_file(*load_model_and_adapter(args), args)
+def exact_match(answer, expected):
+    """Whether they are equal word for word; space around the whole does not count."""
+    return answer.strip() == expected.strip()
 
 
-def answer_prompts(args):
-    model, tokenizer = load_model_and_adapter(args)
-    if args.show_routing and not has_router(model):
-        raise ValueError(f"--show-routing: {args.adapter} {NO_ROUTER}")
-    prompts = [(prompt, None, None) for prompt in args.prompts]
-    for prompt, expected, _ in prompts or world_prompts()[:FAMILIES_SHOWN]:
-        print(f"> {prompt}")
-        if expected is not None:
-            print(f"expected: {expected}")
-        talk(model, tokenizer, prompt, args)
-        print()
+def scored(record, row):
+    """A line of the output: the record, the answers, and which of them are right."""
+    expected = record["response"]
+    line = {**record, "answer": row["answer"], "exact": exact_match(row["answer"], expected)}
+    if "base_answer" in row:
+        line["base_answer"] = row["base_answer"]
+        line["base_exact"] = exact_match(row["base_answer"], expected)
+    return line
 
 
-def resolve_args(args, asked):
-    """Fills in the adapter, the device and the dtype, and refuses what cannot be meant; `asked`
-    says whether there is anything to answer but the world's own records."""
-    args.device = pick_device(args.device)
-    args.dtype = pick_dtype(args.dtype, args.device)
+def print_exact(lines):
+    """Prints the share of exact matches per category and in all."""
+    columns = ["exact", "base_exact"] if "base_exact" in lines[0] else ["exact"]
+    print(f"\n{'category':24}{'records':>8}"
+          + "".join(f"{column.removesuffix('_exact'):>8}" for column in columns))
+    for category in [*sorted({line["category"] for line in lines} - {""}), None]:
+        part = [line for line in lines if category in (None, line["category"])]
+        shares = [sum(line[column] for line in part) / len(part) for column in columns]
+        print(f"{category or 'all':24}{len(part):8}" + "".join(f"{x:8.1%}" for x in shares))
+
+
+def answer_file(args):
+    """Answers every record of --data and writes --out, or resumes that."""
+    model, tokenizer = load(args)
+    records = read_records(args.data)
+    records.print_remarks(args.data)
+    sequences = encode_file(model, tokenizer, records, args)
+    settings = {  # all that the answers depend on; the batch size is not among it
+        "weights_digest": digest(base_fingerprint(model)),
+        "adapter_digest": digest(args.adapter.read_bytes()) if args.adapter else None,
+        "data_digest": digest([*map(dict, records)]), "dtype": args.dtype,
+        "raw": args.raw, "compare": args.compare, **sampling(args)}
+    columns = {"index": int, "answer": str, **({"base_answer": str} if args.compare else {})}
+    partial = Path(f"{args.out}.partial")
+    rows = read_partial(partial, settings, columns=columns, name=("index",)).values()
+    done = {row["index"]: row for row in rows}
+    if not done.keys() <= set(range(len(records))):
+        raise ValueError(f"{partial} is not of an interrupted run: delete it, or choose another "
+                         "--out")
+    before, started = len(done), time.perf_counter()
+    with open_partial(partial, settings, done) as file:
+        answer_missing(model, tokenizer, sequences, args, done, file)
+    seconds = time.perf_counter() - started
+    lines = [scored(record, done[i]) for i, record in enumerate(records)]
+    print_exact(lines)
+    write_text(args.out, "".join(json.dumps(line) + "\n" for line in lines))
+    remove_partial(partial)
+    print(f"\nwrote {len(lines)} answers to {args.out}, {len(lines) - before} of them new, in "
+          f"{seconds:.1f} s")
+
+
+# ---------------------------------------------------------------- flags, and the run
+
+
+def add_talk_flags(p):
+    """The flags of this tool and of routing_page: which model, and how it answers."""
+    p.add_argument("prompts", metavar="PROMPT", nargs="*",
+                   help="what to answer (records of the embedded world)")
+    p.add_argument("--weights", type=Path,
+                   help="checkpoint folder in Meta's layout (the embedded world's)")
+    p.add_argument("--adapter", type=Path,
+                   help=f"adapter.pt to put on it (none with --weights, else {ADAPTER})")
+    p.add_argument("--raw", action="store_true",
+                   help="continue the prompt as text, without an EOS after it (off)")
+    p.add_argument("--max-new-tokens", type=int, default=128, help="most tokens per answer (128)")
+    p.add_argument("--temperature", type=float, default=0.0,
+                   help="temperature of sampling; 0: always the most likely token (0)")
+    p.add_argument("--top-p", type=float, default=1.0,
+                   help="probability of the tokens to sample from; 1: all tokens (1)")
+    p.add_argument("--seed", type=int, default=0, help="random seed of sampling (0)")
+    p.add_argument("--max-seq-len", type=int, help="tokens of context (the checkpoint's)")
+    add_device_flags(p)
+    add_shard_flag(p)
+
+
+def resolve_talk_args(args, has_input):
+    """Fills in adapter, weights, device and dtype. Raises ValueError for impossible
+    values. has_input: whether there are prompts or a file."""
+    check_min(args, max_new_tokens=1, temperature=0)
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
     if not args.weights and not args.adapter:
         if not ADAPTER.is_file():
-            raise ValueError(f"there is no {ADAPTER}: make it with `{MADE_BY}`, or name another "
-                             "adapter with --adapter, or a model with --weights")
+            raise ValueError(f"there is no {ADAPTER}: make it with `python train.py --heads 3 "
+                             "--rank 8`, or name another adapter with --adapter, or a model with "
+                             "--weights")
         args.adapter = ADAPTER
     args.weights = args.weights or WORLD / "base"
-    if args.weights.resolve() != WORLD / "base" and not asked:
+    if args.weights.resolve() != WORLD / "base" and not has_input:
         raise ValueError("give a prompt: the embedded world's records are for its own model")
-    if args.max_new_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise ValueError("--max-new-tokens must be at least 1, --temperature not negative, and "
-                         "--top-p above 0 and at most 1")
+    args.device = pick_device(args.device)
+    args.dtype = pick_dtype(args.dtype, args.device)
 
 
-def settle_data(args):
-    """Refuses flags of this script that do not go together."""
+def check_file_args(args):
+    """Raises ValueError for flags that do not go together."""
     check_min(args, batch_size=1)
     for name in ("compare", "show_routing"):
         if getattr(args, name) and not args.adapter:
             raise ValueError(f"{flag(name)} needs --adapter FILE")
-    if bool(args.data) != bool(args.out):
-        raise ValueError("--data needs --out FILE" if args.data else "--out needs --data FILE")
+    if args.data and not args.out:
+        raise ValueError("--data needs --out FILE")
+    if args.out and not args.data:
+        raise ValueError("--out needs --data FILE")
     if args.data:
         if args.prompts or args.show_routing:
             raise ValueError("give prompts or --data, not both; --show-routing is for prompts")
@@ -187,41 +340,53 @@ def settle_data(args):
             raise ValueError(f"--out {args.out} is the data itself: name another file")
 
 
-def add_talk_flags(p):
-    """The flags that say who answers what, and how."""
-    p.add_argument("prompts", metavar="PROMPT", nargs="*",
-                   help="what to answer (records of the embedded world)")
-    p.add_argument("--weights", type=Path,
-                   help="checkpoint folder in Meta's layout (the embedded world's)")
-    p.add_argument("--adapter", type=Path,
-                   help=f"adapter.pt to put on it (none with --weights, else {ADAPTER})")
-    p.add_argument("--raw", action="store_true",
-                   help="continue the prompt as text: no EOS after it (off)")
-    p.add_argument("--max-new-tokens", type=int, default=128, help="tokens of an answer (128)")
-    p.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token (0)")
-    p.add_argument("--top-p", type=float, default=1.0, help="draw from this much, 1: all (1)")
-    p.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    p.add_argument("--max-seq-len", type=int, help="tokens of context (the checkpoint's)")
-    add_device_flags(p)
-    add_shard_flag(p)
+def parse_args(argv):
+    p = Parser("generate.py", __doc__)
+    add_talk_flags(p)
+    p.add_argument("--compare", action="store_true",
+                   help="print the base's answer as well (off)")
+    p.add_argument("--show-routing", action="store_true",
+                   help="mark each token by its strongest head, in colours on a terminal (off)")
+    p.add_argument("--data", type=Path, help="file of records to answer (none)")
+    p.add_argument("--out", type=Path,
+                   help="file for the answers to --data, one line of JSON per record")
+    p.add_argument("--batch-size", type=int, default=8, help="records of --data per batch (8)")
+    args = p.parse_args(argv)
+    try:
+        resolve_talk_args(args, has_input=args.prompts or args.data)
+        check_file_args(args)
+    except ValueError as error:
+        p.error(str(error))
+    return args
+
+
+def load(args):
+    """(model with its adapter, tokenizer) that the flags name."""
+    return load_model_and_adapter(args.weights, args.adapter, device=args.device, dtype=args.dtype,
+                                  max_seq_len=args.max_seq_len, shard_base=args.shard_base)
+
+
+def run(args):
+    with process_group(args.device, args.shard_base):
+        if not args.data:
+            return answer_prompts(args)
+        with file_lock(f"{args.out}.lock", args.out):
+            return answer_file(args)
 
 
 def main(argv=None):
-    p = Parser("generate.py", __doc__)
-    add_talk_flags(p)
-    p.add_argument("--compare", action="store_true", help="the base's answer as well (off)")
-    p.add_argument("--show-routing", action="store_true",
-                   help="mark each token by its strongest head, in colours on a terminal (off)")
-    p.add_argument("--data", type=Path, help="answer every record of this file (off)")
-    p.add_argument("--out", type=Path, help="with --data: the answers, a line of JSON a record")
-    p.add_argument("--batch-size", type=int, default=8,
-                   help="with --data: records answered at a time (8)")
-    args = p.parse_args(argv)
-    goes_on = "the same command{} goes on from here" if args.data else None
-    return run_script("generate.py", lambda: settle_and_answer(args), argv,
-                      stopped=f"stopped; {goes_on.format('')}" if goes_on else "interrupted",
-                      memory=goes_on.format(" with a smaller --batch-size") if goes_on else
-                      "a smaller --max-seq-len or --dtype bf16 needs less")
+    args = parse_args(argv)
+    start_script()
+    if args.data:
+        stopped = "interrupted; rerun the same command to continue"
+        memory = "rerun the same command with a smaller --batch-size to continue"
+    else:
+        stopped = "interrupted"
+        memory = "a smaller --max-seq-len or --dtype bf16 needs less"
+    try:
+        return run(args) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error, "generate.py", args, stopped=stopped, memory=memory)
 
 
 if __name__ == "__main__":

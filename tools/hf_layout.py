@@ -1,9 +1,10 @@
-"""The Hugging Face layout of a LLaMA, as far as the tools need it: names, row order, safetensors.
+"""Hugging Face's layout of a LLaMA: names, the order of rows, safetensors.
 
-The model is the same (Touvron et al. 2023, section 2.2); three things differ from Meta's layout.
-Every tensor has another name; the rows of wq and wk stand in another order, because there rotary
-position embedding pairs row i of a head with i + E/2 in place of its neighbour; and the files are
-safetensors, a public format of one JSON header and raw bytes, which is read and written here.
+The model is the same (Touvron et al. 2023, section 2.2); three things differ from
+Meta's layout. Every tensor has another name. The rows of wq and wk are in another
+order, because there rotary position embedding pairs row i of a head with row i + E/2
+instead of its neighbour. The files are safetensors, a public format of one JSON header
+and raw bytes, which is read and written here.
 
     weights = read_safetensors("TinyLlama-1.1B/model.safetensors")     # {name: mapped tensor}
 
@@ -19,6 +20,7 @@ import struct
 import torch
 
 from hydralora import HydraSettings
+from model import ModelArgs, Transformer, check_args
 from support.files import parse_json, placeholder_reason
 
 # ---------------------------------------------------------------- names
@@ -35,8 +37,8 @@ TARGETS = {meta.split(".")[-1]: hf.split(".")[-1] for meta, hf in {**INNER, **OU
 
 
 def hf_name(name):
-    """Hugging Face's name of a module of ours: layers.0.attention.wq is their
-    model.layers.0.self_attn.q_proj."""
+    """Hugging Face's name of a module: model.layers.0.self_attn.q_proj for Meta's
+    layers.0.attention.wq."""
     if not name.startswith("layers."):
         return OUTER[name]
     _, layer, rest = name.split(".", 2)
@@ -44,7 +46,7 @@ def hf_name(name):
 
 
 def tensor_names(names):
-    """{ours: Hugging Face's} of weights such as layers.0.attention.wq.weight."""
+    """{Meta's name: Hugging Face's name}, such as layers.0.attention.wq.weight."""
     return {name: hf_name(name.removesuffix(".weight")) + ".weight" for name in names}
 
 
@@ -52,60 +54,99 @@ def tensor_names(names):
 
 
 def rotary_heads(name, args):
-    """How many heads the rows of a module or its weight belong to; None where rotary position
-    embedding does not touch them and both layouts agree."""
+    """The number of heads that the rows of a module or of its weight belong to; None if
+    rotary position embedding does not act on them, so that both layouts agree."""
     heads = {"wq": args.n_heads, "wk": args.n_kv_heads or args.n_heads}
     return heads.get(name.removesuffix(".weight").split(".")[-1])
 
 
 def meta_rows(rows, heads):
-    """Rows (H * E, ...) in Hugging Face's order, put into Meta's: of each head's two halves, first
-    with first, second with second. heads None: as they are."""
+    """Puts rows (H * E, ...) from Hugging Face's order into Meta's: row i of a head's
+    first half, then row i of its second half. With heads None all stay as they are."""
     if heads is None:
         return rows
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def hf_rows(rows, heads):
-    """The inverse of meta_rows: each head's even rows, then its odd ones."""
+    """The inverse of meta_rows: the even rows of each head, then its odd rows."""
     if heads is None:
         return rows
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-# ---------------------------------------------------------------- files
-
-
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-
-
-def check_settings(config, held, form):
-    """Raises ValueError for an adapter's setting that a format cannot hold: one that is not in
-    `held` and differs from its default."""
-    for name, value in config.items():
-        if name not in held and value != getattr(HydraSettings, name):
-            raise ValueError(f"{name} is {value!r}, for which {form} has no place; it holds "
-                             f"{', '.join(held)}")
+# ---------------------------------------------------------------- settings and shapes
 
 
 def read_number(config, key, path, *, default=None, whole=True):
-    """A positive number of a config, the default where it has none; anything else, or a number
-    that no LLaMA has, raises ValueError."""
+    """A positive number of a config, or the default if the config has none. Raises
+    ValueError for anything else, and for a number that no LLaMA has."""
     value = config.get(key)
-    value = default if value is None else value
+    if value is None:
+        value = default
     kinds, limit = ((int,), 2**24) if whole else ((int, float), 2**40)
     if type(value) not in kinds or not 0 < value < limit:
         raise ValueError(f"{path}: {key} is {value!r}, not a number that a LLaMA can have")
     return value
 
 
-def read_safetensors(path):
-    """{name: tensor} of a safetensors file, each memory-mapped: nothing is read before it is used.
+def make_args(path, *, dim, width, **others):
+    """ModelArgs whose feed-forward layers have this width. Raises ValueError if dim
+    cannot be divided over the heads."""
+    usual = int(2 * 4 * dim / 3)
+    # multiple_of = width rounds any smaller width up to it
+    args = ModelArgs(dim=dim, multiple_of=width,
+                     ffn_dim_multiplier=width / usual if usual > width else None, **others)
+    check_args(args, path)
+    return args
 
-    The file is the header's length (8 bytes, little-endian), the header (JSON: name, dtype, shape,
-    first and last byte of each tensor) and the tensors' bytes, without gap or overlap. Raises
-    ValueError for a file that is anything else, and for any dtype but F32, F16 and BF16.
+
+def model_without_storage(args, n_tensors, source):
+    """A Transformer of these ModelArgs on the meta device. Raises ValueError if it has
+    more layers than the source has tensors: a damaged config can ask for a million."""
+    if args.n_layers > n_tensors:
+        raise ValueError(f"{source} holds {n_tensors} tensors, too few for the {args.n_layers} "
+                         "layers of its config: a file or a layer is missing")
+    with torch.device("meta"):
+        return Transformer(args)
+
+
+def check_shapes(shapes, tensors, source):
+    """Raises ValueError unless the tensors, {name: tensor}, are those of {name: shape}."""
+    missing = sorted(shapes.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - shapes.keys())
+    if missing or extra:
+        raise ValueError(f"the tensors in {source} do not fit its config: missing {missing[:4]}, "
+                         f"extra {extra[:4]}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name} in {source} is {tuple(tensors[name].shape)}, its config asks "
+                             f"for {tuple(shape)}")
+
+
+def check_settings(config, supported, form):
+    """Raises ValueError for an adapter's setting that a format cannot hold: one that is
+    not among the supported names and differs from its default."""
+    for name, value in config.items():
+        if name not in supported and value != getattr(HydraSettings, name, None):
+            raise ValueError(f"{name} is {value!r}, which {form} cannot hold; it holds "
+                             f"{', '.join(supported)}")
+
+
+# ---------------------------------------------------------------- safetensors
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+                      "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file, memory-mapped: read when they are used.
+
+    The file is the header's length (8 bytes, little-endian), the header (JSON: name,
+    dtype, shape, first and last byte of each tensor) and the tensors' bytes, without
+    gap or overlap. Raises ValueError for a file that is anything else, and for any
+    dtype but F64, F32, F16 and BF16.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -116,41 +157,30 @@ def read_safetensors(path):
         header = parse_json(file.read(length), f"the header of {path}")
         header.pop("__metadata__", None)
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if header else b""
-    tensors, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: first_byte(item[1])):
-        dtype, shape, (start, stop) = check_entry(name, entry, path)
-        if start != end:
-            raise ValueError(f"{path} is damaged: {name!r} starts at byte {start}, what stands "
-                             f"before it ends at {end}; get the file again")
-        end = stop
-        if 8 + length + end > size:
-            raise ValueError(f"{path} is cut short: {name!r} ends {8 + length + end - size} bytes "
-                             "after the file; get it again")
-        if stop > start:
+    entries = sorted(parse_entry(name, entry, path) for name, entry in header.items())
+    starts = [start for start, *_ in entries]
+    stops = [stop for _, stop, *_ in entries]
+    if [*starts, size - 8 - length] != [0, *stops]:
+        raise ValueError(f"{path} is damaged or cut short: its tensors do not fill its "
+                         f"{size - 8 - length} bytes without gap or overlap; get it again")
+    tensors = {}
+    for start, stop, name, dtype, shape in entries:
+        tensors[name] = torch.empty(shape, dtype=dtype)
+        if stop > start:  # frombuffer cannot read nothing
             flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape),
                                     offset=8 + length + start)
             tensors[name] = flat.view(shape)
-        else:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-    if 8 + length + end != size:
-        raise ValueError(f"{path} is damaged: {size - 8 - length - end} bytes after its last "
-                         "tensor; get it again")
     return tensors
 
 
-def first_byte(entry):
-    """Where a header entry's tensor starts; what cannot be told stands first, to be refused."""
-    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    return offsets[0] if is_sizes(offsets) and offsets else -1
-
-
 def is_sizes(value):
-    """Whether value is a list of whole numbers, none negative."""
+    """Whether value is a list of whole numbers, none of them negative."""
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def check_entry(name, entry, path):
-    """(dtype, shape, [first byte, last]) of one entry of a safetensors header, or ValueError."""
+def parse_entry(name, entry, path):
+    """(first byte, last byte, name, dtype, shape) of a tensor, from its entry in a
+    safetensors header. Raises ValueError for an entry that contradicts itself."""
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not is_sizes(shape) or not is_sizes(offsets):
@@ -162,12 +192,13 @@ def check_entry(name, entry, path):
     if len(offsets) != 2 or offsets[1] - offsets[0] != count:
         raise ValueError(f"{path} is damaged: {name!r} with {count} bytes of {dtype} {shape} has "
                          f"the offsets {offsets}")
-    return SAFETENSORS_DTYPES[dtype], shape, offsets
+    start, stop = offsets
+    return start, stop, name, SAFETENSORS_DTYPES[dtype], shape
 
 
 def write_safetensors(path, tensors, convert=lambda name, tensor: tensor):
-    """Writes {name: tensor} as a safetensors file. convert(name, tensor), of the same shape and
-    dtype, is taken when its turn comes, so that no two converted copies are ever held."""
+    """Writes convert(name, tensor) of every tensor, of the same shape and dtype, as a
+    safetensors file. Only one converted copy exists at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),

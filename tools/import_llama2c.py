@@ -1,40 +1,33 @@
-"""A checkpoint of karpathy/llama2.c becomes a folder in Meta's layout, which everything here reads.
+"""A checkpoint of llama2.c becomes a folder in Meta's layout, for every --weights.
 
     python -m tools.import_llama2c stories260K.pt tok512.model stories260K
 
-It is the same model (Touvron et al. 2023, section 2.2) under Meta's names. SRC is what llama2.c's
-train.py saves (.pt), or what its export.py writes for run.c (.bin): the legacy file or version 1,
-both in fp32. Version 2 is quantised and refused. An output layer that is tied to the embedding
-becomes a tensor of its own, since nothing ties it here. The model is held in memory once.
+It is the same model (Touvron et al. 2023, section 2.2) under Meta's names. SRC is what
+train.py of karpathy/llama2.c saves (.pt), or its export.py for run.c (.bin): the
+legacy file or version 1, both in fp32. Version 2 is quantised and refused. An output
+layer that is tied to the embedding becomes a tensor of its own, since nothing ties it
+here. The model is held in memory once.
 """
 
 import os
 import struct
 import sys
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from model import ModelArgs, Transformer, save_llama
-from support.cli import Parser, run_script
-from support.files import (
-    atomic_dir,
-    check_tensors,
-    placeholder_reason,
-    read_torch,
-    shape_mismatches,
-    wrap_disk_errors,
-)
-from tools.hf_layout import read_number
-from tools.import_hf import check_tokenizer, feed_forward
+from model import save_llama
+from support.cli import Parser, report_failure, start_script
+from support.files import atomic_dir, check_tensors, placeholder_reason, wrap_disk_errors
+from tools.hf_layout import check_shapes, make_args, model_without_storage, read_number
+from tools.import_hf import check_tokenizer, describe, read_pickle
 
 COMPILED = "_orig_mod."  # torch.compile puts it before every name
 TABLES = ("freqs_cos", "freqs_sin")  # of rotary embedding, computed here
 MAGIC = 0x616b3432  # "ak42" begins every .bin but the legacy one
 HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
-# the order of the tensors in a .bin; a name within a layer stands for that tensor of every layer
+# the order of the tensors in a .bin; a name within a layer means that tensor of every layer
 ATTENTION = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
 FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 LEGACY = ("tok_embeddings", "attention_norm", *ATTENTION, "ffn_norm", *FEED_FORWARD, "norm",
@@ -43,28 +36,22 @@ VERSION_1 = ("attention_norm", "ffn_norm", "norm", "tok_embeddings", *ATTENTION,
 
 
 def model_args(params, width, path):
-    """ModelArgs from {key of llama2.c: value} and the width of the feed-forward layers. A value
-    that no LLaMA has raises ValueError."""
+    """ModelArgs from {key of llama2.c: value} and the width of the feed-forward layers.
+    Raises ValueError for a value that no LLaMA has."""
     def number(key, default=None, whole=True):
         return read_number(params, key, path, default=default, whole=whole)
 
-    dim, n_heads = number("dim"), number("n_heads")
-    n_kv_heads = number("n_kv_heads", n_heads)
-    if dim % (2 * n_heads) or n_heads % n_kv_heads:
-        raise ValueError(f"{path}: {dim} cannot be divided over {n_heads} heads and {n_kv_heads} "
-                         "key/value heads")
-    return ModelArgs(dim=dim, n_layers=number("n_layers"), n_heads=n_heads, n_kv_heads=n_kv_heads,
+    n_heads = number("n_heads")
+    return make_args(path, dim=number("dim"), width=width, n_heads=n_heads,
+                     n_kv_heads=number("n_kv_heads", n_heads), n_layers=number("n_layers"),
                      vocab_size=number("vocab_size"), max_seq_len=number("max_seq_len"),
-                     norm_eps=number("norm_eps", 1e-5, whole=False), **feed_forward(dim, width))
-
-
-# ---------------------------------------------------------------- what train.py saves
+                     norm_eps=number("norm_eps", 1e-5, whole=False))
 
 
 def read_pt(path):
-    """(ModelArgs, {name: tensor}) of a .pt: a dict with model, model_args, and what training goes
-    on with."""
-    content = read_torch(path, "a checkpoint of llama2.c", mmap=zipfile.is_zipfile(path))
+    """(ModelArgs, {name: tensor}) of a .pt: a dict with model, model_args, and the
+    state of training."""
+    content = read_pickle(path, "a checkpoint of llama2.c")
     found = content if isinstance(content, dict) else {}
     if not isinstance(found.get("model"), dict) or not isinstance(found.get("model_args"), dict):
         raise ValueError(f"{path} is not a checkpoint of llama2.c: it has no model and model_args")
@@ -74,23 +61,14 @@ def read_pt(path):
         raise ValueError(f"{path}: {error}") from error
     state = {name.removeprefix(COMPILED): t for name, t in found["model"].items()}
     state = {name: t.clone() for name, t in state.items() if name not in TABLES}
-    w1 = state.get("layers.0.feed_forward.w1.weight", torch.empty(0))
-    args = model_args(found["model_args"], len(w1), path) if w1.ndim == 2 else None
-    if args is None or args.n_layers > len(state):  # before so many layers are made
-        raise ValueError(f"the tensors in {path} do not fit its model_args: a layer is missing")
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Transformer(args).named_parameters()}
-    if wrong := shape_mismatches(shapes, state):
-        raise ValueError(f"the tensors in {path} do not fit its model_args: {wrong[:4]} missing, "
-                         "extra or mis-shaped")
-    return args, state
-
-
-# ---------------------------------------------------------------- what export.py writes
+    w1 = state.get("layers.0.feed_forward.w1.weight")
+    if w1 is None or w1.ndim != 2:
+        raise ValueError(f"{path} has no layers.0.feed_forward.w1.weight (width, dim)")
+    return model_args(found["model_args"], len(w1), path), state
 
 
 def read_header(path):
-    """(ModelArgs, order of the tensors, whether the output is tied, first byte) of a .bin."""
+    """(ModelArgs, order of the tensors, whether output is tied, first byte) of a .bin."""
     with open(path, "rb") as file:
         head = file.read(256).ljust(256, b"\0")
     magic, version = struct.unpack("<Ii", head[:8])
@@ -99,17 +77,17 @@ def read_header(path):
                          ".pt, or export it with --version 1")
     at, order, start = (8, VERSION_1, 256) if magic == MAGIC else (0, LEGACY, 28)
     params = dict(zip(HEADER, struct.unpack("<7i", head[at:at + 28])))
+    # the legacy file says it by the sign of the vocabulary
     tied = bool(head[36]) if magic == MAGIC else params["vocab_size"] > 0
-    params["vocab_size"] = abs(params["vocab_size"])  # the legacy file's sign says the same
+    params["vocab_size"] = abs(params["vocab_size"])
     width = read_number(params, "hidden_dim", path)
     return model_args(params, width, path), order, tied, start
 
 
 def tensors_in_order(args, order):
     """Yields (name, shape) of every tensor of a .bin."""
-    with torch.device("meta"):
-        first = Transformer(replace(args, n_layers=1)).named_parameters()
-    shapes = {name.removesuffix(".weight"): p.shape for name, p in first}
+    block = model_without_storage(replace(args, n_layers=1), 1, "one block")
+    shapes = {name.removesuffix(".weight"): p.shape for name, p in block.named_parameters()}
     for name in order:
         if name in TABLES:
             yield name, torch.Size([args.max_seq_len, args.dim // args.n_heads // 2])
@@ -139,12 +117,9 @@ def read_bin(path):
     return args, state
 
 
-# ---------------------------------------------------------------- the whole
-
-
 def import_checkpoint(source, tokenizer, out):
-    """Writes the checkpoint `source` to the new folder `out` in Meta's layout; every number stays
-    as it is. Raises ValueError or OSError, leaving nothing behind."""
+    """Writes the checkpoint `source` to the new folder `out`, every number as it is.
+    Raises ValueError or OSError and then leaves nothing behind."""
     with atomic_dir(out) as folder:
         for path in (source, tokenizer):
             if not path.is_file():
@@ -155,27 +130,30 @@ def import_checkpoint(source, tokenizer, out):
             raise ValueError(reason)
         args, state = (read_bin if source.suffix == ".bin" else read_pt)(source)
         check_tokenizer(tokenizer, args.vocab_size)
-        with torch.device("meta"):
-            model = Transformer(args)
+        model = model_without_storage(args, len(state), source)
+        check_shapes({name: p.shape for name, p in model.named_parameters()}, state, source)
         model.load_state_dict(state, assign=True)
         with wrap_disk_errors(out):
             save_llama(model, tokenizer, folder)
-    print(f"{source}: {args.n_layers} layers, width {args.dim}, feed-forward {args.ffn_dim}, "
-          f"{args.n_heads} heads on {args.n_kv_heads}, vocabulary {args.vocab_size}, made for "
-          f"{args.max_seq_len} tokens\nwrote {out}: give it to --weights")
+    print(f"{source}: {describe(args)}, made for {args.max_seq_len} tokens\n"
+          f"wrote {out}: give it to --weights")
 
 
 def main(argv=None):
     p = Parser("import_llama2c.py", __doc__)
-    p.add_argument("source", metavar="SRC", type=Path, help="checkpoint of llama2.c, .pt or .bin")
+    p.add_argument("checkpoint", metavar="SRC", type=Path,
+                   help="checkpoint of llama2.c, .pt or .bin")
     p.add_argument("tokenizer", metavar="TOKENIZER", type=Path,
                    help="its sentencepiece file, such as tok512.model")
     p.add_argument("out", metavar="DST", type=Path, help="folder to make, in Meta's layout")
     args = p.parse_args(argv)
-    return run_script("import_llama2c.py",
-                      lambda: import_checkpoint(args.source, args.tokenizer, args.out), argv,
-                      stopped="interrupted; nothing was written",
-                      memory="a machine with more memory can")
+    start_script()
+    try:
+        return import_checkpoint(args.checkpoint, args.tokenizer, args.out) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error, "import_llama2c.py", args,
+                              stopped="interrupted; nothing was written",
+                              memory="a machine with more memory can")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     python -m tools.official_adapter theirs adapter.pt --weights llama-2-7b     # theirs to ours
     python -m tools.official_adapter adapter.pt theirs --weights llama-2-7b     # ours to theirs
 
-Tian et al., NeurIPS 2024, section 3.1. Their folder holds adapter_config.json (r, lora_alpha, and
-lora_nums, the number of heads) and adapter_model.bin with, for every adapted layer, the weights of
-lora_A (R, I), lora_B0 .. (O, R) and the router lora_route (N, I), under Hugging Face's names. On
-q_proj and k_proj the rows of B follow Hugging Face's order (hf_layout.py) and are put into ours.
+Tian et al., NeurIPS 2024, section 3.1. Their folder holds adapter_config.json (r,
+lora_alpha, and lora_nums, the number of heads) and adapter_model.bin with, for every
+adapted layer, the weights of lora_A (R, I), lora_B0 .. (O, R) and the router lora_route
+(N, I), under Hugging Face's names. On q_proj and k_proj the rows of B follow Hugging
+Face's order (hf_layout.py) and are put into ours.
 
 Shapes: N heads, R rank, I width in, O width out.
 """
@@ -19,12 +20,12 @@ import torch
 from data import WORLD
 from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
 from model import load_llama
-from support.cli import Parser, run_script
-from support.diagnose import explained
-from support.files import atomic_dir, read_json, shape_mismatches, write_file, write_json
+from support.cli import Parser, report_failure, start_script
+from support.files import atomic_dir, read_json, write_file, write_json
 from tools.hf_layout import (
     TARGETS,
     check_settings,
+    check_shapes,
     hf_name,
     hf_rows,
     meta_rows,
@@ -33,20 +34,29 @@ from tools.hf_layout import (
 )
 from tools.import_hf import read_bin
 
-BASE_HELP = ("where PEFT finds the base, in Hugging Face's layout: base_model_name_or_path (the "
-             "name of the --weights folder)")
-PREFIX = "base_model.model."  # what PEFT puts before the names of the model that it wraps
-SETTINGS_HELD = ("targets", "rank", "heads", "alpha", "dropout", "gate")  # by the authors' format
+PREFIX = "base_model.model."  # PEFT puts it before the names of the model that it wraps
+SUPPORTED = ("targets", "rank", "heads", "alpha", "dropout", "gate")  # by the authors' format
 
 
-def base_name(args):
-    """What an adapter_config.json says of the base: --base, or the name of the weights' folder."""
-    return args.base or args.weights.resolve().name
+def add_base_flags(p):
+    """--weights, and --base for peft_config."""
+    p.add_argument("--weights", type=Path, default=WORLD / "base",
+                   help="folder of the base model in Meta's layout (the embedded world's)")
+    p.add_argument("--base", help="where PEFT finds the base, in Hugging Face's layout: "
+                   "base_model_name_or_path (the name of the --weights folder)")
+
+
+def peft_config(config, base, **others):
+    """An adapter_config.json: PEFT's keys, which the authors' code shares, and others."""
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+            "inference_mode": True, "r": config["rank"], "lora_alpha": config["alpha"],
+            "lora_dropout": config["dropout"], "bias": "none", "fan_in_fan_out": False,
+            "target_modules": [TARGETS[name] for name in config["targets"]], **others}
 
 
 def official_tensors(model):
-    """{their name: tensor} of the model's adapter. No router (one head, or the uniform gate) is a
-    router of zeros, which gives every head the weight 1/N."""
+    """{their name: tensor} of the model's adapter. Without a router (one head, or the
+    uniform gate) it gets one of zeros, which gives every head the weight 1/N."""
     tensors = {}
     for name, layer in hydra_layers(model).items():
         prefix, n_heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
@@ -61,26 +71,27 @@ def official_tensors(model):
 
 
 def read_settings(path, tensors):
-    """The arguments of add_hydralora from an adapter_config.json, checked against the tensors;
-    what would make another adapter of it raises ValueError."""
+    """The arguments of add_hydralora from an adapter_config.json, checked against the
+    tensors. Raises ValueError for a setting that our adapters do not have."""
     config = read_json(path)
     if "lora_nums" not in config:
         raise ValueError(f"{path} has no lora_nums: an ordinary LoRA, not one of HydraLoRA's code")
     for key in ("enable_lora", "modules_to_save", "fan_in_fan_out"):
         if config.get(key):
-            raise ValueError(f"{path}: {key} is {config[key]!r}, which has no place here")
+            raise ValueError(f"{path}: {key} is {config[key]!r}, which is not supported here")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias is {config['bias']!r}: a trained bias has no place here")
-    modules, names = config.get("target_modules"), {hf: meta for meta, hf in TARGETS.items()}
+        raise ValueError(f"{path}: bias is {config['bias']!r}: a trained bias is not supported")
+    names = {hf: meta for meta, hf in TARGETS.items()}
+    modules = config.get("target_modules")
     if not isinstance(modules, list) or not modules or not all(
             isinstance(name, str) and name in names for name in modules):
         raise ValueError(f"{path}: target_modules is {modules!r}: write a list of {list(names)}")
     rank, heads = read_number(config, "r", path), read_number(config, "lora_nums", path)
-    # before layers of these sizes are made
+    # checked before layers of these sizes are made
     ranks = {len(t) for name, t in tensors.items() if name.endswith(".lora_A.weight") and t.ndim}
     counts = {name.split(".")[-2] for name in tensors if ".lora_B" in name}
     if ranks != {rank} or len(counts) != heads:
-        raise ValueError(f"{path} says r {rank} and lora_nums {heads}; the tensors beside it have "
+        raise ValueError(f"{path} has r {rank} and lora_nums {heads}; the tensors beside it have "
                          f"rank {sorted(ranks)} and {len(counts)} heads")
     dropout = config.get("lora_dropout") or 0.0
     if type(dropout) not in (int, float):
@@ -92,33 +103,27 @@ def read_settings(path, tensors):
 
 @torch.no_grad()
 def fill(model, tensors, source):
-    """Copies their tensors into the model's adapter; one missing, extra or mis-shaped raises."""
-    wanted = {name: t.shape for name, t in official_tensors(model).items()}
-    if wrong := shape_mismatches(wanted, tensors):
-        raise ValueError(f"{source} does not fit its config and the base model: {wrong[:4]} "
-                         "missing, extra or mis-shaped")
+    """Copies their tensors into the model's adapter. Raises ValueError for one that is
+    missing, extra or of another shape than config and base model ask for."""
+    check_shapes({name: t.shape for name, t in official_tensors(model).items()}, tensors, source)
     for name, layer in hydra_layers(model).items():
         prefix, n_heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
         layer.lora_A.copy_(tensors[f"{prefix}.lora_A.weight"])
-        if layer.router is not None:  # a router of one head does nothing, and is not kept
+        if layer.router is not None:  # the router of a single head does nothing
             layer.router.copy_(tensors[f"{prefix}.lora_route.weight"])
         for i, b in enumerate(layer.lora_B):
             b.copy_(meta_rows(tensors[f"{prefix}.lora_B{i}.weight"], n_heads))
 
 
-def to_ours(args):
-    """Their folder -> adapter.pt, in fp32. The base model in Meta's layout is read for its shapes
-    and the fingerprint that load_adapter checks."""
-    source, out = args.source, args.out
-    if args.base:
-        raise ValueError(f"--base is written into their format; {out} has no place for it")
+def to_ours(source, out, weights):
+    """Their folder -> adapter.pt, in fp32. The base model in Meta's layout is read for
+    its shapes and the fingerprint that load_adapter checks."""
     if out.exists():
         raise ValueError(f"{out} exists already: name another file, or move it away")
     if not (source / "adapter_model.bin").is_file():
         raise ValueError(f"{source} holds no adapter_model.bin: give the folder that HydraLoRA's "
                          "code saved, with adapter_config.json")
-    with explained(weights=args.weights):
-        model, _ = load_llama(args.weights)
+    model, _ = load_llama(weights)
     tensors = read_bin(source / "adapter_model.bin")
     add_hydralora(model, **read_settings(source / "adapter_config.json", tensors))
     fill(model, tensors, source / "adapter_model.bin")
@@ -126,40 +131,51 @@ def to_ours(args):
     print(f"wrote {out}: {model.hydralora_config}")
 
 
-def to_official(args):
+def to_official(adapter, out, weights, base):
     """adapter.pt -> their folder, in fp32."""
-    with atomic_dir(args.out) as folder:
-        with explained(weights=args.weights, adapter=args.source):
-            model, _ = load_llama(args.weights)
-            config = load_adapter(model, args.source)
-        check_settings(config, SETTINGS_HELD, "the authors' format, without an A for every head,")
+    with atomic_dir(out) as folder:
+        model, _ = load_llama(weights)
+        config = load_adapter(model, adapter)
+        check_settings(config, SUPPORTED, "the authors' format, without an A for every head,")
         tensors = official_tensors(model)
         write_file(folder / "adapter_model.bin", lambda file: torch.save(tensors, file))
-        write_json(folder / "adapter_config.json", {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_name(args), "inference_mode": True,
-            "r": config["rank"], "lora_alpha": config["alpha"],
-            "lora_nums": config["heads"], "lora_dropout": config["dropout"], "blc_alpha": 0.0,
-            "blc_weight": 0.0, "target_modules": [TARGETS[name] for name in config["targets"]],
-            "bias": "none", "fan_in_fan_out": False, "merge_weights": False, "enable_lora": None,
-            "modules_to_save": None})
-    print(f"wrote {args.out}: {len(tensors)} tensors, for the base {base_name(args)} (--base names "
+        write_json(folder / "adapter_config.json", peft_config(
+            config, base, lora_nums=config["heads"], blc_alpha=0.0, blc_weight=0.0,
+            merge_weights=False, enable_lora=None, modules_to_save=None))
+    print(f'wrote {out}: {len(tensors)} tensors, for the base model "{base}" (--base names '
           "another)")
 
 
-def main(argv=None):
+def parse_args(argv):
     p = Parser("official_adapter.py", __doc__)
-    p.add_argument("source", metavar="SRC", type=Path,
+    p.add_argument("given", metavar="SRC", type=Path,
                    help="a folder in their format, or an adapter.pt of ours")
     p.add_argument("out", metavar="DST", type=Path, help="what to make: the other of the two")
-    p.add_argument("--weights", type=Path, default=WORLD / "base",
-                   help="the base model, a folder in Meta's layout (the embedded world's)")
-    p.add_argument("--base", help=BASE_HELP)
+    add_base_flags(p)
     args = p.parse_args(argv)
-    convert = to_ours if args.source.is_dir() else to_official
-    return run_script("official_adapter.py", lambda: convert(args), argv,
-                      stopped="interrupted; nothing was written",
-                      memory="a machine with more memory can")
+    if args.given.is_dir() and args.base:
+        p.error(f"--base is written into their format; {args.out} has no place for it")
+    args.adapter = None if args.given.is_dir() else args.given
+    args.base = args.base or args.weights.resolve().name
+    return args
+
+
+def run(args):
+    if args.adapter:
+        to_official(args.adapter, args.out, args.weights, args.base)
+    else:
+        to_ours(args.given, args.out, args.weights)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    start_script()
+    try:
+        return run(args) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error, "official_adapter.py", args,
+                              stopped="interrupted; nothing was written",
+                              memory="a machine with more memory can")
 
 
 if __name__ == "__main__":
