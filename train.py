@@ -366,9 +366,10 @@ def make_parser():
     # data and base
     p.add_argument("--weights", help="checkpoint folder in Meta's layout (the embedded world's)")
     p.add_argument("--data", nargs="+", metavar="FILE[:WEIGHT]",
-                   help="training records, JSON lines or array; a weight is how often an epoch "
-                   "has the file's records (the embedded world's; 1)")
-    p.add_argument("--val-data", help="validation records (5 %% of --data, of each file, drawn by --seed)")
+                   help="training records, JSON lines or array; an epoch has those of a file "
+                   "WEIGHT times (the embedded world's; 1)")
+    p.set_defaults(data_weights=None)  # of several files, filled in from --data
+    p.add_argument("--val-data", help="validation records (5 %% of each file, drawn by --seed)")
     p.add_argument("--keep-data", "--retention-data", metavar="FILE",
                    help="texts to measure forgetting on (none; the embedded world's own)")
     p.add_argument("--strict", action="store_true", help="refuse a record that cannot be trained "

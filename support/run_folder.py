@@ -264,9 +264,9 @@ def compare_settings(recorded, settings, defaults):
 
 
 def restore(path, constants, defaults, model, optimizer, scaler):
-    """Puts a stopped run's state in place; returns (steps done, losses of the base, and those of
-    --init-adapter or None). Raises ValueError unless its settings, data and weights are those of `constants`; `defaults` are the
-    settings of a command without flags."""
+    """Puts a stopped run's state in place; returns (steps done, losses of the base, those of
+    --init-adapter or None). Raises ValueError unless its settings, data and weights are those of
+    `constants`; `defaults` are the settings of a command without flags."""
     state = read_checkpoint(path)
     settings, now = constants["settings"], constants["fingerprints"]
     compare_settings(state["settings"], settings, defaults)
