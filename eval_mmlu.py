@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import WORLD
 from data.mmlu import CATEGORY, LETTERS, encode_prompt, letter_ids, read_questions
 from hydralora import base_fingerprint
-from support.cli import Parser, check_min, progress, report_failure, start_script
+from support.cli import Parser, check_min, progress, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
 from support.diagnose import print_default_length, stated_length
 from support.distributed import add_shard_flag, process_group
@@ -345,14 +345,9 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    start_script()
-    try:
-        return run(args) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(
-            error, "eval_mmlu.py", args, stopped="stopped; rerun the same command to continue",
-            memory="rerun the same command with a smaller --batch-size to continue")
+    return run_script("eval_mmlu.py", parse_args, run, argv,
+                      stopped="stopped; rerun the same command to continue",
+                      memory="rerun the same command with a smaller --batch-size to continue")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from hydralora import (
     load_adapter,
 )
 from support import distributed, evaluation, run_folder
-from support.cli import Parser, check_min, flag, progress, report_failure, start_script
+from support.cli import Parser, check_min, flag, progress, run_script
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
 from support.diagnose import model_length, print_default_length, warn_of_spare_rows
 from support.evaluation import evaluate, target_logits
@@ -331,16 +331,11 @@ def report(setup, args, before, result):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    start_script()
-    try:
-        return run(args)
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(
-            error, "train.py", args,
-            stopped="stopped before training; --out is as it was: start again",
-            memory="--checkpoint-activations needs less, also with --resume; so does a new run "
-                   "with a smaller --batch-size or --max-seq-len")
+    return run_script(
+        "train.py", parse_args, run, argv,
+        stopped="stopped before training; --out is as it was: start again",
+        memory="--checkpoint-activations needs less, also with --resume; so does a new run with a "
+               "smaller --batch-size or --max-seq-len")
 
 
 # ---------------------------------------------------------------- settings

@@ -34,7 +34,7 @@ from experiments import report
 from hydralora import add_hydralora, load_adapter
 from model import Transformer, load_llama, read_params
 from support import files
-from support.cli import Parser, check_min, flag, one_line, report_failure, start_script
+from support.cli import Parser, check_min, flag, one_line, run_script
 from support.lock import file_lock
 from support.run_folder import RESUME_MAY_DIFFER, fingerprints
 
@@ -117,16 +117,11 @@ def parse_args(p, argv):
 
 
 def main(name, parse_args, run, argv=None):
-    """The main function of every script: its exit status, with one line if it fails."""
-    args = parse_args(argv)
-    start_script()
-    try:
-        return run(args) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, f"experiments.{name}", args,
-                              stopped="stopped; the same command continues from here",
-                              memory="--jobs 1 or a smaller --max-seq-len needs less; the same "
-                                     "command continues from here")
+    """The main function of every script."""
+    return run_script(f"experiments.{name}", parse_args, run, argv,
+                      stopped="stopped; the same command continues from here",
+                      memory="--jobs 1 or a smaller --max-seq-len needs less; the same command "
+                             "continues from here")
 
 
 def load_records(args):

@@ -1,12 +1,7 @@
 """How the scripts behave as scripts: flags, failures in one line, signals, progress.
 
     def main(argv=None):
-        args = parse_args(argv)         # p = Parser("cluster.py", __doc__); p.error(...) refuses
-        start_script()
-        try:
-            return run(args) or 0
-        except (Exception, KeyboardInterrupt) as error:
-            return report_failure(error, "cluster.py", args, stopped="...", memory="...")
+        return run_script("cluster.py", parse_args, run, argv, memory="give a smaller --batch-size")
 """
 
 import argparse
@@ -85,13 +80,20 @@ def progress(*args, **settings):
 # ---------------------------------------------------------------- start and end of a script
 
 
-def start_script():
-    """From here on SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+def run_script(name, parse_args, run, argv=None, *, memory="give it a machine with more memory",
+               stopped="interrupted; nothing was written"):
+    """The exit status of run(parse_args(argv)), None counting as 0; see report_failure. From here
+    on SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    args = parse_args(argv)
     signal.signal(signal.SIGTERM, raise_interrupt)
     if under_torchrun():
         signal.signal(signal.SIGINT, raise_interrupt)
     # torch's remark on a file that is refused a moment later
     warnings.filterwarnings("ignore", message="Detected pickle protocol")
+    try:
+        return run(args) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error, name, args, stopped=stopped, memory=memory)
 
 
 def raise_interrupt(number, _):

@@ -90,7 +90,7 @@ def in_step(number, act):
 
 @pytest.fixture(autouse=True)
 def same_signal_handlers():
-    """start_script() changes them for the rest of the process."""
+    """run_script() changes them for the rest of the process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():

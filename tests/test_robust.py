@@ -909,7 +909,8 @@ BAD = {
     "checkpoint with other tensors": (T, change("stopped/checkpoint.pt", lambda s: s["tensors"].pop(
         KEY)), RESUME, "does not fit this run"),
     "checkpoint with another optimiser": (T, change("stopped/checkpoint.pt", lambda s: s[
-        "optimizer"]["state"][0].update(exp_avg=torch.zeros(3))), RESUME, "other names, shapes or dtypes"),
+        "optimizer"]["state"][0].update(exp_avg=torch.zeros(3))), RESUME,
+        "other names, shapes or dtypes"),
     "checkpoint with damaged random numbers": (T, change("stopped/checkpoint.pt", lambda s: s
         .update(rng=torch.zeros(3))), RESUME, "it is damaged; start again with --overwrite"),
     "checkpoint of NaN": (T, change("stopped/checkpoint.pt", lambda s: s["tensors"][KEY].fill_(

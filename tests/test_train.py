@@ -401,7 +401,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(command, tmp_
 # ---------------------------------------------------------------- the loop
 
 
-def test_from_main_to_backward_there_are_four_functions(command, monkeypatch):
+def test_from_main_to_backward_there_are_five_functions(command, monkeypatch):
     seen, original = [], torch.Tensor.backward
 
     def backward(*arguments, **settings):
@@ -412,7 +412,7 @@ def test_from_main_to_backward_there_are_four_functions(command, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     assert train.main(command) == 0
-    assert seen == [["main", "run", "train", "train_step"]] * 6
+    assert seen == [["main", "run_script", "run", "train", "train_step"]] * 6
 
 
 def test_adapters_on_the_head_alone_train(command, tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from model import load_llama
-from support.cli import Parser, report_failure, start_script
+from support.cli import Parser, run_script
 from support.diagnose import model_length, stated_length
 from support.files import atomic_dir, write_json
 from tools.hf_layout import hf_rows, rotary_heads, tensor_names, write_safetensors
@@ -68,18 +68,16 @@ def export_folder(source, out):
         print(f"max_position_embeddings is {model_length(source, model.args.max_seq_len)}")
 
 
-def main(argv=None):
+def parse_args(argv):
     p = Parser("export_hf.py", __doc__)
     p.add_argument("weights", metavar="SRC", type=Path, help="folder in Meta's layout")
     p.add_argument("out", metavar="DST", type=Path, help="Hugging Face folder to make")
-    args = p.parse_args(argv)
-    start_script()
-    try:
-        return export_folder(args.weights, args.out) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, "export_hf.py", args,
-                              stopped="interrupted; nothing was written",
-                              memory="a machine with more memory can")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    return run_script("export_hf.py", parse_args,
+                      lambda args: export_folder(args.weights, args.out), argv)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from data import WORLD
 from data.corpus import Sequence, length_batches, prompt_text, read_records
 from hydralora import adapters_disabled, base_fingerprint, hydra_layers, record_gates
 from model import generate_ids, generate_tokens
-from support.cli import Parser, check_min, flag, progress, report_failure, start_script
+from support.cli import Parser, check_min, flag, progress, run_script
 from support.device import add_device_flags, pick_device, pick_dtype
 from support.diagnose import model_length
 from support.distributed import add_shard_flag, process_group
@@ -375,18 +375,11 @@ def run(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    start_script()
-    if args.data:
-        stopped = "interrupted; rerun the same command to continue"
-        memory = "rerun the same command with a smaller --batch-size to continue"
-    else:
-        stopped = "interrupted"
-        memory = "a smaller --max-seq-len or --dtype bf16 needs less"
-    try:
-        return run(args) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, "generate.py", args, stopped=stopped, memory=memory)
+    return run_script(
+        "generate.py", parse_args, run, argv,
+        stopped="interrupted; with --data, rerun the same command to continue",
+        memory="a smaller --batch-size or --max-seq-len, or --dtype bf16, needs less; with --data "
+               "the same command continues")
 
 
 if __name__ == "__main__":

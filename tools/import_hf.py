@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from model import Tokenizer, save_llama
-from support.cli import Parser, report_failure, start_script
+from support.cli import Parser, run_script
 from support.diagnose import is_cut_short
 from support.files import (
     atomic_dir,
@@ -263,19 +263,17 @@ def import_folder(source, out, tokenizer=None):
     print(f"wrote {out}: give it to --weights")
 
 
-def main(argv=None):
+def parse_args(argv):
     p = Parser("import_hf.py", __doc__)
     p.add_argument("source", metavar="SRC", type=Path, help="folder of a Hugging Face checkpoint")
     p.add_argument("out", metavar="DST", type=Path, help="folder to make, in Meta's layout")
     p.add_argument("--tokenizer", type=Path, help="path of tokenizer.model (the one in SRC)")
-    args = p.parse_args(argv)
-    start_script()
-    try:
-        return import_folder(args.source, args.out, args.tokenizer) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, "import_hf.py", args,
-                              stopped="interrupted; nothing was written",
-                              memory="a machine with more memory can")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    return run_script("import_hf.py", parse_args, lambda args: import_folder(
+        args.source, args.out, args.tokenizer), argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from model import save_llama
-from support.cli import Parser, report_failure, start_script
+from support.cli import Parser, run_script
 from support.files import atomic_dir, check_tensors, placeholder_reason, wrap_disk_errors
 from tools.hf_layout import check_shapes, make_args, model_without_storage, read_number
 from tools.import_hf import check_tokenizer, describe, read_pickle
@@ -139,21 +139,19 @@ def import_checkpoint(source, tokenizer, out):
           f"wrote {out}: give it to --weights")
 
 
-def main(argv=None):
+def parse_args(argv):
     p = Parser("import_llama2c.py", __doc__)
     p.add_argument("checkpoint", metavar="SRC", type=Path,
                    help="checkpoint of llama2.c, .pt or .bin")
     p.add_argument("tokenizer", metavar="TOKENIZER", type=Path,
                    help="its sentencepiece file, such as tok512.model")
     p.add_argument("out", metavar="DST", type=Path, help="folder to make, in Meta's layout")
-    args = p.parse_args(argv)
-    start_script()
-    try:
-        return import_checkpoint(args.checkpoint, args.tokenizer, args.out) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, "import_llama2c.py", args,
-                              stopped="interrupted; nothing was written",
-                              memory="a machine with more memory can")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    return run_script("import_llama2c.py", parse_args, lambda args: import_checkpoint(
+        args.checkpoint, args.tokenizer, args.out), argv)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from data import WORLD
 from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
 from model import load_llama
-from support.cli import Parser, report_failure, start_script
+from support.cli import Parser, run_script
 from support.files import atomic_dir, read_json, write_file, write_json
 from tools.hf_layout import (
     TARGETS,
@@ -168,14 +168,7 @@ def run(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    start_script()
-    try:
-        return run(args) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, "official_adapter.py", args,
-                              stopped="interrupted; nothing was written",
-                              memory="a machine with more memory can")
+    return run_script("official_adapter.py", parse_args, run, argv)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from hydralora import HydraSettings
-from support.cli import Parser, report_failure, start_script
+from support.cli import Parser, run_script
 from support.evaluation import most_specialised_layer
 from support.files import read_json, write_file
 from support.run_folder import RESUME_MAY_DIFFER, read_log
@@ -352,13 +352,7 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    start_script()
-    try:
-        return run(args) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, "plot.py", args, stopped="interrupted",
-                              memory="give fewer runs")
+    return run_script("plot.py", parse_args, run, argv, memory="give fewer runs")
 
 
 if __name__ == "__main__":

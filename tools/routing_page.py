@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from model import generate_ids
-from support.cli import Parser, report_failure, start_script
+from support.cli import Parser, run_script
 from support.distributed import process_group
 from support.evaluation import most_specialised_layer
 from support.files import read_json, write_text
@@ -135,13 +135,8 @@ def run(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    start_script()
-    try:
-        return run(args) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, "routing_page.py", args, stopped="interrupted",
-                              memory="a smaller --max-seq-len or --dtype bf16 needs less")
+    return run_script("routing_page.py", parse_args, run, argv,
+                      memory="a smaller --max-seq-len or --dtype bf16 needs less")
 
 
 if __name__ == "__main__":

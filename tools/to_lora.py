@@ -21,7 +21,7 @@ from data import WORLD
 from data.corpus import encode_records, read_records, train_val_split
 from hydralora import HydraLinear, adapters_disabled, hydra_layers, load_adapter
 from model import load_llama
-from support.cli import Parser, report_failure, start_script
+from support.cli import Parser, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
 from support.evaluation import EVAL_BATCH, TOTAL, evaluate, routing_report
 from support.files import atomic_dir, write_json
@@ -172,14 +172,7 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    start_script()
-    try:
-        return run(args) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, "to_lora.py", args,
-                              stopped="interrupted; nothing was written",
-                              memory="--dtype bf16 needs less")
+    return run_script("to_lora.py", parse_args, run, argv, memory="--dtype bf16 needs less")
 
 
 if __name__ == "__main__":
