@@ -36,7 +36,7 @@ TOTAL = "all"
 EVALUATIONS = ("val_loss", "exact_match", "kept_loss")  # columns of log.csv, of --eval-every
 # settings that are not worth a label, and those that have no meaning for --method full
 NO_LABEL = {*RESUME_MAY_DIFFER, "dry_run", "gpu_memory", "max_steps"} - {
-    "weights", "data", "val_data", "keep_data"}
+    "weights", "data", "val_data", "keep_data", "init_adapter"}
 ADAPTERS_ONLY = {"targets", *(field.name for field in fields(HydraSettings))}
 
 
@@ -91,7 +91,7 @@ def label_settings(run):
     and the steps that were taken instead of --max-steps, which may be off."""
     def text(value):
         if isinstance(value, list):
-            return ",".join(map(str, value))
+            return ",".join(map(text, value))
         return Path(value).name if isinstance(value, str) and "/" in value else str(value)
 
     skipped = NO_LABEL | (ADAPTERS_ONLY if run.settings["method"] == "full" else set())
