@@ -98,10 +98,10 @@ def train_step(model, batches, optimizer, scaler, *, clip, precision):
     return total, norm
 
 
-def train(model, steps, eval_sets, optimizer, scaler, args, *, start, constants):
+def train(model, steps, eval_sets, optimizer, scaler, args, *, start, facts):
     """Takes the steps after `start`, each a list of micro-batches, and writes log.csv and the
-    checkpoint, which holds `constants` too. After Ctrl-C or SIGTERM it finishes the step, saves
-    and returns the signal's number; it returns 0 after the last step."""
+    checkpoint, which holds the run's `facts` too. After Ctrl-C or SIGTERM it finishes the step,
+    saves and returns the signal's number; it returns 0 after the last step."""
     out = Path(args.out)
     precision = autocast(args.device, args.dtype)
     model.train()
@@ -124,7 +124,7 @@ def train(model, steps, eval_sets, optimizer, scaler, args, *, start, constants)
                 bar.set_postfix_str(f"{log.flush()}, peak {peak_memory(args.device):.1f} GiB",
                                     refresh=False)
             if saves:
-                save_checkpoint(out / "checkpoint.pt", step, constants, model, optimizer, scaler)
+                save_checkpoint(out / "checkpoint.pt", step, facts, model, optimizer, scaler)
             bar.update()
             if stop:
                 return stop
@@ -199,8 +199,7 @@ class Setup:
     model: nn.Module  # with its adapters
     sequences: list  # to train on
     eval_sets: dict  # {"val": sequences, and "kept" if there is --keep-data}
-    data: dict  # what run.json reports of each file
-    clusters: dict | None  # of --heads auto
+    facts: dict  # what run.json holds from the start: settings, fingerprints, ...
 
 
 def set_up(args):
@@ -224,68 +223,83 @@ def set_up(args):
     if args.keep_data:
         eval_sets["kept"], data["kept"] = encode_texts(args.keep_data, tokenizer,
                                                        args.max_seq_len)
-    return Setup(model, sequences, eval_sets, data, clusters)
+    fingerprints = run_folder.fingerprints(
+        args.weights, args.data, val_data=args.val_data, keep_data=args.keep_data,
+        init_adapter=args.init_adapter)
+    facts = {"settings": vars(args), "versions": run_folder.versions(),
+             "fingerprints": fingerprints, "parameters": evaluation.count_parameters(model),
+             "data": data, "clusters": clusters}
+    return Setup(model, sequences, eval_sets, facts)
+
+
+def start_or_resume(args, setup, optimizer, scaler):
+    """(steps done, losses: {"base": what evaluate_sets found, and "before" of --init-adapter})."""
+    if not args.resume:
+        with adapters_disabled(setup.model):
+            losses = {"base": evaluate_sets(setup.model, setup.eval_sets, args, "base")}
+        if args.init_adapter:
+            losses["before"] = evaluate_sets(setup.model, setup.eval_sets, args, "adapter")
+        return 0, losses
+    recipe = WORLD_RECIPE if args.weights == WORLD_RECIPE["weights"] else PAPER_RECIPE
+    start, losses = run_folder.restore(
+        Path(args.out) / "checkpoint.pt", setup.facts, default_settings(args.method, recipe),
+        setup.model, optimizer, scaler)
+    print(f"resumed after step {start}")
+    return start, losses
 
 
 def run(args):
     """One run, from the settings to the files. Returns the exit status."""
     if args.dry_run:
-        dry_run(args)
-        return 0
+        return dry_run(args)
     with (distributed.process_group(args.device, args.shard_base),
           file_lock(f"{args.out}/.lock", args.out)):
         out = distributed.run_on_rank0(lambda: run_folder.check_out(
             args.out, args.weights, resume=args.resume, overwrite=args.overwrite))
         torch.manual_seed(args.seed)
         setup = set_up(args)
-        model = setup.model
-        parameters = evaluation.count_parameters(model)
-        fingerprints = run_folder.fingerprints(
-            args.weights, args.data, val_data=args.val_data, keep_data=args.keep_data,
-            init_adapter=args.init_adapter)
-        evaluation.print_start(vars(args), parameters, setup.data)
-        if args.grad_accum < args.processes:
-            print(f"--grad-accum {args.grad_accum}: {args.processes - args.grad_accum} of "
-                  f"{args.processes} processes have nothing to do; give --grad-accum "
-                  f"{args.processes} and a smaller --batch-size")
-        optimizer = make_optimizer(model, lr=args.lr, betas=args.betas,
+        evaluation.print_start(setup.facts)
+        optimizer = make_optimizer(setup.model, lr=args.lr, betas=args.betas,
                                    weight_decay=args.weight_decay)
         scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "fp16")
-        constants = {"settings": vars(args), "fingerprints": fingerprints,
-                     "clusters": setup.clusters}
-        start = 0
-        if args.resume:
-            recipe = WORLD_RECIPE if args.weights == WORLD_RECIPE["weights"] else PAPER_RECIPE
-            defaults = default_settings(args.method, recipe)
-            start, base, init = run_folder.restore(out / "checkpoint.pt", constants, defaults,
-                                                   model, optimizer, scaler)
-            print(f"resumed after step {start}")
-        else:
-            with adapters_disabled(model):
-                base = evaluate_sets(model, setup.eval_sets, args, "base")
-            init = args.init_adapter and evaluate_sets(model, setup.eval_sets, args, "adapter")
+        start, losses = start_or_resume(args, setup, optimizer, scaler)
         steps = plan_steps(setup.sequences, batch_size=args.batch_size, epochs=args.epochs,
                            grad_accum=args.grad_accum, max_steps=args.max_steps, seed=args.seed,
                            weights=args.data_weights)
         clock = time.perf_counter()
         try:
             run_folder.prepare_out(out, resume=args.resume)
-            stopped = train(model, steps, setup.eval_sets, optimizer, scaler, args, start=start,
-                            constants={**constants, "before": base, "init": init})
+            stopped = train(setup.model, steps, setup.eval_sets, optimizer, scaler, args,
+                            start=start, facts={**setup.facts, "losses": losses})
             if stopped:
                 print(f"stopped; {run_folder.resume_hint(out)}")
                 return 128 + stopped
-            result = {**constants, "versions": run_folder.versions(), "parameters": parameters,
-                      "data": setup.data, "seconds": time.perf_counter() - clock,
-                      "peak_gib": peak_memory(args.device)}
-            before = {"base": base, "before": init} if init else {"base": base}
-            report(setup, args, before, result)
-            run_folder.write_result(model, out, result, weights=args.weights,
-                                    full=args.method == "full")
+            seconds = time.perf_counter() - clock
+            finish(args, setup, losses, seconds)
         except BaseException as error:
             error.hint = run_folder.resume_hint(out)
             raise
-    return 0
+
+
+def finish(args, setup, losses, seconds):
+    """Evaluates the tuned model, prints the tables and writes the results."""
+    out = Path(args.out)
+    tuned = evaluate_sets(setup.model, setup.eval_sets, args, "tuned")
+    losses = {**losses, "tuned": tuned}
+    evaluation.print_losses(losses)
+    evaluation.print_history(run_folder.read_log(out / "log.csv"))
+    if args.weights == WORLD_RECIPE["weights"]:
+        model = f"--weights {out}" if args.method == "full" else f"--adapter {out / 'adapter.pt'}"
+        print(f"quiz: python eval_mmlu.py --shots {QUIZ_SHOTS} {model}")
+    result = {**setup.facts, "seconds": seconds, "peak_gib": peak_memory(args.device),
+              "metrics": evaluation.metrics(losses)}
+    if args.method != "full" and args.heads > 1:
+        result["routing"] = evaluation.routing_report(
+            setup.model, setup.eval_sets["val"], batch_size=args.batch_size,
+            precision=autocast(args.device, args.dtype))
+        evaluation.print_routing(result["routing"])
+    run_folder.write_result(setup.model, out, result, weights=args.weights,
+                            full=args.method == "full")
 
 
 def measure_memory(args, shape, length, checkpoint):
@@ -310,24 +324,6 @@ def dry_run(args):
               "embedding, head and adapters whole")
     print_needs(partial(measure_memory, args, shape), length, gpu_memory=args.gpu_memory,
                 limit=model_length(args.weights, shape.max_seq_len))
-
-
-def report(setup, args, before, result):
-    """Evaluates the tuned model, prints the tables, and adds what they show to the result. before
-    has the losses of the base, and of --init-adapter under "before"."""
-    out = Path(args.out)
-    losses = {**before, "tuned": evaluate_sets(setup.model, setup.eval_sets, args, "tuned")}
-    evaluation.print_losses(losses)
-    evaluation.print_history(run_folder.read_log(out / "log.csv"))
-    result["metrics"] = evaluation.metrics(losses)
-    if args.weights == WORLD_RECIPE["weights"]:
-        model = f"--weights {out}" if args.method == "full" else f"--adapter {out / 'adapter.pt'}"
-        print(f"quiz: python eval_mmlu.py --shots {QUIZ_SHOTS} {model}")
-    if args.method != "full" and args.heads > 1:
-        result["routing"] = evaluation.routing_report(
-            setup.model, setup.eval_sets["val"], batch_size=args.batch_size,
-            precision=autocast(args.device, args.dtype))
-        evaluation.print_routing(result["routing"])
 
 
 def main(argv=None):

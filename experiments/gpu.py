@@ -3,11 +3,11 @@
     python -m experiments.gpu                          # writes experiments/results/gpu.json, gpu.md
     python -m experiments.gpu --device cpu --tiny      # all of it in small, to see that it runs
 
-Needs a CUDA card, torch 2.11 or newer, and no weights or data: the models are random and made on
-the card. Each part (experiments/gpu_parts.py) runs in a process of its own under its own limit of
-time. Every figure is written as it comes, so a part that fails or runs out of time or memory takes
-nothing with it; what was left out is named with the reason. transformers and peft are compared with
-when they are installed.
+Needs a CUDA card, torch 2.11 or newer, and no weights or data: the models are random
+and made on the card. Each part (experiments/parts.py) runs in a process of its own
+under its own limit of time. Every figure is written as it comes, so a part that fails
+or runs out of time or memory takes nothing with it; what was left out is named with the
+reason. transformers and peft are compared with when they are installed.
 """
 
 import datetime
@@ -19,13 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from experiments.common import RESULTS
+from experiments import parts
 from experiments.report import markdown
-from support.cli import Parser, one_line, run_script
+from support.cli import Parser, one_line, report_failure, start_script
 from support.device import pick_device
 from support.files import read_json, write_json, write_text
 from support.lock import file_lock
@@ -34,58 +35,27 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 600  # seconds of all parts together
 # part: (seconds that it may take, what it measures), in the order in which they run
 PARTS = {"step": (150, "a step of 7B's shape: ours, the floor, the known frameworks"),
-         "memory": (50, "the measured peak against --dry-run's sum"),
+         "memory": (90, "the measured peak against --dry-run's sum"),
          "commands": (130, "the main command, MMLU, k-means"),
          "growth": (90, "how the cost grows with heads, rank and length"),
-         "profile": (160, "where a step's time goes, and torch.compile")}
+         "profile": (140, "where a step's time goes, and torch.compile")}
 PACKAGES = ("torch", "transformers", "peft", "numpy", "sentencepiece")
 
 # ---------------------------------------------------------------- what is written
 
 
-def update(out, change):
-    """change(content of gpu.json), then gpu.json and gpu.md anew."""
+def load_results(out):
     path = out / "gpu.json"
-    content = read_json(path) if path.exists() else {"conditions": {}, "parts": {}}
-    change(content)
-    write_json(path, content)
-    write_text(out / "gpu.md", as_markdown(content))
+    return read_json(path) if path.exists() else {"conditions": {}, "parts": {}}
 
 
-class Report:
-    """Where a part puts what it finds: rows of named tables, and notes. Each is on the disk when
-    the call returns."""
-
-    def __init__(self, out, part):
-        self.out, self.part = out, part
-
-    def add(self, change):
-        update(self.out, lambda content: change(content["parts"].setdefault(
-            self.part, {"status": "running", "tables": {}, "notes": []})))
-
-    def row(self, table, **cells):
-        self.add(lambda part: part["tables"].setdefault(table, []).append(cells))
-        print(f"{table}: " + ", ".join(f"{name} {show(value)}" for name, value in cells.items()),
-              flush=True)
-
-    def note(self, text):
-        self.add(lambda part: part["notes"].append(one_line(text)))
-        print(one_line(text), flush=True)
-
-
-def show(value):
-    """A cell of a table: three digits are enough of a figure, None is what was not measured."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "NO"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def save_results(out, results):
+    write_json(out / "gpu.json", results)
+    write_text(out / "gpu.md", as_markdown(results))
 
 
 def as_markdown(content):
-    """gpu.md: the conditions, then each part with its tables, its notes and how it ended."""
+    """gpu.md: the conditions, then each part with its status, tables and notes."""
     lines = ["# The GPU path, measured", "",
              markdown(["what", "value"], content["conditions"].items())]
     for name in (name for name in PARTS if name in content["parts"]):
@@ -93,14 +63,14 @@ def as_markdown(content):
         lines += ["", f"## {name}: {PARTS[name][1]}", "", f"{part['status']}"]
         for title, rows in part["tables"].items():
             header = list(dict.fromkeys(key for row in rows for key in row))
-            lines += ["", f"**{title}**", "",
-                      markdown(header, [[show(row.get(key)) for key in header] for row in rows])]
+            cells = [[parts.show(row.get(key)) for key in header] for row in rows]
+            lines += ["", f"**{title}**", "", markdown(header, cells)]
         lines += ["", *(f"- {note}" for note in part["notes"])] if part["notes"] else []
     return "\n".join(lines) + "\n"
 
 
 def driver():
-    """The driver's version as nvidia-smi tells it."""
+    """The driver's version, as nvidia-smi prints it."""
     program = shutil.which("nvidia-smi")
     if not program:
         return "unknown"
@@ -111,11 +81,10 @@ def driver():
 
 def conditions(device, tiny):
     """Card, driver, versions, day: what the figures depend on."""
-    kind = torch.device(device).type
     found = {"command": f"python -m experiments.gpu --device {device}" + " --tiny" * tiny,
              "size": "tiny: it runs, and no figure means anything" if tiny else "whole",
              "day": datetime.date.today().isoformat(), "device": device}
-    if kind == "cuda":
+    if device.startswith("cuda"):
         card = torch.cuda.get_device_properties(device)
         found |= {"card": card.name, "memory": f"{card.total_memory / 2**30:.1f} GiB",
                   "capability": f"{card.major}.{card.minor}", "driver": driver(),
@@ -132,53 +101,63 @@ def conditions(device, tiny):
 # ---------------------------------------------------------------- the run
 
 
-def run_part(args):
-    """One part in this process. ValueError where its device cannot be used."""
-    from experiments import gpu_parts
-    device = pick_device(args.device)
-    if torch.device(device).index is not None:  # cuda:1 is then what is waited for
-        torch.get_device_module(device).set_device(device)
-    update(args.out, lambda content: content["conditions"].update(conditions(device, args.tiny)))
-    report = Report(args.out, args.part)
-    report.add(lambda part: part.update(status="running", tables={}, notes=[]))
+def run_part(part, out, device, tiny):
+    """One part in this process. Raises ValueError if its device cannot be used."""
+    device = pick_device(device)
+    if ":" in device:  # cuda:1 is then what is waited for
+        torch.cuda.set_device(device)
+    results = load_results(out)
+    results["conditions"] = conditions(device, tiny)
+
+    def save(content):
+        results["parts"][part] = content
+        save_results(out, results)
+
+    report = parts.Report(save)
+    save(report.content)
+    scale = parts.TINY if tiny else parts.FULL
     started = time.perf_counter()
-    gpu_parts.MEASURES[args.part](report, gpu_parts.TINY if args.tiny else gpu_parts.FULL, device)
-    seconds = time.perf_counter() - started
-    report.add(lambda part: part.update(status=f"done, {seconds:.0f} s"))
+    parts.attempt(report, part, partial(parts.MEASURES[part], report, scale, device))
+    report.content["status"] = f"done, {time.perf_counter() - started:.0f} s"
+    save(report.content)
 
 
-def run_apart(args, part, limit):
-    """One part in a process of its own, ended after so many seconds; returns how it ended."""
-    command = [sys.executable, "-m", "experiments.gpu", "--part", part, "--device", args.device,
-               "--out", str(args.out.resolve()), *["--tiny"] * args.tiny]
+def run_apart(part, out, device, tiny, limit):
+    """One part in a process of its own, ended after `limit` seconds. Returns None, or
+    why it did not finish."""
+    command = [sys.executable, "-m", "experiments.gpu", "--part", part, "--device", device,
+               "--out", str(out.resolve()), *["--tiny"] * tiny]
     # a file and no pipe: what a killed process has started may hold a pipe open
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         try:
             status = subprocess.run(command, cwd=ROOT, stderr=errors, timeout=limit,
                                     env={**os.environ, "PYTHONUNBUFFERED": "1"}).returncode
         except subprocess.TimeoutExpired:
-            return f"stopped at its limit of {limit:.0f} s; what it had measured stands here"
+            return f"stopped at its limit of {limit:.0f} s; what it had measured appears here"
         errors.seek(0)
         lines = [line for line in errors.read().split("\n") if line.strip()]
-    return None if not status else (f"FAILED with status {status}: "
-                                    + one_line(lines[-1] if lines else "no word of why"))
+    if status:
+        return f"FAILED with status {status}: {one_line(lines[-1] if lines else 'no message')}"
+    return None
 
 
-def run_parts(args):
-    """All parts in turn; returns 1 where one failed. The earlier results in --out go first."""
+def run_parts(out, device, tiny):
+    """Removes earlier results and runs all parts in turn; returns 1 if one failed."""
     for name in ("gpu.json", "gpu.md"):
-        (args.out / name).unlink(missing_ok=True)
+        (out / name).unlink(missing_ok=True)
     started, failed = time.perf_counter(), False
-    for part, (limit, _) in PARTS.items():
-        limit = LIMIT if args.tiny else min(limit, LIMIT - (time.perf_counter() - started))
-        print(f"\n{part}, at most {limit:.0f} s: {PARTS[part][1]}", flush=True)
-        ended = run_apart(args, part, limit)
+    for part, (limit, what) in PARTS.items():
+        left = LIMIT - (time.perf_counter() - started)
+        limit = LIMIT if tiny else min(limit, left)
+        print(f"\n{part}, at most {limit:.0f} s: {what}", flush=True)
+        ended = run_apart(part, out, device, tiny, limit)
         if ended:
             print(ended, flush=True)
             failed |= ended.startswith("FAILED")
-            Report(args.out, part).add(lambda part, ended=ended: part.update(status=ended))
-    print(f"\n{time.perf_counter() - started:.0f} s in all; wrote gpu.json and gpu.md to "
-          f"{args.out}")
+            results = load_results(out)
+            results["parts"].setdefault(part, parts.Report().content)["status"] = ended
+            save_results(out, results)
+    print(f"\n{time.perf_counter() - started:.0f} s in all; wrote gpu.json and gpu.md to {out}")
     return int(failed)
 
 
@@ -191,7 +170,7 @@ def parse_args(argv):
     p.add_argument("--out", type=Path,
                    help="folder (experiments/results; with --tiny runs/gpu-tiny)")
     args = p.parse_args(argv)
-    args.out = args.out or (Path("runs/gpu-tiny") if args.tiny else RESULTS)
+    args.out = args.out or (Path("runs/gpu-tiny") if args.tiny else ROOT / "experiments/results")
     if args.device == "cpu" and not args.tiny:
         p.error("7B's shape takes hours on a CPU: give --tiny as well")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -199,19 +178,23 @@ def parse_args(argv):
     return args
 
 
-def measure(argv):
-    args = parse_args(argv)
+def run(args):
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part:
-        return run_part(args)
+        return run_part(args.part, args.out, args.device, args.tiny)
     with file_lock(args.out / "gpu.lock", args.out / "gpu.json"):
-        return run_parts(args)
+        return run_parts(args.out, args.device, args.tiny)
 
 
 def main(argv=None):
-    return run_script("experiments.gpu", lambda: measure(argv), argv,
-                      stopped="stopped; what was measured stands in --out",
-                      memory="this card is too small for this part")
+    args = parse_args(argv)
+    start_script()
+    try:
+        return run(args) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error, "experiments.gpu", args,
+                              stopped="stopped; what was measured is in --out",
+                              memory="this card is too small for this part")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""A checkpoint of LLaMA 2 7B's shape with random weights, and what it takes to load and train it.
+"""A random checkpoint of LLaMA 2 7B's shape, and what it takes to load and train it.
 
     python -m experiments.random_checkpoint write --out random-7b --tokenizer tokenizer.model
     python -m experiments.random_checkpoint load --weights random-7b     # time and peak memory
     python -m experiments.random_checkpoint step --weights random-7b     # of one HydraLoRA step
 
-Under torchrun `load` and `step` take --shard-base, and tell the peak of each process.
+Under torchrun `load` and `step` take --shard-base, and print the peak of each process.
 
-Writes bf16 in Meta's layout, split over --shards files as Meta splits it, one tensor in memory at a
-time: torch.save is given maps of a file that was filled tensor by tensor. Peaks are this process's
-resident memory, pages of mapped files included (ru_maxrss).
+Writes bf16 in Meta's layout, split over --shards files as Meta splits it, one tensor in
+memory at a time: torch.save is given maps of a file that was filled tensor by tensor.
+Peaks are this process's resident memory, pages of mapped files included (ru_maxrss).
 """
 
-import argparse
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -21,117 +21,110 @@ import torch
 import torch.distributed as dist
 
 import train
-from data.corpus import Sequence
+from experiments.steps import LLAMA_7B, random_batch, take_step
+from hydralora import add_hydralora
 from model import SPLIT_DIM, ModelArgs, Tokenizer, Transformer
 from support import distributed
+from support.cli import Parser, report_failure, start_script
 from support.device import peak_resident
-
-PARAMS = dict(dim=4096, n_layers=32, n_heads=32, vocab_size=32000, multiple_of=256, norm_eps=1e-5)
-
-POOL = 2**22
 
 
 def part_shape(name, shape, shards):
-    """The shape of a tensor's part in one shard: a share of the rows or columns, norms whole."""
+    """A shard's part of a tensor: 1 / shards of the rows or columns, norms whole."""
     split = SPLIT_DIM.get(name.split(".")[-2])
     return [size // shards if axis == split else size for axis, size in enumerate(shape)]
 
 
-def write(args):
-    out = Path(args.out)
+def write(out, tokenizer, *, shards, layers, dim):
     out.mkdir(parents=True)
-    params = {**PARAMS, "n_layers": args.layers, "dim": args.dim, "n_heads": args.dim // 128}
-    params["vocab_size"] = Tokenizer(args.tokenizer).vocab_size
+    params = {**LLAMA_7B, "n_layers": layers, "dim": dim, "n_heads": dim // 128,
+              "vocab_size": Tokenizer(tokenizer).vocab_size}
     with torch.device("meta"):
         model = Transformer(ModelArgs(**params))
-    # random enough for time and memory: every weight from a place of its own in one drawn pool
-    pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16()
-    for index in range(args.shards):
-        shapes = {name: part_shape(name, p.shape, args.shards)
-                  for name, p in model.named_parameters()}
-        total = sum(torch.Size(shape).numel() for shape in shapes.values())
+    generator = torch.Generator().manual_seed(0)
+    for index in range(shards):
+        shapes = {name: part_shape(name, p.shape, shards) for name, p in model.named_parameters()}
+        sizes = [torch.Size(shape).numel() for shape in shapes.values()]
         scratch = out / "scratch"
-        weights = torch.from_file(str(scratch), shared=True, size=total, dtype=torch.bfloat16)
-        state, start = {}, 0
-        for name, shape in shapes.items():
-            part = weights[start:start + torch.Size(shape).numel()].view(shape)
-            start += part.numel()
-            part.fill_(1.0) if len(shape) == 1 else fill(part, pool, start)
-            state[name] = part
+        weights = torch.from_file(str(scratch), shared=True, size=sum(sizes), dtype=torch.bfloat16)
+        state = {name: part.view(shape)
+                 for (name, shape), part in zip(shapes.items(), weights.split(sizes))}
+        for part in state.values():
+            if part.ndim == 1:
+                part.fill_(1.0)
+            else:
+                part.normal_(std=0.02, generator=generator)
         torch.save(state, out / f"consolidated.{index:02d}.pth")
         del weights, state, part
         scratch.unlink()
-    shutil.copyfile(args.tokenizer, out / "tokenizer.model")
+    shutil.copyfile(tokenizer, out / "tokenizer.model")
     (out / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
 
 
-def fill(part, pool, offset):
-    flat = part.view(-1)
-    for i in range(0, len(flat), len(pool)):
-        piece = pool.roll((offset + i) * 7919 % len(pool))
-        flat[i:i + len(pool)] = piece[:len(flat) - i]
-
-
-def load(args):
-    args.device = "cpu"
-    with distributed.process_group(args):
-        model, _ = distributed.load(args.weights, args)
-        report(args)
-
-
-def step(args):
-    """One optimiser step of HydraLoRA 3 x 8 as train.py takes it, after a first one to warm up."""
-    settings = train.parse_args(["--weights", args.weights, "--data", "-", "--dtype", "bf16",
-                                 "--device", "cpu", "--checkpoint-activations"])
-    settings.shard_base = args.shard_base
-    with distributed.process_group(settings):
-        take_steps(args, settings)
-
-
-def take_steps(args, settings):
-    model, _ = train.load_base(settings)
-    train.add_adapters(model, settings)
-    model.train()
-    optimizer, scaler = train.make_optimizer(model, settings)
-    batch = [Sequence(list(range(5, 6 + args.tokens)), args.tokens // 2, 0, "")]
+def take_steps(model, tokens):
+    """Two steps of HydraLoRA 3 x 8 as train.py takes them; the first warms up."""
+    model.checkpoint_activations = True
+    add_hydralora(model, rank=8, heads=3, dropout=train.PAPER_RECIPE["dropout"])
+    optimizer = train.make_optimizer(model.train(), lr=train.PAPER_RECIPE["lr"])
+    batch = random_batch(1, tokens, model.args.vocab_size)
     for _ in range(2):
         started = time.perf_counter()
-        loss, norm = train.train_step(model, [batch] * distributed.world_size(), optimizer, scaler,
-                                      settings)
-        print(f"{args.tokens} tokens, loss {loss.item():.3f}, gradient norm {norm.item():.3f}, "
+        loss, norm = take_step(model, [batch] * distributed.world_size(), optimizer)
+        print(f"{tokens} tokens, loss {loss.item():.3f}, gradient norm {norm.item():.3f}, "
               f"{time.perf_counter() - started:.1f} s", flush=True)
-    report(args)
 
 
-def report(args):
-    shards = list(Path(args.weights).glob("consolidated.*.pth"))
+def print_peaks(command, weights):
+    """The peak of each process."""
+    shards = list(Path(weights).glob("consolidated.*.pth"))
     size, peaks = sum(path.stat().st_size for path in shards), [peak_resident()]
     if distributed.under_torchrun():
         peaks *= distributed.world_size()
         dist.all_gather_object(peaks, peak_resident())
     for peak in peaks:
-        print(f"{args.command}: {len(shards)} shards of {size / 1e9:.2f} GB in all, peak resident "
+        print(f"{command}: {len(shards)} shards of {size / 1e9:.2f} GB in all, peak resident "
               f"memory {peak / 1e9:.2f} GB, {peak / size:.3f} times the files")
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_args(argv):
+    p = Parser("experiments.random_checkpoint", __doc__)
     p.add_argument("command", choices=["write", "load", "step"])
-    p.add_argument("--out", help="write: the folder to make")
-    p.add_argument("--tokenizer", help="write: a tokenizer.model to put beside the weights")
+    p.add_argument("--out", type=Path, help="write: the folder to make")
+    p.add_argument("--tokenizer", help="write: a tokenizer.model to copy into the folder")
     p.add_argument("--shards", type=int, default=1, help="write: files to split over (1)")
     p.add_argument("--layers", type=int, default=32, help="write: fewer for a trial (32)")
-    p.add_argument("--dim", type=int, default=4096, help="write: width, a multiple of 128 (4096)")
+    p.add_argument("--dim", type=int, default=4096,
+                   help="write: width, a multiple of 128 (4096)")
     p.add_argument("--weights", help="load, step: the folder")
-    p.add_argument("--shard-base", action="store_true", help="load, step: in parts (off)")
-    p.add_argument("--tokens", type=int, default=64, help="step: of the one sequence (64)")
-    args = p.parse_args(argv)
+    p.add_argument("--shard-base", action="store_true", help="load, step: shard the base (off)")
+    p.add_argument("--tokens", type=int, default=64, help="step: tokens of the sequence (64)")
+    return p.parse_args(argv)
+
+
+def run(args):
     started = time.perf_counter()
-    {"write": write, "load": load, "step": step}[args.command](args)
-    if distributed.rank():
-        return
-    print(f"{args.command}: {time.perf_counter() - started:.1f} s in all")
+    if args.command == "write":
+        write(args.out, args.tokenizer, shards=args.shards, layers=args.layers, dim=args.dim)
+    else:
+        with distributed.process_group("cpu", shard_base=args.shard_base):
+            model, _ = distributed.load_model(args.weights, device="cpu",
+                                              shard_base=args.shard_base)
+            if args.command == "step":
+                take_steps(model, args.tokens)
+            print_peaks(args.command, args.weights)
+    if distributed.rank() == 0:
+        print(f"{args.command}: {time.perf_counter() - started:.1f} s in all")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    start_script()
+    try:
+        return run(args) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error, "experiments.random_checkpoint", args, stopped="stopped",
+                              memory="step with fewer --tokens needs less")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,79 +1,85 @@
-"""Two processes of one thread against one of them: the same steps, side by side in one run.
+"""The same training steps by several processes of one thread, and by one of them.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m experiments.scaling
 
-Process 0 takes a step alone while the others wait, then all take the same step together, and so on;
-medians of the rounds. Processor time is the longest of any process: where other work runs on the
-machine it says what the clock would. The model is six of the 30 layers of experiments/benchmark.py.
+Rank 0 takes a step alone while the others wait, then all take the same step together,
+and so on; medians of the rounds. Processor time is the longest of any process: if other
+work runs on the machine, it shows what the clock would without it. The model is six of
+the 30 layers of experiments/benchmark.py.
 """
 
-import argparse
-import statistics
+import sys
 import time
+from statistics import median
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 
-import train
-from data.corpus import Sequence
-from experiments.benchmark import SCALER, SIZE
-from hydralora import add_hydralora
-from model import ModelArgs, Transformer
+from experiments.steps import SMOL, ours, random_base, random_batch, take_step
 from support import distributed
+from support.cli import Parser, report_failure, start_script
 
 
-def timed_step(model, batches, optimizer, args):
-    """(seconds, the longest processor seconds of any process that took part)."""
+def timed_step(method, batches):
+    """(seconds, processor seconds) of one step of these micro-batches."""
     wall, processor = time.perf_counter(), time.process_time()
-    train.train_step(model, batches, optimizer, SCALER, args)
+    take_step(method.model, batches, method.optimizer)
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def measure(options, args):
-    """{"one": [(seconds, processor seconds)], "all": the same}, a pair of each round."""
-    torch.manual_seed(0)
-    model = Transformer(ModelArgs(n_layers=options.layers, **SIZE))
-    model.init_weights(0)
-    add_hydralora(model)
-    optimizer, _ = train.make_optimizer(model.train(), args)
-    rows = torch.randint(5, SIZE["vocab_size"], (2 * distributed.world_size(), options.tokens))
-    # targets are the second half of a row
-    batches = [[Sequence(row.tolist(), options.tokens // 2, 0, "")] for row in rows]
+def measure(method, batches, rounds):
+    """{"one", "all": [(seconds, processor seconds) of each round, at the slowest]}."""
     found = {"one": [], "all": []}
-    for _ in range(options.rounds + 1):
+    for _ in range(rounds + 1):
         dist.barrier()
         if distributed.rank() == 0:
-            with mock.patch.object(distributed, "processes", lambda: 1):
-                found["one"].append(timed_step(model, batches, optimizer, args))
+            with mock.patch.object(distributed, "world_size", lambda: 1):
+                found["one"].append(timed_step(method, batches))
         dist.barrier()
         times = [None] * distributed.world_size()
-        dist.all_gather_object(times, timed_step(model, batches, optimizer, args))
+        dist.all_gather_object(times, timed_step(method, batches))
         found["all"].append(tuple(map(max, zip(*times))))
-    return {name: rows[1:] for name, rows in found.items()}, rows.numel()  # the first warms up
+    return {name: rows[1:] for name, rows in found.items()}  # the first warms up
+
+
+def parse_args(argv):
+    p = Parser("experiments.scaling", __doc__)
+    p.add_argument("--rounds", type=int, default=7, help="pairs of steps (7)")
+    p.add_argument("--layers", type=int, default=6, help="layers of the model (6)")
+    p.add_argument("--tokens", type=int, default=256, help="tokens per row (256)")
+    return p.parse_args(argv)
+
+
+def run(args):
+    processes = distributed.world_size()
+    with distributed.process_group("cpu"):
+        method = ours(random_base({**SMOL, "n_layers": args.layers}), rank=8, heads=3)
+        rows = random_batch(2 * processes, args.tokens, SMOL["vocab_size"])
+        found = measure(method, [[row] for row in rows], args.rounds)
+        print(f"{'':16}{'seconds':>9}{'tokens/s':>10}{'processor s':>13}")
+        medians = []
+        for name, times in found.items():
+            if not times:  # another rank than 0 takes no step alone
+                continue
+            wall, processor = (median(column) for column in zip(*times))
+            medians.append((wall, processor))
+            label = "1 process" if name == "one" else f"{processes} processes"
+            speed = len(rows) * args.tokens / wall
+            print(f"{label:16}{wall:9.3f}{speed:10.0f}{processor:13.3f}")
+        if distributed.rank() == 0:
+            wall, processor = (one / several for one, several in zip(*medians))
+            print(f"times as fast: {wall:.2f} by the clock, {processor:.2f} by processor time")
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--rounds", type=int, default=7, help="pairs of steps (7)")
-    p.add_argument("--layers", type=int, default=6, help="of the model (6)")
-    p.add_argument("--tokens", type=int, default=256, help="of a row (256)")
-    options = p.parse_args(argv)
-    args = train.parse_args(["--weights", "-", "--data", "-", "--device", "cpu", "--dtype", "fp32"])
-    with distributed.process_group(args):
-        found, tokens = measure(options, args)
-        if distributed.rank():
-            return
-        print(f"{'':16}{'seconds':>9}{'tokens/s':>10}{'processor s':>13}")
-        medians = {}
-        for name, rows in found.items():
-            wall, processor = medians[name] = [statistics.median(column) for column in zip(*rows)]
-            count = 1 if name == "one" else distributed.world_size()
-            print(f"{count:2} {'process' if count == 1 else 'processes':13}{wall:9.3f}"
-                  f"{tokens / wall:10.0f}{processor:13.3f}")
-        wall, processor = (one / several for one, several in zip(medians["one"], medians["all"]))
-        print(f"times as fast: {wall:.2f} by the clock, {processor:.2f} by processor time")
+    args = parse_args(argv)
+    start_script()
+    try:
+        return run(args) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error, "experiments.scaling", args, stopped="stopped",
+                              memory="--layers with fewer layers needs less")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -167,17 +167,24 @@ def count_parameters(model):
     return {"trainable": total, "trainable_without_router": total - router, "base": base}
 
 
-def print_start(settings, counts, data):
+def print_start(facts):
     """Every setting that is on, how much trains, how many records there are."""
+    settings, parameters = facts["settings"], facts["parameters"]
     for key, value in settings.items():
         if value is not None and value is not False:
             print(f"{key:24}{value}")
-    share = counts["trainable"] / counts["base"]
-    print(f"{'trainable parameters':24}{counts['trainable']:,} ({share:.2%} of the base's "
-          f"{counts['base']:,}); without the router {counts['trainable_without_router']:,}")
-    for name, part in data.items():
+    share = parameters["trainable"] / parameters["base"]
+    print(f"{'trainable parameters':24}{parameters['trainable']:,} ({share:.2%} of the base's "
+          f"{parameters['base']:,}); without the router "
+          f"{parameters['trainable_without_router']:,}")
+    for name, part in facts["data"].items():
         print(f"{name + ' records':24}{part['records']} ({part['shortened']} shortened, "
               f"{part['skipped']} too long and skipped)")
+    idle = settings["processes"] - settings["grad_accum"]
+    if idle > 0:
+        print(f"--grad-accum {settings['grad_accum']}: {idle} of {settings['processes']} "
+              f"processes have nothing to do; give --grad-accum {settings['processes']} and a "
+              "smaller --batch-size")
     print()
 
 

@@ -217,15 +217,16 @@ def trained_parameters(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_checkpoint(path, step, constants, model, optimizer, scaler):
+def save_checkpoint(path, step, facts, model, optimizer, scaler):
     """All that the next step depends on. The learning rate and the place in the shuffled data
-    follow from the step and the seed, and no generator but torch's is used. constants: what does
-    not change during the run, {settings, fingerprints, before: the base's losses, init: those of
-    --init-adapter or None, clusters}."""
+    follow from the step and the seed, and no generator but torch's is used. facts: what run.json
+    will hold, and the losses of start_or_resume."""
     tensors = {name: p.detach() for name, p in trained_parameters(model).items()}
-    state = {**constants, "step": step, "tensors": tensors, "optimizer": optimizer.state_dict(),
-             "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
-             "cuda_rng": get_rng_state(next(iter(tensors.values())).device)}  # of any device
+    state = {name: facts[name] for name in ("settings", "fingerprints", "clusters")}
+    state |= {"before": facts["losses"]["base"], "init": facts["losses"].get("before")}
+    state |= {"step": step, "tensors": tensors, "optimizer": optimizer.state_dict(),
+              "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
+              "cuda_rng": get_rng_state(next(iter(tensors.values())).device)}  # of any device
     moments = {f"{key} of parameter {i}": value for i, entry in state["optimizer"]["state"].items()
                for key, value in entry.items()}
     check_finite({**tensors, **moments}, path)
@@ -263,12 +264,12 @@ def compare_settings(recorded, settings, defaults):
                          "first command")
 
 
-def restore(path, constants, defaults, model, optimizer, scaler):
-    """Puts a stopped run's state in place; returns (steps done, losses of the base, those of
-    --init-adapter or None). Raises ValueError unless its settings, data and weights are those of
-    `constants`; `defaults` are the settings of a command without flags."""
+def restore(path, facts, defaults, model, optimizer, scaler):
+    """Puts a stopped run's state in place; returns (steps done, losses of start_or_resume). Raises
+    ValueError unless its settings, data and weights are those of `facts`; `defaults` are the
+    settings of a command without flags."""
     state = read_checkpoint(path)
-    settings, now = constants["settings"], constants["fingerprints"]
+    settings, now = facts["settings"], facts["fingerprints"]
     compare_settings(state["settings"], settings, defaults)
     begun = state["settings"].get("processes", 1)
     if begun != settings["processes"]:
@@ -282,9 +283,11 @@ def restore(path, constants, defaults, model, optimizer, scaler):
                          "the old files back, or start again in another --out")
     trained = trained_parameters(model)
     try:
-        check_losses(state["before"])
+        losses = {"base": state["before"]}
         if state["init"] is not None:
-            check_losses(state["init"])
+            losses["before"] = state["init"]
+        for found in losses.values():
+            check_losses(found)
         check_tensors(state["tensors"])
         check_finite(state["tensors"], path)
         if shape_mismatches({name: p.shape for name, p in trained.items()}, state["tensors"]):
@@ -300,7 +303,7 @@ def restore(path, constants, defaults, model, optimizer, scaler):
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(state["tensors"][name])
-    return state["step"], state["before"], state["init"]
+    return state["step"], losses
 
 
 def check_losses(losses):
@@ -310,7 +313,7 @@ def check_losses(losses):
     if "val" not in losses or any(TOTAL not in part for part in losses.values()) or any(
             type(row[key]) not in (int, float) or not math.isfinite(row[key])
             for row in rows for key in wanted):
-        raise ValueError("its losses of the base are damaged")
+        raise ValueError("its losses are damaged")
 
 
 def load_moments(optimizer, saved, path):

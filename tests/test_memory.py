@@ -6,17 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import train
 from data.corpus import Sequence, collate
-from experiments import benchmark, compare_dropout, random_checkpoint
-from hydralora import (
-    HydraLinear,
-    adapter_parameters,
-    add_hydralora,
-)
-from model import ModelArgs, Transformer, load_llama, save_llama
+from hydralora import HydraLinear, adapter_parameters, add_hydralora
+from model import SPLIT_DIM, ModelArgs, Transformer, load_llama, save_llama
 from support.device import DTYPES, autocast
 from support.evaluation import target_logits
 from support.memory import CONTEXT, GIB, NCCL, Need, Watch, longest_sequence
@@ -88,10 +82,6 @@ def test_a_whole_step_never_waits_for_the_device():
     assert loss.is_meta and norm.is_meta
     with pytest.raises(Exception, match="meta"):
         loss.item()
-
-
-def test_eight_heads_keep_at_most_half_more_for_the_backward_pass_than_one():
-    assert benchmark.kept_bytes(8) <= 1.5 * benchmark.kept_bytes(1)
 
 
 # ---------------------------------------------------------------- what --dry-run measures
@@ -228,72 +218,18 @@ def test_a_question_that_makes_no_sense_is_refused(flags, message, capsys):
     assert message in capsys.readouterr().err.strip().split("\n")[-1]
 
 
-# ---------------------------------------------------------------- loading, and the experiments
+# ---------------------------------------------------------------- loading
 
 
 def test_no_shard_stays_mapped_when_several_were_merged(tmp_path):
     save_llama(tiny_model(), WORLD / "base" / "tokenizer.model", tmp_path)
     whole = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
     for index in range(2):
-        part = {name: w if w.ndim == 1 else w.chunk(2, random_checkpoint.SPLIT_DIM[
-            name.split(".")[-2]])[index].clone() for name, w in whole.items()}
+        part = {name: w if w.ndim == 1 else w.chunk(2, SPLIT_DIM[name.split(".")[-2]])[
+            index].clone() for name, w in whole.items()}
         torch.save(part, tmp_path / f"consolidated.{index:02d}.pth")
     model, _ = load_llama(tmp_path)
     assert all(torch.equal(w, whole[name]) for name, w in model.named_parameters())
     maps = Path("/proc/self/maps")
     if maps.exists():  # Linux
         assert str(tmp_path) not in maps.read_text()
-
-
-@pytest.mark.parametrize("shards", ["1", "2"])
-def test_the_random_checkpoint_is_written_loaded_and_trained(tmp_path, shards, capsys):
-    out = str(tmp_path / "random")
-    random_checkpoint.main(["write", "--out", out, "--shards", shards, "--layers", "1", "--dim",
-                            "128", "--tokenizer", str(WORLD / "base" / "tokenizer.model")])
-    random_checkpoint.main(["load", "--weights", out])
-    random_checkpoint.main(["step", "--weights", out, "--tokens", "8"])
-    text = capsys.readouterr().out
-    assert f"load: {shards} shards" in text and "8 tokens, loss" in text
-    model, _ = load_llama(out)
-    assert model.output.weight.dtype == torch.bfloat16
-    assert 0.015 < model.output.weight.float().std() < 0.025
-
-
-@pytest.mark.slow
-def test_the_benchmark_measures_every_part(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "FRAMEWORKS", False)
-    monkeypatch.setitem(benchmark.SIZE, "vocab_size", 1000)
-    monkeypatch.setattr("experiments.growth.LENGTHS", (8, 16))
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    result = benchmark.main([
-        "--parts", "step,memory,dolly,growth,compile", "--repeats", "1", "--layers", "1",
-        "--tokens", "8", "--data", str(WORLD / "val.jsonl"), "--tokenizer",
-        str(WORLD / "base" / "tokenizer.model"), "--batch-size", "2", "--batches", "2",
-        "--json", str(tmp_path / "b.json"), "--picture", str(tmp_path / "growth.svg")])
-    assert json.loads((tmp_path / "b.json").read_text())["weights"] == result["weights"]
-    assert result["growth"].keys() == {"heads", "rank", "length"}
-    assert "<polyline" in (tmp_path / "growth.svg").read_text()
-    assert sum(result["step"]["profile"].values()) == pytest.approx(1)
-    assert "over the floor" in capsys.readouterr().out
-
-
-def test_a_mask_on_x_and_one_on_a_x_are_the_same_layer_without_dropout():
-    torch.manual_seed(0)
-    layer = HydraLinear(nn.Linear(12, 20, bias=False), rank=4, heads=3)
-    with torch.no_grad():
-        layer.lora_B.normal_()
-    x = torch.randn(5, 12)
-    with compare_dropout.masked_on_x():
-        masked = layer(x)
-    assert torch.allclose(layer(x), masked, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_the_masks_are_compared_on_the_world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    read = train.load_train_val
-    monkeypatch.setattr(train, "load_train_val", lambda *args, **settings: tuple(
-        part[:8] for part in read(*args, **settings)))
-    losses = compare_dropout.main(["--dropout", "0.2", "--epochs", "1", "--max-steps", "1",
-                                   "--seeds", "1"])
-    assert {len(values) for values in losses.values()} == {1} and len(losses) == 2

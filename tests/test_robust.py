@@ -445,9 +445,9 @@ def test_fp16_skips_a_step_that_is_not_finite_and_goes_on(command, out, monkeypa
     scales = []
     original = train.save_checkpoint
 
-    def save(path, step, constants, model, optimizer, scaler):
+    def save(path, step, facts, model, optimizer, scaler):
         scales.append(scaler.get_scale())
-        original(path, step, constants, model, optimizer, scaler)
+        original(path, step, facts, model, optimizer, scaler)
 
     monkeypatch.setattr(train, "save_checkpoint", save)
     assert train.main(flags) == 0
@@ -481,7 +481,8 @@ def test_what_is_not_finite_is_never_written_nor_loaded(model, tmp_path):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(ValueError, match="b.pt: 1 of .* not finite"):
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        run_folder.save_checkpoint(tmp_path / "b.pt", 1, {}, model, optimizer, scaler)
+        facts = dict.fromkeys(("settings", "fingerprints", "before", "clusters"))
+        run_folder.save_checkpoint(tmp_path / "b.pt", 1, facts, model, optimizer, scaler)
     content = torch.load(tmp_path / "a.pt", weights_only=True)
     content["tensors"]["layers.0.feed_forward.w1.lora_A"][0, 0] = math.nan
     torch.save(content, tmp_path / "a.pt")

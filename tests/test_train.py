@@ -641,7 +641,7 @@ def test_each_parameter_group_keeps_its_own_peak_rate(command, tmp_path, monkeyp
 
     monkeypatch.setattr(train, "make_optimizer", lora_plus)
     seen = []
-    monkeypatch.setattr(train, "save_checkpoint", lambda path, step, constants, model, optimizer,
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, step, facts, model, optimizer,
                         scaler: seen.append([group["lr"] for group in optimizer.param_groups]))
     assert train.main(command + ["--max-steps", "5", "--save-every", "1"]) == 0
     assert len(seen) == 5 and all(b == pytest.approx(4 * a) for a, b in seen)
