@@ -466,12 +466,14 @@ def take_settings(args):
     settings = run_folder.read_adapter_config(args.init_adapter)
     settings["method"] = method_of(settings)
     settings["targets"] = ",".join(settings["targets"])
-    for name in settings.keys() & vars(args):
+    for name, value in settings.items():
+        if not hasattr(args, name):
+            continue  # the method fixes it
         given = getattr(args, name)
-        if given not in (None, settings[name]):
-            raise ValueError(f"{args.init_adapter} has {name} {settings[name]}, not {given}: drop "
-                             f"{flag(name)}")
-        setattr(args, name, settings[name])
+        if given not in (None, value):
+            raise ValueError(f"--init-adapter {args.init_adapter} has {name} {value}, not {given}: "
+                             f"drop {flag(name)}")
+        setattr(args, name, value)
 
 
 def method_of(settings):

@@ -42,6 +42,7 @@ ADAPTERS_ONLY = {"targets", *(field.name for field in fields(HydraSettings))}
 
 @dataclass
 class Run:
+    """What a run folder holds; of a run that has not ended, name to evaluations alone."""
     name: str  # of the folder
     settings: dict
     steps: list
@@ -58,12 +59,14 @@ class Run:
 
 
 def read_run(folder):
-    """The Run in a folder. Raises ValueError if run.json or log.csv is not whole."""
+    """The Run in a folder. Raises ValueError if run.json or log.csv is not whole; a run that
+    is going on or was stopped has log.csv alone."""
     folder = Path(folder)
-    if not (folder / "run.json").is_file():
-        raise ValueError(f"{folder} holds no run.json: give the folder of a run of train.py that "
-                         "has ended")
-    result = read_json(folder / "run.json")
+    ended = (folder / "run.json").is_file()
+    if not ended and not (folder / "log.csv").is_file():
+        raise ValueError(f"{folder} holds no run.json and no log.csv: give the folder of a run of "
+                         "train.py")
+    result = read_json(folder / "run.json") if ended else {}
     try:
         rows = read_log(folder / "log.csv")
         steps = [int(row["step"]) for row in rows]
@@ -72,6 +75,8 @@ def read_run(folder):
             raise ValueError("log.csv has no rows")
         evaluations = {column: [(step, float(row[column])) for step, row in zip(steps, rows)
                                 if row[column]] for column in EVALUATIONS}
+        if not ended:
+            return Run(folder.resolve().name, {}, steps, losses, evaluations, {}, {}, {}, {})
         settings, metrics = dict(result["settings"]), result["metrics"]
         table = {**metrics["categories"], TOTAL: metrics}
         base, tuned = ({name: (float(row["val_loss" + end]), float(row["exact_match" + end]))
@@ -102,8 +107,11 @@ def label_settings(run):
 def add_labels(runs):
     """Labels each run with its method and the settings in which it differs from another
     run; runs that are alike in all of them also get the names of their folders."""
-    settings = [label_settings(run) for run in runs]
-    for run, mine in zip(runs, settings):
+    for run in runs:
+        run.label = f"{run.name}, not ended, {run.steps[-1]} steps"
+    ended = [run for run in runs if run.settings]
+    settings = [label_settings(run) for run in ended]
+    for run, mine in zip(ended, settings):
         differing = [name for name in mine if name != "method" and any(
             name in other and other[name] != mine[name] for other in settings)]
         parts = [f"{name.replace('_', ' ')} {mine[name]}" for name in differing]
@@ -134,6 +142,8 @@ def find_bases(runs):
     """[(label, {family: (loss, exact match)})]: each base of the runs once."""
     bases = []
     for run in runs:
+        if not run.base:
+            continue  # it has not ended
         rows = next((rows for _, rows in bases if same_base(rows, run.base)), None)
         if rows is None:
             bases.append((f"base of {run.label}", dict(run.base)))
@@ -214,7 +224,7 @@ def draw_families(loss_axes, exact_axes, runs):
     names = families(runs)
     series = [(label, rows, *BASE_STYLES[i % len(BASE_STYLES)])
               for i, (label, rows) in enumerate(find_bases(runs))]
-    series += [(run.label, run.tuned, *style(i)[:3]) for i, run in enumerate(runs)]
+    series += [(run.label, run.tuned, *style(i)[:3]) for i, run in enumerate(runs) if run.tuned]
     height = 0.8 / len(series)
     for i, (label, rows, colour, marker, hatch) in enumerate(series):
         present = [name for name in names if name in rows]
@@ -290,11 +300,15 @@ def draw_entropy(axes, run):
 
 
 def draw(runs):
-    """The figure of labelled runs: training loss, families, a row for each router."""
+    """The figure of labelled runs: training loss, families, a row for each router. Of runs
+    that have not ended only the first is known."""
     from matplotlib.figure import Figure
     routed = [run for run in runs if run.gate]
-    n_series = len(find_bases(runs)) + len(runs)
-    heights = [2.6, 1.3 + len(families(runs)) * (n_series * 0.14 + 0.1)]
+    ended = [run for run in runs if run.tuned]
+    heights = [2.6]
+    if ended:
+        n_series = len(find_bases(runs)) + len(ended)
+        heights.append(1.3 + len(families(runs)) * (n_series * 0.14 + 0.1))
     for run in routed:
         heights.append(1.3 + max(1.7, 0.22 * len(run.gate[most_divided_layer(run)])))
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
@@ -305,12 +319,13 @@ def draw(runs):
         draw_exact_match(right, runs)
     else:
         draw_training(parts[0].subplots(), runs)
-    pair = parts[1].subplots(1, 2, sharey=True)
-    draw_families(*pair, runs)
-    bars, labels = pair[1].get_legend_handles_labels()
-    marks, _ = pair[0].get_legend_handles_labels()
-    parts[1].legend([*zip(marks, bars)], labels, loc="outside lower center",
-                    ncols=min(3, len(labels)))
+    if ended:
+        pair = parts[1].subplots(1, 2, sharey=True)
+        draw_families(*pair, runs)
+        bars, labels = pair[1].get_legend_handles_labels()
+        marks, _ = pair[0].get_legend_handles_labels()
+        parts[1].legend([*zip(marks, bars)], labels, loc="outside lower center",
+                        ncols=min(3, len(labels)))
     for part, run in zip(parts[2:], routed):
         left, right = part.subplots(1, 2)
         draw_gate(left, run)
