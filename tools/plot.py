@@ -249,6 +249,7 @@ def draw_families(loss_axes, exact_axes, runs):
     if min(losses) > 0 and max(losses) > 10 * min(losses):
         loss_axes.set_xscale("log")
         loss_axes.xaxis.set_major_formatter("{x:g}")
+        loss_axes.xaxis.set_minor_formatter(minor_tick_label)
     loss_axes.margins(x=0.15)
     loss_axes.set(title="validation loss", xlabel="nats per token")
     exact_axes.set(title="exact match", xlabel="% of records", xlim=(0, 115))
