@@ -177,6 +177,18 @@ def test_another_init_adapter_is_refused_when_resuming(place, tmp_path, capsys):
     assert "init_adapter changed since" in capsys.readouterr().err
 
 
+def test_damaged_losses_of_the_init_adapter_are_refused_when_resuming(place, tmp_path, capsys):
+    command = [*going_on(place, "tavi"), "--out", str(tmp_path / "run")]
+    with in_step(2, interrupt):
+        assert train.main(command) == 130
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["init"]["val"][""]["loss"] = float("nan")
+    torch.save(state, path)
+    assert train.main([*command, "--resume"]) == 2
+    assert "its losses are damaged" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- several files
 
 

@@ -137,6 +137,10 @@ def test_a_run_that_has_not_ended_is_drawn_from_log_csv_alone(tmp_path):
     (loss,) = axes["validation loss"]
     assert loss.get_legend_handles_labels()[1] == ["base", runs[1].label]
     assert loss.get_lines()[1].get_color() == plot.COLOURS[1] and runs[1].label == "hydralora"
+    other, _, _ = write_run(tmp_path / "c", base=9.0, method="lora")
+    axes, runs = drawn(going_on, ended, other)
+    labels = axes["validation loss"][0].get_legend_handles_labels()[1]
+    assert labels[:2] == [f"base of {run.label}" for run in runs[1:]]
 
 
 def test_every_family_has_the_loss_and_exact_match_of_the_base_and_each_run(tmp_path):

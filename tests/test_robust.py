@@ -481,7 +481,8 @@ def test_what_is_not_finite_is_never_written_nor_loaded(model, tmp_path):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(ValueError, match="b.pt: 1 of .* not finite"):
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        facts = dict.fromkeys(("settings", "fingerprints", "before", "clusters"))
+        facts = dict.fromkeys(("settings", "fingerprints", "clusters"), {})
+        facts["losses"] = {"base": {}}
         run_folder.save_checkpoint(tmp_path / "b.pt", 1, facts, model, optimizer, scaler)
     content = torch.load(tmp_path / "a.pt", weights_only=True)
     content["tensors"]["layers.0.feed_forward.w1.lora_A"][0, 0] = math.nan
