@@ -166,9 +166,10 @@ class Transformer(nn.Module):
         """Next-token logits (B, T, V) of int64 tokens (B, T)."""
         return self.output(self.hidden_states(tokens))
 
-    def hidden_states(self, tokens: Tensor, cache=None, positions=None) -> Tensor:
-        """Hidden states (B, T, D) after the final norm. Raises ValueError beyond
-        max_seq_len.
+    def hidden_states(self, tokens: Tensor, cache=None, positions=None,
+                      n_layers=None) -> Tensor:
+        """Hidden states (B, T, D) after n_layers blocks (None: all) and the final norm.
+        Raises ValueError beyond max_seq_len.
 
         With a cache from make_cache, positions (B, T), or (1, T) for all rows alike, are
         the tokens' slots: keys and values go there, and a token reads every slot up to its
@@ -182,7 +183,7 @@ class Transformer(nn.Module):
         head_dim = self.args.dim // self.args.n_heads
         rotary = rotary_table(positions, head_dim, self.args.rope_theta)
         h = self.tok_embeddings(tokens)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers[:n_layers]):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # with use_reentrant=True no input requires grad, since the embedding is
                 # frozen, so the adapters would get no gradient
