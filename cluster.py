@@ -170,9 +170,8 @@ def kmeans(x, k, *, seed=0, n_init=10, max_iter=300):
     if points.ndim != 2 or not 1 <= k <= len(points) or min(n_init, max_iter) < 1:
         raise ValueError(f"k-means of {tuple(points.shape)} needs records by features, k "
                          f"from 1 to the number of records, and a start; k is {k}")
-    # square_distances needs data at the origin; this mean is exact for equal records
-    centre = points[0] + (points - points[0]).mean(0)
-    z = points - centre
+    centre = points.mean(0)
+    z = points - centre  # far from the origin square_distances would be inexact
     if not z.norm().square().isfinite():
         raise ValueError("the data holds values that are not finite or too large to square")
     generator = torch.Generator().manual_seed(seed)

@@ -117,24 +117,31 @@ def test_an_empty_cluster_takes_the_farthest_record():
     assert centroids.flatten().tolist() == [1.0, 50.0] and labels.tolist() == [0, 0, 0, 1]
 
 
-def test_a_new_centroid_is_never_where_one_is_already():
-    x = torch.zeros(200, 1)
-    x[77] = 5
-    for seed in range(5):
-        generator = torch.Generator().manual_seed(seed)
-        assert add_centroids(x, x[:1], 2, generator).tolist() == [[0], [5]]
+def test_a_new_centroid_is_the_best_of_draws_by_squared_distance():
+    x = torch.tensor(overlapping(m=50, f=2))
+    found = add_centroids(x, x[:1], 5, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    slow = [x[0]]
+    while len(slow) < 5:
+        weights = [min((row - centroid).square().sum() for centroid in slow) for row in x]
+        drawn = torch.multinomial(torch.stack(weights), cluster.DRAWS, replacement=True,
+                                  generator=generator)
+        slow.append(min(x[drawn], key=lambda new: sum(
+            min(weight, (row - new).square().sum()) for row, weight in zip(x, weights))))
+    torch.testing.assert_close(found, torch.stack(slow))
 
 
 def test_half_of_the_starts_draw_one_centroid_of_the_best_again(monkeypatch):
-    kept = []
+    first = []
 
     def watched(x, centroids, *rest):
-        kept.append(len(centroids))
+        first.append(centroids)
         return add_centroids(x, centroids, *rest)
 
     monkeypatch.setattr(cluster, "add_centroids", watched)
     kmeans(blobs()[0], 4, n_init=3)
-    assert kept == [1, 1, 1, 3, 3, 3]
+    assert [len(centroids) for centroids in first] == [1, 1, 1, 3, 3, 3]
+    assert len({str(centroids) for centroids in first[3:]}) == 3  # each time another one
 
 
 def test_the_same_seed_gives_the_same_answer():
@@ -324,6 +331,7 @@ def test_silhouette_is_the_loop_over_records():
     ([64, 32, 16, 8, 4], 1),  # straight on a logarithmic axis
     ([100, 95, 90, 5], 4),  # steeper and steeper: the elbow is not before the end
     ([100, 40, 10, 0, 0, 0], 4),  # as many clusters as distinct records
+    ([100, 1e-12, 1e-30], 2),  # the same, and rounding
     ([0, 0, 0], 1), ([5], 1), ([5, 3], 1)])
 def test_the_elbow_of_hand_made_curves(inertias, k):
     found, strengths = find_elbow(dict(enumerate(inertias, start=1)))
@@ -359,6 +367,13 @@ def test_three_families_ask_for_three_heads(model, tokenizer, features):
     assert all(central["record"] % 3 == 1 for central in norvan["central"])
 
 
+def test_the_central_records_are_nearest_to_the_centroid():
+    x = torch.tensor([[0.0], [1.0], [2.0], [3.0], [10.0]])
+    clusters = cluster.Clusters(torch.tensor([[2.1]]), torch.zeros(5, dtype=torch.long), 0.0)
+    described, = cluster.describe([record(f"text {i}") for i in range(5)], x, clusters)
+    assert [central["record"] for central in described["central"]] == [2, 3, 1]
+
+
 def test_categories_have_no_say_in_the_choice(model, tokenizer):
     records = family_records()
     plain = choose_heads([{**r, "category": ""} for r in records], model, tokenizer, k_max=5)
@@ -369,8 +384,9 @@ def test_categories_have_no_say_in_the_choice(model, tokenizer):
 
 @pytest.mark.parametrize("features", ["hidden", "tfidf"])
 def test_weak_evidence_is_called_weak(model, tokenizer, features, capsys):
-    same = [record("the same words every time")] * 7
+    same = [record("the same words every time")] * 23
     result = choose_heads(same, model, tokenizer, features=features)
+    assert set(result["curve"].values()) == {0}
     assert result["k"] == 1 and result["weak"] == ["bend", "silhouette"]
     cluster.print_report(result)
     assert "weak evidence (elbow strength below 0.1, silhouette below 0.1)" in (
