@@ -186,34 +186,42 @@ def print_start(facts):
     print()
 
 
-def metrics(base, tuned):
-    """val_loss, val_loss_base and the exact matches, in total and per category; kept: {loss,
-    loss_base, records} of --keep-data, if there is any."""
-    def compare(category):
-        a, b = base["val"][category], tuned["val"][category]
-        return {"val_loss": b["loss"], "val_loss_base": a["loss"], "exact_match": b["exact"],
-                "exact_match_base": a["exact"], "records": b["records"]}
+def metrics(losses):
+    """val_loss and exact_match, in total and per category, and kept: {loss, records} of --keep-data
+    if there is any. losses: {"base", perhaps "before", "tuned": what evaluate_sets found}; a name
+    that ends in _base or _before is of that model, one without is of the tuned model."""
+    suffix = {name: "" if name == "tuned" else f"_{name}" for name in losses}
 
-    categories = sorted(set(tuned["val"]) - {TOTAL})
-    result = {**compare(TOTAL), "categories": {c: compare(c) for c in categories}}
-    if "kept" in tuned:
-        a, b = base["kept"][TOTAL], tuned["kept"][TOTAL]
-        result["kept"] = {"loss": b["loss"], "loss_base": a["loss"], "records": b["records"]}
+    def compare(part, category, keys):
+        found = {f"{new}{suffix[name]}": parts[part][category][key]
+                 for name, parts in losses.items() for key, new in keys.items()}
+        return {**found, "records": losses["tuned"][part][category]["records"]}
+
+    keys = {"loss": "val_loss", "exact": "exact_match"}
+    categories = sorted(set(losses["tuned"]["val"]) - {TOTAL})
+    result = {**compare("val", TOTAL, keys),
+              "categories": {c: compare("val", c, keys) for c in categories}}
+    if "kept" in losses["tuned"]:
+        result["kept"] = compare("kept", TOTAL, {"loss": "loss"})
     return result
 
 
-def print_losses(base, tuned):
-    """Loss and exact match of both models per category, then the loss on --keep-data."""
-    print(f"\n{'':33}{'loss (nats per token)':>22}{'exact match':>20}\n"
-          f"{'category':24}{'records':>9}{'base':>13}{'tuned':>9}{'base':>11}{'tuned':>9}")
-    for category in [*sorted(set(base["val"]) - {TOTAL}), TOTAL]:
-        a, b = base["val"][category], tuned["val"][category]
-        print(f"{category or 'all':24}{a['records']:9}{a['loss']:13.4f}{b['loss']:9.4f}"
-              f"{a['exact']:11.1%}{b['exact']:9.1%}")
-    if "kept" in tuned:
-        a, b = base["kept"][TOTAL], tuned["kept"][TOTAL]
-        print(f"kept: {b['records']} texts that the base knows, loss {a['loss']:.2f} -> "
-              f"{b['loss']:.2f}")
+def print_losses(losses):
+    """Loss and exact match of each model per category, then the loss on --keep-data. losses is as
+    in metrics."""
+    wide = 9 * (len(losses) - 1)
+    print(f"\n{'':33}{'loss (nats per token)':>{13 + wide}}{'exact match':>{11 + wide}}")
+    names = "".join(f"{name:>9}" for name in losses)
+    print(f"{'category':24}{'records':>9}    {names}  {names}")
+    for category in [*sorted(set(losses["base"]["val"]) - {TOTAL}), TOTAL]:
+        rows = [parts["val"][category] for parts in losses.values()]
+        print(f"{category or 'all':24}{rows[0]['records']:9}    "
+              + "".join(f"{row['loss']:9.4f}" for row in rows) + "  "
+              + "".join(f"{row['exact']:9.1%}" for row in rows))
+    if "kept" in losses["base"]:
+        rows = [parts["kept"][TOTAL] for parts in losses.values()]
+        print(f"kept: {rows[0]['records']} texts that the base knows, loss "
+              + " -> ".join(f"{row['loss']:.2f}" for row in rows))
 
 
 def print_history(rows):

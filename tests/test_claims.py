@@ -313,6 +313,7 @@ def test_records_are_drawn_and_without_validation_data_a_tenth_is_held_out(place
 def test_without_paths_the_data_are_those_of_train_py():
     args = common.parse_args(common.parser("test", common.__doc__, seeds=1, epochs=1), [])
     expected = train.parse_args([])
+    [expected.data] = expected.data
     for name in common.PATHS:
         assert getattr(args, name) == getattr(expected, name)
     records, val = common.load_records(args)
@@ -338,16 +339,16 @@ def test_no_learning_rate_is_chosen_by_the_validation_set(place, tmp_path, monke
     sweeps, last = asked[:-1], asked[-1]
     known, validation = (read_records(place / f"{name}.jsonl") for name in ("train", "val"))
     assert len(sweeps) == 1 + common.WIDEN  # the best was always the lowest
-    assert len({(run.data, run.val_data) for runs in sweeps for run in runs}) == 1
+    assert len({(*run.data, run.val_data) for runs in sweeps for run in runs}) == 1
     training, held_out = (read_records(path)
-                          for path in (sweeps[0][0].data, sweeps[0][0].val_data))
+                          for path in (*sweeps[0][0].data, sweeps[0][0].val_data))
     assert all(r in known and r not in validation for r in training + held_out)
     assert not [r for r in held_out if r in training] and len(held_out) == 5
     assert {run.epochs for runs in sweeps for run in runs} == {2}
     assert {run.seed for runs in sweeps for run in runs} == {0, 1}
     assert {run.epochs for run in last} == {3} and {run.lr for run in last} == {0.0005}
     assert all(read_records(run.val_data) == validation for run in last)
-    assert all(read_records(run.data) == known for run in last)
+    assert all(read_records(*run.data) == known for run in last)
 
 
 def test_the_sweep_widens_at_an_edge_and_stops_inside():

@@ -682,6 +682,7 @@ def test_a_setting_that_a_checkpoint_lacks_had_its_default(command, tmp_path, ca
     state = torch.load(path, weights_only=True)
     for name in ("clip", "warmup", "betas", "weight_decay", "gate"):
         del state["settings"][name]
+    del state["init"]  # nor had it --init-adapter
     torch.save(state, path)
     assert train.main(command + ["--resume", "--clip", "0.5", "--warmup", "0.1"]) == 2
     assert "clip was 1.0, is 0.5, warmup was 0.03, is 0.1: give" in capsys.readouterr().err
