@@ -320,6 +320,17 @@ def test_a_resumed_run_takes_the_checkpoints_base_and_ends_alike(place, tmp_path
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
+def test_an_adapter_is_trained_further_on_the_base_it_had(place, tmp_path, capsys):
+    flags = [*flags_of(place, str(tmp_path / "further"))[:-4], "--init-adapter",
+             str(place / "run" / "adapter.pt")]
+    assert train.main([*flags, "--out", str(tmp_path / "further")]) == 0
+    run = json.loads((tmp_path / "further" / "run.json").read_text())
+    assert run["settings"]["quantize"] == "nf4"
+    assert train.parse_args([*flags, "--quantize", "none"]).quantize == "none"
+    # a resumed run asks its checkpoint instead
+    assert train.parse_args([*flags, "--resume"]).quantize is None
+
+
 def test_a_checkpoint_of_before_is_resumed_on_the_dense_base(place, tmp_path, capsys):
     flags = flags_of(place, str(tmp_path / "old"))
     with in_step(2, interrupt):
