@@ -25,7 +25,14 @@ import torch
 import torch.nn.functional as F
 
 from data import WORLD
-from data.corpus import encode_prompts, length_batches, pad, prompt_text, read_records
+from data.corpus import (
+    encode_prompts,
+    length_batches,
+    pad,
+    prompt_text,
+    read_files,
+    split_weight,
+)
 from hydralora import base_fingerprint
 from model import Tokenizer, read_params
 from support.cli import Parser, check_min, progress, run_script
@@ -353,8 +360,10 @@ def parse_args(argv):
     p = Parser("cluster.py", __doc__)
     p.add_argument("--weights", default=str(WORLD / "base"),
                    help="checkpoint folder in Meta's layout (the embedded world's)")
-    p.add_argument("--data", default=str(WORLD / "train.jsonl"),
-                   help="records, JSON lines or array (the embedded world's)")
+    p.add_argument("--data", nargs="+", default=[str(WORLD / "train.jsonl")],
+                   metavar="FILE[:WEIGHT]",
+                   help="records, JSON lines or array, as for train.py; each counts once, whatever "
+                   "the weight (the embedded world's)")
     p.add_argument("--strict", action="store_true", help="refuse a record that cannot be "
                    "trained on, instead of skipping and counting it (off)")
     p.add_argument("--features", default="hidden", choices=["hidden", "tfidf"],
@@ -374,6 +383,7 @@ def parse_args(argv):
     args = p.parse_args(argv)
     try:
         validate_args(args)
+        args.data = [split_weight(text)[0] for text in args.data]
         args.device = pick_device(args.device)
     except ValueError as error:
         p.error(str(error))
@@ -391,7 +401,7 @@ def validate_args(args):
 
 
 def cluster_records(args):
-    records = read_records(args.data, strict=args.strict)
+    records = read_files(args.data, strict=args.strict)
     max_seq_len = read_params(args.weights, args.max_seq_len).max_seq_len
     if args.features == "hidden":
         dtype = DTYPES[pick_dtype(None, args.device)]
@@ -400,7 +410,6 @@ def cluster_records(args):
     else:
         model = None
         tokenizer = Tokenizer(Path(args.weights) / "tokenizer.model")
-    records.print_remarks(args.data)
     print_default_length(args.weights, max_seq_len, args.max_seq_len)
     result = choose_heads(records, model, tokenizer, k_max=args.k_max, seed=args.seed,
                           max_seq_len=max_seq_len, features=args.features, layer=args.layer,
