@@ -27,7 +27,7 @@ import torch
 from data import WORLD
 from data.corpus import without_duplicates
 from data.make.primer import STAGES, THIRD, held_out_rows, make_primer
-from data.make.quiz import make_quiz, quiz_key
+from data.make.quiz import make_quiz, row_key
 from data.make.world import write_quiz, write_records
 from data.mmlu import read_questions
 from model import ModelArgs, Transformer, load_llama, save_llama
@@ -90,9 +90,9 @@ def train_stage(args, number, start, folder, repeat=0):
 def other_questions(seed):
     """{"test": {subject: rows}}: questions like those of the quiz, and none of it."""
     quiz, _ = read_questions(WORLD / "quiz", shots=0)
-    asked = {quiz_key(row) for rows in quiz.values() for row in rows}
+    asked = {row_key(row) for rows in quiz.values() for row in rows}
     drawn = make_quiz(seed)["test"]
-    return {"test": {subject: [row for row in rows if quiz_key(row) not in asked]
+    return {"test": {subject: [row for row in rows if row_key(row) not in asked]
                      for subject, rows in drawn.items()}}
 
 
