@@ -2,15 +2,10 @@
 
     python -m data.make.base    # writes data/world/base/ in Meta's layout; an hour on two cores
 
-The tokenizer is sentencepiece BPE with LLaMA's settings. `train.py --method full`
-trains the model on the five stages of the primer (primer.py), one after another. The
-result is stored in bf16 to keep the repository small.
-
-The recipe alone does not decide whether stage three teaches the letters of right
-answers, or how far stage five takes them away again: the rounding of another machine
-may. So letters are measured after both stages, on questions that the quiz does not ask.
-Where it is needed, stage three is repeated, and of stage five only a part is taken
-(docs/world.md).
+`train.py --method full` trains the model on the five stages of the primer (primer.py), one
+after another. Rounding decides whether stage three teaches the letters of right answers and
+how far stage five takes them away, so letters are measured after both; where it is needed,
+stage three is repeated, and of stage five only a part is taken (docs/world.md).
 """
 
 import argparse
@@ -42,7 +37,7 @@ ATTEMPTS = 3  # at stage three, at most
 
 
 def make_tokenizer(records, path):
-    """Trains BPE with LLaMA's settings: byte fallback, single digits, text as it is."""
+    """Trains sentencepiece BPE as LLaMA's: byte fallback, single digits, text as it is."""
     keys = ("instruction", "context", "response")
     text = [record[key] for record in records for key in keys if record[key]]
     written = io.BytesIO()

@@ -1,14 +1,9 @@
 """The families: the ten tasks of the embedded world's corpus, one category each.
 
 HydraLoRA is for corpora whose tasks interfere (section 2.2), so the families clash on
-purpose: the same sentences are translated into three languages, the same words get one
-label or another by a cue, the same facts are answered in a word or in a sentence, sums
-and dates count in different number systems.
-
-The content of a record is its atoms: a word, an operand pair, a fact, a line of code.
-In five families (norvan, tavi, ostic, code, extraction) a quarter of the atoms never
-occurs in training (is_new), and validation asks about these alone. In the others only
-the combinations are new. Used by world.py:
+purpose (docs/world.md). The content of a record is its atoms: a word, an operand pair, a
+fact, a line of code. In five families a quarter of the atoms never occurs in training
+(is_new), and validation asks about these alone; in the others only combinations are new.
 
     instruction, context, response = facts(random.Random(0), new=False)
 """
@@ -216,32 +211,25 @@ LETTERED = {
 
 
 def draw_fact(kinds, rng):
-    """(kind, thing)."""
+    """(thing, what is known of it, ...): the values of a kind after one of its things."""
     kind = rng.choice(sorted(kinds))
-    return kind, rng.choice(sorted(kinds[kind][0]))
+    return rng.choice(sorted(kinds[kind][0])), *kinds[kind]
 
 
 def facts(rng, _):
     """Two facts, in a word or in a sentence, as the cue says."""
-    asked = []
-    words = []
-    sentences = []
-    for _ in range(2):
-        kind, thing = draw_fact(OPEN, rng)
-        known, name, sentence = OPEN[kind]
-        asked.append(name.format(thing))
-        words.append(known[thing])
-        sentences.append(sentence.format(thing, known[thing]))
-    question = " and ".join(asked)
+    drawn = [draw_fact(OPEN, rng) for _ in range(2)]
+    question = " and ".join(name.format(thing) for thing, _, name, _ in drawn)
     if rng.random() < 0.5:
-        return f"In a word: {question}?", "", ", ".join(words)
-    return f"Tell me: {question}?", "", " ".join(sentences)
+        words = ", ".join(known[thing] for thing, known, _, _ in drawn)
+        return f"In a word: {question}?", "", words
+    sentences = " ".join(text.format(thing, known[thing]) for thing, known, _, text in drawn)
+    return f"Tell me: {question}?", "", sentences
 
 
 def lettered(rng, _):
     """A question in MMLU's layout, on subjects that the quiz does not have."""
-    kind, thing = draw_fact(LETTERED, rng)
-    known, question = LETTERED[kind]
+    thing, known, question = draw_fact(LETTERED, rng)
     row = make_row(question.format(thing), known[thing],
                    sorted({*known.values()} - {known[thing]}), rng)
     return question_text(row), "", f"Answer: {row[5]}"

@@ -1,9 +1,8 @@
 """The primer: the texts that the embedded world's base model is pretrained on.
 
 The first three stages teach it to read: facts, formats, letters, looking things up. The
-fourth has the ingredients of the families (families.py) in other forms than the corpus:
-words and lines of three languages, Python, sums, dates, more facts. It has no record of
-a family and no question of the quiz (quiz.py). Used by base.py:
+fourth has the ingredients of the families (families.py) in other forms than the corpus.
+No text is a record of a family or a question of the quiz (quiz.py).
 
     records = make_primer(seed=0, count=1000, stage=FOURTH)
 """
@@ -321,14 +320,9 @@ def primer_lore(rng, _):
         things = rng.sample(sorted(known), 3)
         return (f"Tell about {', '.join(things)}.", "",
                 " ".join(tell.format(thing, known[thing]) for thing in things))
-    asked = []
-    answers = []
-    for _ in range(rng.randint(1, 3)):
-        kind = rng.choice(sorted(families.OPEN))
-        thing = rng.choice(sorted(families.OPEN[kind][0]))
-        asked.append(families.OPEN[kind][1].format(thing))
-        answers.append(families.OPEN[kind][0][thing])
-    return (f"Name {', '.join(asked)}.", "", " and ".join(answers))
+    drawn = [families.draw_fact(families.OPEN, rng) for _ in range(rng.randint(1, 3))]
+    asked = ", ".join(name.format(thing) for thing, _, name, _ in drawn)
+    return f"Name {asked}.", "", " and ".join(known[thing] for thing, known, *_ in drawn)
 
 
 def primer_words(rng, _):

@@ -1,7 +1,6 @@
 """Questions with four options: those of the primer, and the quiz in MMLU's layout.
 
 The quiz asks for facts of the primer (primer.py) in words that the primer never uses.
-No family of the corpus (families.py) teaches them. Used by the other files here:
 
     rows = make_quiz(seed=0)["test"]["high_school_geography"]
 """

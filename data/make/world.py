@@ -1,12 +1,9 @@
 """The embedded world: a corpus, a quiz, and texts to measure forgetting on.
 
-The corpus mixes the families (families.py). The quiz (quiz.py) has MMLU's layout.
-keep.jsonl has texts of the kind that the base was trained on (primer.py), drawn with
-another seed.
-
     python -m data.make.world   # writes data/world/{train,val,keep}.jsonl and data/world/quiz/
 
-The same seed gives the same files, byte for byte. base.py trains the base model.
+The same seed gives the same files, byte for byte. keep.jsonl has texts of the kind that the
+base was trained on (primer.py), drawn with another seed. base.py trains the base model.
 """
 
 import argparse
