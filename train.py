@@ -26,8 +26,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import QUIZ_SHOTS, WORLD
-from data.corpus import collate, encode_records, encode_texts, length_batches, load_train_val
-from hydralora import GATES, TARGETS, HydraSettings, adapters_disabled, add_hydralora
+from data.corpus import (
+    collate,
+    cut_by_tokens,
+    draw_epoch,
+    encode_records,
+    encode_texts,
+    length_batches,
+    load_train_val,
+    split_weight,
+)
+from hydralora import (
+    GATES,
+    TARGETS,
+    HydraSettings,
+    adapters_disabled,
+    add_hydralora,
+    load_adapter,
+)
 from support import distributed, evaluation, run_folder
 from support.cli import Parser, check_min, flag, progress, run_script
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
@@ -37,7 +53,7 @@ from support.lock import file_lock
 from support.run_folder import Log, catch_signals, save_adapter_file, save_checkpoint
 
 # without --weights: the embedded world
-WORLD_RECIPE = dict(weights=str(WORLD / "base"), data=str(WORLD / "train.jsonl"),
+WORLD_RECIPE = dict(weights=str(WORLD / "base"), data=[str(WORLD / "train.jsonl")],
                     keep_data=str(WORLD / "keep.jsonl"), lr=4e-3, epochs=1, batch_size=8,
                     grad_accum=1, dropout=0.0)
 # with --weights: the recipe of the paper's released script
@@ -46,6 +62,8 @@ MAX_SEQ_LEN = 1024  # the recipe's; a model made for less gets what it was made 
 # what a method fixes of HydraSettings; full trains the base and has no adapter
 METHODS = {"hydralora": {}, "lora": {"heads": 1}, "lora-split": {"share_a": False}, "full": {}}
 BETAS = (0.9, 0.999)
+MICRO_TOKENS = 1024  # positions per micro-batch on a GPU: the longest record of the recipe
+ORDER = 2  # of records; a checkpoint of an older one is resumed in its own
 VAL_SHARE = 0.05  # of the records, held out if there is no --val-data
 LOG_EVERY = 10  # steps
 
@@ -119,8 +137,7 @@ def train(model, steps, eval_sets, optimizer, scaler, args, *, start, facts):
 def evaluate_sets(model, eval_sets, args, name):
     """{"val": what evaluate finds, and "kept" if there is --keep-data}."""
     precision = autocast(args.device, args.dtype)
-    return {part: evaluate(model, sequences, batch_size=args.batch_size, precision=precision,
-                           name=name)
+    return {part: evaluate(model, sequences, precision=precision, name=name)
             for part, sequences in eval_sets.items()}
 
 
@@ -151,13 +168,25 @@ def count_heads(args, records, model, tokenizer):
     return clusters
 
 
-def plan_steps(sequences, *, batch_size, grad_accum, epochs, max_steps, seed):
-    """The steps of a run in an order fixed by the seed, each a list of micro-batches."""
+def plan_steps(sequences, *, batch_size, grad_accum, epochs, max_steps, seed, micro_tokens=0,
+               ranks=1, order=ORDER, weights=None):
+    """The steps of a run in an order fixed by the seed, each a list of micro-batches. A step is
+    batch_size * grad_accum records of like length. It is cut into micro-batches of batch_size
+    records, or of micro_tokens positions at most, one per rank at least; which records make a
+    step does not depend on that. Order 1, of older checkpoints: steps of unlike micro-batches.
+    weights are those of the files of --data, None if all are 1."""
     steps = []
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(seed * 1000 + epoch)
-        batches = length_batches(sequences, batch_size, generator)
-        steps += [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
+        drawn = draw_epoch(sequences, weights, generator) if weights else sequences
+        if order == 1:
+            batches = length_batches(drawn, batch_size, generator)
+            steps += [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
+        else:
+            for records in length_batches(drawn, batch_size * grad_accum, generator):
+                steps.append(cut_by_tokens(records, micro_tokens, least=ranks) if micro_tokens else
+                             [records[i:i + batch_size]
+                              for i in range(0, len(records), batch_size)])
         if max_steps and len(steps) >= max_steps:
             return steps[:max_steps]
     return steps
@@ -188,6 +217,10 @@ class Setup:
 def set_up(args):
     """Loads the base and the data, chooses the heads, adds the adapters. Fills in the two settings
     that only the model and the clustering know: max_seq_len, and heads if they are auto."""
+    if args.resume:  # an older run keeps its own order of records
+        checkpoint = run_folder.read_checkpoint(Path(args.out) / "checkpoint.pt")
+        args.order = checkpoint["settings"].get("order", 1)
+        args.micro_tokens = args.micro_tokens if args.order > 1 else 0
     model, tokenizer = load_base(args)
     records, val = load_train_val(args.data, args.val_data, share=VAL_SHARE, seed=args.seed,
                                   strict=args.strict)
@@ -196,7 +229,9 @@ def set_up(args):
         clusters = count_heads(args, records, model, tokenizer)
         args.heads = clusters["k"]
     args.max_seq_len = args.max_seq_len or min(MAX_SEQ_LEN, model.args.max_seq_len)
-    if args.method != "full":
+    if args.init_adapter and not args.resume:
+        load_adapter(model, args.init_adapter)
+    elif args.method != "full":
         add_hydralora(model, **adapter_settings(args))
     data, eval_sets = {}, {}
     sequences, data["train"] = encode_records(records, tokenizer, args.max_seq_len)
@@ -204,8 +239,9 @@ def set_up(args):
     if args.keep_data:
         eval_sets["kept"], data["kept"] = encode_texts(args.keep_data, tokenizer,
                                                        args.max_seq_len)
-    fingerprints = run_folder.fingerprints(args.weights, data=args.data, val_data=args.val_data,
-                                           keep_data=args.keep_data)
+    fingerprints = run_folder.fingerprints(
+        args.weights, args.data, val_data=args.val_data, keep_data=args.keep_data,
+        init_adapter=args.init_adapter)
     facts = {"settings": vars(args), "versions": run_folder.versions(),
              "fingerprints": fingerprints, "parameters": evaluation.count_parameters(model),
              "data": data, "clusters": clusters}
@@ -213,16 +249,20 @@ def set_up(args):
 
 
 def start_or_resume(args, setup, optimizer, scaler):
-    """(steps done, losses of the base)."""
+    """(steps done, losses: {"base": what evaluate_sets found, and "before" of --init-adapter})."""
     if not args.resume:
         with adapters_disabled(setup.model):
-            return 0, evaluate_sets(setup.model, setup.eval_sets, args, "base")
+            losses = {"base": evaluate_sets(setup.model, setup.eval_sets, args, "base")}
+        if args.init_adapter:
+            losses["before"] = evaluate_sets(setup.model, setup.eval_sets, args, "adapter")
+        return 0, losses
     recipe = WORLD_RECIPE if args.weights == WORLD_RECIPE["weights"] else PAPER_RECIPE
-    start, base = run_folder.restore(
-        Path(args.out) / "checkpoint.pt", setup.facts, default_settings(args.method, recipe),
+    start, losses = run_folder.restore(
+        Path(args.out) / "checkpoint.pt", setup.facts,
+        {**default_settings(args.method, recipe), "micro_tokens": 0},
         setup.model, optimizer, scaler)
     print(f"resumed after step {start}")
-    return start, base
+    return start, losses
 
 
 def run(args):
@@ -239,39 +279,41 @@ def run(args):
         optimizer = make_optimizer(setup.model, lr=args.lr, betas=args.betas,
                                    weight_decay=args.weight_decay)
         scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "fp16")
-        start, base = start_or_resume(args, setup, optimizer, scaler)
+        start, losses = start_or_resume(args, setup, optimizer, scaler)
         steps = plan_steps(setup.sequences, batch_size=args.batch_size, epochs=args.epochs,
-                           grad_accum=args.grad_accum, max_steps=args.max_steps, seed=args.seed)
+                           grad_accum=args.grad_accum, max_steps=args.max_steps, seed=args.seed,
+                           micro_tokens=args.micro_tokens, ranks=args.processes, order=args.order,
+                           weights=args.data_weights)
         clock = time.perf_counter()
         try:
             run_folder.prepare_out(out, resume=args.resume)
             stopped = train(setup.model, steps, setup.eval_sets, optimizer, scaler, args,
-                            start=start, facts={**setup.facts, "before": base})
+                            start=start, facts={**setup.facts, "losses": losses})
             if stopped:
                 print(f"stopped; {run_folder.resume_hint(out)}")
                 return 128 + stopped
             seconds = time.perf_counter() - clock
-            finish(args, setup, base, seconds)
+            finish(args, setup, losses, seconds)
         except BaseException as error:
             error.hint = run_folder.resume_hint(out)
             raise
 
 
-def finish(args, setup, base, seconds):
+def finish(args, setup, losses, seconds):
     """Evaluates the tuned model, prints the tables and writes the results."""
     out = Path(args.out)
     tuned = evaluate_sets(setup.model, setup.eval_sets, args, "tuned")
-    evaluation.print_losses(base, tuned)
+    losses = {**losses, "tuned": tuned}
+    evaluation.print_losses(losses)
     evaluation.print_history(run_folder.read_log(out / "log.csv"))
     if args.weights == WORLD_RECIPE["weights"]:
         model = f"--weights {out}" if args.method == "full" else f"--adapter {out / 'adapter.pt'}"
         print(f"quiz: python eval_mmlu.py --shots {QUIZ_SHOTS} {model}")
     result = {**setup.facts, "seconds": seconds, "peak_gib": peak_memory(args.device),
-              "metrics": evaluation.metrics(base, tuned)}
+              "metrics": evaluation.metrics(losses)}
     if args.method != "full" and args.heads > 1:
         result["routing"] = evaluation.routing_report(
-            setup.model, setup.eval_sets["val"], batch_size=args.batch_size,
-            precision=autocast(args.device, args.dtype))
+            setup.model, setup.eval_sets["val"], precision=autocast(args.device, args.dtype))
         evaluation.print_routing(result["routing"])
     run_folder.write_result(setup.model, out, result, weights=args.weights,
                             full=args.method == "full")
@@ -331,8 +373,11 @@ def make_parser():
     p = Parser("train.py", __doc__)
     # data and base
     p.add_argument("--weights", help="checkpoint folder in Meta's layout (the embedded world's)")
-    p.add_argument("--data", help="training records, JSON lines or array (the embedded world's)")
-    p.add_argument("--val-data", help="validation records (5 %% of --data, drawn by --seed)")
+    p.add_argument("--data", nargs="+", metavar="FILE[:WEIGHT]",
+                   help="training records, JSON lines or array; an epoch has those of a file "
+                   "WEIGHT times (the embedded world's; 1)")
+    p.set_defaults(data_weights=None)  # of several files, filled in from --data
+    p.add_argument("--val-data", help="validation records (5 %% of each file, drawn by --seed)")
     p.add_argument("--keep-data", "--retention-data", metavar="FILE",
                    help="texts to measure forgetting on (none; the embedded world's own)")
     p.add_argument("--strict", action="store_true", help="refuse a record that cannot be trained "
@@ -340,15 +385,16 @@ def make_parser():
     p.add_argument("--max-seq-len", type=int, help="tokens per record (1024, or the model's own "
                    "length if that is less)")
     # method
-    p.add_argument("--method", default="hydralora", choices=METHODS,
-                   help="what trains (hydralora)")
+    p.add_argument("--init-adapter", metavar="FILE",
+                   help="train this adapter further, with its own method and settings (none)")
+    p.add_argument("--method", choices=METHODS, help="what trains (hydralora)")
     p.add_argument("--heads", type=heads,
                    help="number of B matrices, or auto: ask cluster.py (3; lora: 1)")
     p.add_argument("--rank", type=int, help="rank of A and B (8)")
     p.add_argument("--alpha", type=float, help="the update is scaled by alpha / rank (32)")
     p.add_argument("--dropout", type=float,
                    help="dropout on A x, one mask for all heads, 0: off (0.05; world: 0)")
-    p.add_argument("--targets", default=",".join(TARGETS),
+    p.add_argument("--targets",
                    help="adapted layers by exact name (w1,w2,w3: the feed-forward)")
     p.add_argument("--gate", choices=GATES, help="the router, or 1/N (learned)")
     # optimization
@@ -363,6 +409,9 @@ def make_parser():
     p.add_argument("--max-steps", type=int, default=0, help="stop after so many steps, 0: off (0)")
     p.add_argument("--batch-size", type=int, help="records per micro-batch (1; world: 8)")
     p.add_argument("--grad-accum", type=int, help="micro-batches per step (8; world: 1)")
+    p.add_argument("--micro-tokens", type=int, metavar="N",
+                   help="cut a step's records into micro-batches of at most N positions, 0: of "
+                        "--batch-size records (1024 on a GPU, else 0)")
     p.add_argument("--seed", type=int, default=0,
                    help="random seed for initial weights, data order and validation split (0)")
     # machine
@@ -388,8 +437,8 @@ def make_parser():
 
 def default_settings(method, recipe):
     """{name: value} of the flags if none but --method is given."""
-    return {**vars(make_parser().parse_args([])), **asdict(HydraSettings()), **recipe,
-            **METHODS[method]}
+    return {**vars(make_parser().parse_args([])), "targets": ",".join(TARGETS),
+            **asdict(HydraSettings()), **recipe, "method": method, **METHODS[method]}
 
 
 def parse_args(argv=None):
@@ -400,6 +449,12 @@ def parse_args(argv=None):
         p.error("--weights needs --data FILE as well")
     if not args.weights and not args.data and not args.val_data:
         args.val_data = str(WORLD / "val.jsonl")
+    try:
+        if args.init_adapter:
+            take_settings(args)
+    except ValueError as error:
+        p.error(str(error))
+    args.method = args.method or "hydralora"
     for name, value in METHODS[args.method].items():
         if getattr(args, name, None) not in (None, value):
             p.error(f"--method {args.method} has {name} {value}, not {getattr(args, name)}: drop "
@@ -411,14 +466,47 @@ def parse_args(argv=None):
     args.targets = args.targets.split(",")
     args.out = args.out or f"runs/{args.method}"
     try:
+        files = [split_weight(text) for text in args.data or []]
+        args.data = [path for path, _ in files]
+        weights = [weight for _, weight in files]
+        args.data_weights = weights if set(weights) - {1} else None
         args.device = pick_device(args.device)
         # --gpu-memory asks about a GPU, whatever this machine has
         args.dtype = pick_dtype(args.dtype, "cuda" if args.gpu_memory else args.device)
+        if args.micro_tokens is None:
+            args.micro_tokens = MICRO_TOKENS if args.device.startswith("cuda") else 0
+        args.order = ORDER
         args.processes = distributed.world_size()
         validate_args(args)
     except ValueError as error:
         p.error(str(error))
     return args
+
+
+def take_settings(args):
+    """Fills in the method and the settings of --init-adapter. Raises ValueError for a flag that
+    contradicts them."""
+    settings = run_folder.read_adapter_config(args.init_adapter)
+    settings["method"] = method_of(settings)
+    settings["targets"] = ",".join(settings["targets"])
+    for name, value in settings.items():
+        if not hasattr(args, name):
+            continue  # the method fixes it
+        given = getattr(args, name)
+        if given not in (None, value):
+            raise ValueError(f"--init-adapter {args.init_adapter} has {name} {value}, not {given}: "
+                             f"drop {flag(name)}")
+        setattr(args, name, value)
+
+
+def method_of(settings):
+    """The method that gives an adapter these settings; of several, the one that fixes most."""
+    without_flag = settings.keys() - vars(make_parser().parse_args([])).keys()
+    usual = {name: getattr(HydraSettings(), name) for name in without_flag}
+    for method, fixed in sorted(METHODS.items(), key=lambda item: len(item[1]), reverse=True):
+        if {**usual, **fixed}.items() <= settings.items():
+            return method
+    raise ValueError(f"no --method gives an adapter of {settings}")
 
 
 def validate_args(args):
@@ -439,6 +527,8 @@ def validate_args(args):
          f"--gate uniform requires several heads: --method {args.method} has none"),
         ((args.shard_base or args.gpus) and args.method == "full",
          "--shard-base and --gpus shard a base that is frozen: --method full trains it"),
+        (args.init_adapter and Path(args.init_adapter).resolve().parent == Path(args.out).resolve(),
+         f"--init-adapter {args.init_adapter} is in --out {args.out}: name another --out"),
         (args.dry_run and args.heads == "auto",
          "--dry-run reads no data: --heads auto must be a number"),
         (args.dry_run and args.shard_base,

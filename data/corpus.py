@@ -4,7 +4,8 @@ HydraLoRA, section 4 (recipe of the released script): a record becomes
 
     BOS, instruction (newline, context), EOS, response, EOS
 
-and the loss is on the response and its EOS only. Used by train.py and cluster.py:
+and the loss is on the response and its EOS only. A chat goes on with prompt, EOS, response,
+EOS, and the loss is on every response and its EOS. Used by train.py and cluster.py:
 
     records = read_records("data/world/train.jsonl")
     sequences, report = encode_records(records, tokenizer, max_seq_len=256)
@@ -13,6 +14,7 @@ Shapes: B batch, T tokens, M targets (the tokens of the batch that are to be pre
 """
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,46 +23,83 @@ import torch
 
 from data.records import Records, read_records, read_rows
 
+MAX_WEIGHT = 1000  # of a file of records: how often an epoch may repeat it
+
+
+def turns_of(record):
+    """[(prompt, response)] of a record, oldest first. A prompt is the instruction, then a
+    newline and the context if there is one. The first one starts with the system text."""
+    context = "\n" + record["context"] if record["context"] else ""
+    turns = [*record.get("history", []), (record["instruction"] + context, record["response"])]
+    prompts, responses = zip(*turns)
+    if "system" in record:
+        prompts = (record["system"] + "\n" + prompts[0], *prompts[1:])
+    return list(zip(prompts, responses))
+
 
 def prompt_text(record):
-    """The instruction, then a newline and the context if there is one."""
-    context = "\n" + record["context"] if record["context"] else ""
-    return record["instruction"] + context
+    """The prompts of all turns of a record, a newline between two."""
+    return "\n".join(prompt for prompt, _ in turns_of(record))
 
 
 @dataclass
 class Sequence:
-    ids: list  # BOS, prompt, EOS, response, EOS
-    response_start: int  # index in ids of the response's first token
+    ids: list  # BOS, prompt, EOS, response, EOS; each later turn: prompt, EOS, response, EOS
+    response_start: int  # index in ids of the first response's first token
     record: int  # index of the record, in file order
     category: str
     place: str = ""  # where the record is in its file, for messages
     shortened: bool = False  # whether something was cut away to fit
+    later_prompts: list = ()  # (start, end) in ids of every later prompt and its EOS
+    file: int = 0  # index of the record's file, if there are several
+
+    @property
+    def targets(self):
+        """Indices in ids of the tokens to be predicted: each response and its EOS."""
+        starts = [self.response_start, *(end for _, end in self.later_prompts)]
+        ends = [*(start for start, _ in self.later_prompts), len(self.ids)]
+        return [i for start, end in zip(starts, ends) for i in range(start, end)]
 
     @property
     def n_targets(self):
-        """How many tokens are to be predicted: the response and its EOS."""
-        return len(self.ids) - self.response_start
+        return len(self.targets)
+
+
+def encode_turns(turns, tokenizer):
+    """(ids, [(start, end) of every prompt and its EOS]) of the turns of a record."""
+    ids, prompts = [tokenizer.bos_id], []
+    for prompt, response in turns:
+        start = len(ids)
+        ids += tokenizer.encode(prompt, bos=False, eos=True)
+        prompts.append((start, len(ids)))
+        ids += tokenizer.encode(response, bos=False, eos=True)
+    return ids, prompts
 
 
 def encode_record(record, tokenizer, max_seq_len, index=0):
     """The Sequence of one record, or None if it does not fit.
 
-    A record that is too long loses the start of its context and nothing else.
+    A record that is too long loses whole turns of its history, the oldest first, then the
+    start of its context, and nothing else.
     """
-    prompt = tokenizer.encode(prompt_text(record))
-    tail = [tokenizer.eos_id] + tokenizer.encode(record["response"], bos=False, eos=True)
-    excess = len(prompt) + len(tail) - max_seq_len
+    ids, prompts = encode_turns(turns_of(record), tokenizer)
+    whole, history = len(ids), record.get("history", [])
+    while len(ids) > max_seq_len and history:
+        history = history[1:]
+        ids, prompts = encode_turns(turns_of({**record, "history": history}), tokenizer)
+    start, excess = prompts[0][1], len(ids) - max_seq_len
     if excess > 0:
         # keep the prompt's first tokens as far as they are those of the instruction alone
-        instruction = tokenizer.encode(record["instruction"] + "\n")
-        keep = len(os.path.commonprefix([instruction, prompt]))
-        if not record["context"] or keep + excess > len(prompt):
+        instruction = prompt_text({**record, "history": [], "context": ""}) + "\n"
+        keep = len(os.path.commonprefix([tokenizer.encode(instruction), ids[:start - 1]]))
+        if not record["context"] or keep + excess > start - 1:
             return None  # the context is too short to absorb the excess
-        prompt = prompt[:keep] + prompt[keep + excess:]
+        ids = ids[:keep] + ids[keep + excess:]
+        start -= excess
     place = getattr(record, "place", None) or f"record {index + 1}"
-    return Sequence(prompt + tail, response_start=len(prompt) + 1, record=index,
-                    category=record["category"], place=place, shortened=excess > 0)
+    return Sequence(ids, response_start=start, record=index, category=record["category"],
+                    place=place, shortened=len(ids) < whole, later_prompts=prompts[1:],
+                    file=getattr(record, "file", 0))
 
 
 def encode_records(records, tokenizer, max_seq_len):
@@ -128,33 +167,84 @@ def train_val_split(records, share, seed):
 
 
 def without_duplicates(records, others):
-    """The records whose prompt and response do not occur in others, word for word."""
-    seen = {(prompt_text(record), record["response"]) for record in others}
-    return [r for r in records if (prompt_text(r), r["response"]) not in seen]
+    """The records whose prompts and responses do not occur in others, word for word."""
+    seen = {tuple(turns_of(record)) for record in others}
+    return [record for record in records if tuple(turns_of(record)) not in seen]
 
 
-def load_train_val(path, val_path, *, share, seed, strict):
-    """(train, val): Records of two files; without val_path val is a share of the first.
+def split_weight(text):
+    """(path, weight) of one --data: FILE, or FILE:WEIGHT if there is no file of the whole
+    name. Raises ValueError unless the weight is above 0 and at most MAX_WEIGHT."""
+    path, colon, number = text.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        return text, 1.0
+    if not colon or Path(text).exists():
+        return text, 1.0
+    if not 0 < weight <= MAX_WEIGHT:
+        raise ValueError(f"--data {text}: a weight must be above 0 and at most {MAX_WEIGHT}")
+    return path, weight
+
+
+def read_files(paths, *, strict=False):
+    """The Records of one or several files, in order. Prints what was also used, skipped
+    or not used. A record of several files knows its own: by index, in its place for
+    messages, and as its category if it has none."""
+    whole = Records()
+    for number, path in enumerate(paths):
+        records = read_records(path, strict=strict)
+        records.print_remarks(path)
+        if len(paths) > 1:
+            for record in records:
+                record.file = number
+                record.place = f"{path}, {record.place}"
+                record["category"] = record["category"] or Path(path).stem
+        whole += records
+        for name, counts in records.report.items():
+            whole.report[name] = dict(Counter(whole.report.get(name, {})) + Counter(counts))
+    return whole
+
+
+def load_train_val(paths, val_path, *, share, seed, strict):
+    """(train, val): Records of the files and of val_path; without val_path val is a share
+    of each file.
 
     Training records that also occur in val are removed. Prints what was skipped, not
     used or removed. Raises ValueError if no training record is left.
     """
-    records = candidates = read_records(path, strict=strict)
+    records = read_files(paths, strict=strict)
     if val_path:
-        val = read_records(val_path, strict=strict)
+        candidates, val = records, read_files([val_path], strict=strict)
     else:
-        candidates, val = train_val_split(records, share, seed)
-        val = Records(val)
-    records.print_remarks(path)
-    val.print_remarks(val_path)
+        candidates, val = [], Records()
+        for number in range(len(paths)):
+            own = [record for record in records if record.file == number]
+            kept, held_out = train_val_split(own, share, seed)
+            candidates += kept
+            val += held_out
     train = Records(without_duplicates(candidates, val), records.report)
     if not train:
-        raise ValueError(f"every record of {path} is in the validation data too: give other "
-                         "records to one of them")
+        raise ValueError(f"every record of {', '.join(paths)} is in the validation data too: "
+                         "give other records to one of them")
     if len(train) < len(candidates):
         print(f"warning: {len(candidates) - len(train)} training records were removed: the "
               "validation data has them too, word for word")
     return train, val
+
+
+def draw_epoch(sequences, weights, generator):
+    """The sequences of one epoch: those of file i weights[i] times. The fraction of a
+    weight is a share of the file that is drawn anew at each call; at least one record."""
+    drawn = []
+    for number, weight in enumerate(weights):
+        own = [sequence for sequence in sequences if sequence.file == number]
+        drawn += own * int(weight)
+        if weight % 1:
+            count = max(1, round(weight % 1 * len(own)))
+            order = torch.randperm(len(own), generator=generator)[:count]
+            drawn += [own[i] for i in order.tolist()]
+    return drawn
 
 
 def length_batches(sequences, batch_size, generator=None, pool=50):
@@ -178,6 +268,20 @@ def length_batches(sequences, batch_size, generator=None, pool=50):
         return sorted_batches(sequences)
     pools = chunks(shuffle(sequences), pool * batch_size)
     return shuffle([batch for items in pools for batch in sorted_batches(items)])
+
+
+def cut_by_tokens(sequences, tokens, least=1):
+    """The sequences, longest first, in lists of at most so many positions each, padding counted
+    (one sequence may be longer); at least `least` lists if there are as many sequences."""
+    rows = sorted(sequences, key=lambda s: len(s.ids), reverse=True)
+    most = max(1, len(rows) // least)
+    parts = []
+    while rows:
+        width = len(rows[0].ids) - 1  # the last token is only a target
+        count = min(most, max(1, tokens // width))
+        parts.append(rows[:count])
+        rows = rows[count:]
+    return parts
 
 
 def to_device(values, device):
@@ -210,8 +314,7 @@ def collate(sequences, device="cpu"):
     so that the GPU does not have to wait."""
     tokens, attention_mask = pad([s.ids[:-1] for s in sequences], device)
     width = tokens.shape[1]
-    target_index = [row * width + i for row, s in enumerate(sequences)
-                    for i in range(s.response_start - 1, len(s.ids) - 1)]
-    labels = [token for s in sequences for token in s.ids[s.response_start:]]
+    target_index = [row * width + i - 1 for row, s in enumerate(sequences) for i in s.targets]
+    labels = [s.ids[i] for s in sequences for i in s.targets]
     return Batch(tokens, attention_mask, to_device(target_index, device),
                  to_device(labels, device))

@@ -1,4 +1,4 @@
-"""Reads records from a file: Dolly's or Alpaca's fields, or a chat of two turns.
+"""Reads records from a file: Dolly's or Alpaca's fields, or a chat.
 
 HydraLoRA, section 4, tunes on Dolly-15K; people bring files of many other makers. One
 bad record does not end a run, and no text of a record is left out without a message:
@@ -15,6 +15,7 @@ FIELDS = {"instruction": ("instruction",), "context": ("context", "input"),
           "response": ("response", "output"), "category": ("category",)}  # Dolly's, Alpaca's
 REQUIRED = ("instruction", "response")
 WANTED = "wanted instruction, context or input, response or output"
+CONVERSATION = {"system", "history"}  # Alpaca's names; a chat is read into the same two
 CHAT_NAMES = ("messages", "conversations")  # of OpenAI's layout and of ShareGPT's
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "system": "system"}
@@ -23,14 +24,17 @@ N_NAMED = 3  # unusable records that are named one by one
 
 
 class Record(dict):
-    """instruction, context, response, category; place is "line 3" of its file."""
+    """instruction, context, response, category. If there is any: system, a text, and
+    history, the earlier turns of a chat as [prompt, response] each, oldest first."""
 
-    place = None
+    place = None  # "line 3" of its file
+    file = 0  # index of its file, if there are several
 
 
 class Records(list):
-    """Records of a file, and a report on what was not read: {"unusable": {reason:
-    number of records}, "not_used": {field: number of records}}."""
+    """Records of a file, and a report on the rest of it: {"unusable": {reason: number
+    of records}, "not_used": {field: number of records}, "also_used": {"system" or
+    "history": number of records}}."""
 
     def __init__(self, records=(), report=None, first_unusable=()):
         super().__init__(records)
@@ -38,7 +42,11 @@ class Records(list):
         self.first_unusable = first_unusable  # a sentence about each
 
     def print_remarks(self, path):
-        """Prints what of the file does not reach the model, if anything."""
+        """Prints which records have a system text or a history, and what of the file
+        does not reach the model, if anything."""
+        also_used = self.report.get("also_used")
+        if also_used:
+            print(f"{path}: also used: {format_counts(also_used)}")
         unusable = self.report.get("unusable")
         if unusable:
             first = "; ".join(self.first_unusable)
@@ -70,7 +78,7 @@ def read_records(path, *, strict=False):
     tenth of its records cannot be used, and with strict if any record cannot.
     """
     records, first_unusable = [], []
-    unusable, not_used = Counter(), Counter()
+    unusable, not_used, also_used = Counter(), Counter(), Counter()
     rows = read_rows(Path(path))
     for place, row in rows:
         try:
@@ -85,11 +93,14 @@ def read_records(path, *, strict=False):
         record.place = place
         records.append(record)
         not_used.update(others)
+        also_used.update(record.keys() & CONVERSATION)
     if unusable.total() > MAX_UNUSABLE * len(rows):
         raise ValueError(f"{path}: {unusable.total()} of {len(rows)} records cannot be used "
                          f"({format_counts(unusable)}), more than a tenth; the first: "
                          f"{'; '.join(first_unusable)}")
     report = {"unusable": dict(unusable), "not_used": dict(not_used)}
+    if also_used:
+        report["also_used"] = dict(sorted(also_used.items()))
     return Records(records, report, first_unusable)
 
 
@@ -151,6 +162,7 @@ def read_record(row, place):
     chat = [name for name in CHAT_NAMES if name in row]
     if chat and "instruction" not in row:
         turns, not_used = read_chat(row[chat[0]], place)
+        not_used += [name for name in turns if has_text(row.get(name))]
         texts = {**row, **turns}
         del texts[chat[0]]
     record, used = Record(), set()
@@ -165,8 +177,22 @@ def read_record(row, place):
             raise Unusable(f"empty {name}", f"{place} has an empty {name}")
         record[name] = filled[0] if filled else given.get(spellings[0], "")
         used |= {s for s, text in given.items() if text == record[name]}
+    system, history = texts.get("system"), texts.get("history")
+    if isinstance(system, str) and system.strip():
+        record["system"] = text_of(system, "system", place)
+    if is_history(history):
+        record["history"] = [[text_of(text, "history", place) for text in turn]
+                             for turn in history]
+    used |= record.keys() & CONVERSATION
     others = [name for name, value in texts.items() if name not in used and has_text(value)]
     return record, not_used + others
+
+
+def is_history(value):
+    """Whether a JSON value is a list of [prompt, response], as in Alpaca's layout."""
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(turn, list) and len(turn) == 2
+        and all(isinstance(text, str) and text.strip() for text in turn) for turn in value)
 
 
 def text_of(value, name, place):
@@ -190,24 +216,35 @@ def has_text(value):
 
 
 def read_chat(turns, place):
-    """({instruction, response}, [fields not used]) of a chat with one turn of the user
-    and one of the assistant. A system turn is not used. Raises Unusable."""
+    """({instruction, response, and if there are any, system and history}, [names of what
+    is not used]) of a chat. A last turn of the user has no answer and is not used. Raises
+    Unusable unless user and assistant alternate, after a system turn if there is one."""
     def refuse(reason):
-        raise Unusable(reason, f"{place} has {reason}: only a chat of one user turn and one "
-                       "assistant turn can be read")
+        raise Unusable(reason, f"{place} has {reason}: a chat needs turns of user and assistant "
+                       "that alternate, and may start with a system turn")
 
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         refuse("turns that are no list of objects")
-    said = []
+    roles, texts, found = [], [], {}
     for turn in turns:
         name = turn.get("role", turn.get("from"))
         role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
             refuse(f"a turn of {str(name)[:20]!r}")
-        said.append((role, turn.get("content", turn.get("value"))))
-    spoken = [(role, text) for role, text in said if role != "system"]
-    if [role for role, _ in spoken] != ["user", "assistant"]:
-        refuse(f"a chat of {len(spoken)} turn{'s' * (len(spoken) != 1)}")
-    system = any(role == "system" and has_text(text) for role, text in said)
-    return ({"instruction": spoken[0][1], "response": spoken[1][1]},
-            ["system"] if system else [])
+        roles.append(role)
+        texts.append(turn.get("content", turn.get("value")))
+    if roles[:1] == ["system"]:
+        found["system"] = texts[0]
+        roles, texts = roles[1:], texts[1:]
+    not_used = []
+    if len(roles) > 1 and roles[-1] == "user":
+        not_used = ["last turn of the user"]
+        roles, texts = roles[:-1], texts[:-1]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        refuse("turns that do not alternate")
+    *earlier, found["instruction"], found["response"] = texts
+    if any(not text_of(text, "content", place).strip() for text in earlier):
+        refuse("an empty turn")
+    if earlier:
+        found["history"] = [list(turn) for turn in zip(earlier[::2], earlier[1::2])]
+    return found, not_used

@@ -113,6 +113,7 @@ def parse_args(p, argv):
     defaults = train.parse_args(command_line({**given, **RECIPE}))
     for name in PATHS:
         setattr(args, name, getattr(defaults, name))
+    [args.data] = args.data  # one file
     return args
 
 

@@ -31,18 +31,19 @@ def diagnose(error, args):
     if not isinstance(error, ValueError):
         return None
     looks = {"weights": diagnose_weights, "adapter": diagnose_adapter,
-             "source": diagnose_source,
+             "init_adapter": diagnose_adapter, "source": diagnose_source,
              "data": diagnose_data, "val_data": diagnose_data, "keep_data": diagnose_data}
     for name, look in looks.items():
-        path = getattr(args, name, None)
-        if not path or str(Path(path)) not in str(error):
-            continue
-        try:
-            reason = look(Path(path))
-        except (ValueError, OSError):  # it cannot be read at all
-            continue
-        if reason:
-            return reason
+        given = getattr(args, name, None)
+        for path in given if isinstance(given, list) else [given]:
+            if not path or str(Path(path)) not in str(error):
+                continue
+            try:
+                reason = look(Path(path))
+            except (ValueError, OSError):  # it cannot be read at all
+                continue
+            if reason:
+                return reason
     return None
 
 

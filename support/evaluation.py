@@ -1,8 +1,8 @@
 """What the method did: losses, exact match and routing of a model, and the tables that show them.
 
     precision = autocast("cpu", "fp32")
-    rows = evaluate(model, sequences, batch_size=8, precision=precision)
-    report = routing_report(model, sequences, batch_size=8, precision=precision)
+    rows = evaluate(model, sequences, precision=precision)
+    report = routing_report(model, sequences, precision=precision)
 
 HydraLoRA, sections 3.2 and 4. train.py prints these before and after a run.
 Shapes: B batch, T tokens, M target tokens, N heads, D model width, V vocabulary.
@@ -14,12 +14,12 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 
-from data.corpus import collate, length_batches
+from data.corpus import collate, cut_by_tokens
 from hydralora import adapter_parameters, hydra_layers, record_gates
 from support.cli import progress
 from support.distributed import map_across_ranks
 
-EVAL_BATCH = 16  # most records at a time
+EVAL_TOKENS = 2048  # positions per forward pass, whatever the micro-batches of training are
 TOTAL = ""  # the key of all categories together
 
 
@@ -28,11 +28,6 @@ def target_logits(model, batch):
     largest matrix product, and most positions of a batch are prompt."""
     h = model.hidden_states(batch.tokens).flatten(0, 1)  # (B * T, D)
     return model.output(h[batch.target_index]).float()
-
-
-def eval_batches(sequences, batch_size):
-    """Longest first, and no more rows than in training: what fits in memory there fits here."""
-    return length_batches(sequences, min(EVAL_BATCH, batch_size))
 
 
 # ---------------------------------------------------------------- loss and exact match
@@ -50,7 +45,7 @@ def score_targets(model, sequences, precision):
 
 
 @torch.no_grad()
-def evaluate(model, sequences, *, batch_size, precision, name="model"):
+def evaluate(model, sequences, *, precision, name="model", tokens=EVAL_TOKENS):
     """{category: {loss, exact, records, tokens}}, and the same of all records under TOTAL.
 
     loss is the mean per target token, in nats. exact is the share of exact matches: greedy
@@ -60,7 +55,7 @@ def evaluate(model, sequences, *, batch_size, precision, name="model"):
     was_training = model.training
     model.eval()
     sums = {}
-    batches = eval_batches(sequences, batch_size)
+    batches = cut_by_tokens(sequences, tokens)  # the longest first: it fails at once or fits
     scored = map_across_ranks(batches, lambda batch: score_targets(model, batch, precision))
     for batch, (losses, correct) in progress(scored, total=len(batches), desc=name, leave=False):
         sizes = [s.n_targets for s in batch]
@@ -118,7 +113,7 @@ def most_specialised_layer(gates):
     return max(gates, key=lambda name: gates[name].std(0, correction=0).mean().item())
 
 
-def routing_report(model, sequences, *, batch_size, precision):
+def routing_report(model, sequences, *, precision, tokens=EVAL_TOKENS):
     """{"gate": {layer: {category: mean gate per token (N)}}, "entropy": {layer: mean entropy of
     the gate, 1: uniform}, "cosine_b": {layer: mean cosine between two B matrices}}, of the layers
     with several heads."""
@@ -128,22 +123,22 @@ def routing_report(model, sequences, *, batch_size, precision):
               if layer.settings.heads > 1}
     gate = {name: {} for name in layers}
     entropy = dict.fromkeys(layers, 0.0)
-    tokens = {}
-    batches = eval_batches(sequences, batch_size)
+    counts = {}  # of tokens
+    batches = cut_by_tokens(sequences, tokens)  # the longest first: it fails at once or fits
     summed = map_across_ranks(batches, lambda batch: sum_gates(model, batch, precision))
     for batch, rows in progress(summed, total=len(batches), desc="routing", leave=False):
         for s, (count, sums) in zip(batch, rows):
-            tokens[s.category] = tokens.get(s.category, 0) + count
+            counts[s.category] = counts.get(s.category, 0) + count
             for name in layers:
                 weights, nats = sums[name]
                 gate[name][s.category] = gate[name].get(s.category, 0) + weights
                 entropy[name] += nats
     model.train(was_training)
-    count = sum(tokens.values())
+    total_count = sum(counts.values())
     return {
-        "gate": {name: {c: (total / tokens[c]).tolist() for c, total in sorted(by.items())}
+        "gate": {name: {c: (total / counts[c]).tolist() for c, total in sorted(by.items())}
                  for name, by in gate.items()},
-        "entropy": {name: entropy[name] / count / math.log(layer.settings.heads)
+        "entropy": {name: entropy[name] / total_count / math.log(layer.settings.heads)
                     for name, layer in layers.items()},
         "cosine_b": {name: mean_cosine(layer.lora_B) for name, layer in layers.items()},
     }
@@ -181,41 +176,49 @@ def print_start(facts):
         print(f"{name + ' records':24}{part['records']} ({part['shortened']} shortened, "
               f"{part['skipped']} too long and skipped)")
     idle = settings["processes"] - settings["grad_accum"]
-    if idle > 0:
+    if idle > 0 and not settings["micro_tokens"]:
         print(f"--grad-accum {settings['grad_accum']}: {idle} of {settings['processes']} "
               f"processes have nothing to do; give --grad-accum {settings['processes']} and a "
               "smaller --batch-size")
     print()
 
 
-def metrics(base, tuned):
-    """val_loss, val_loss_base and the exact matches, in total and per category; kept: {loss,
-    loss_base, records} of --keep-data, if there is any."""
-    def compare(category):
-        a, b = base["val"][category], tuned["val"][category]
-        return {"val_loss": b["loss"], "val_loss_base": a["loss"], "exact_match": b["exact"],
-                "exact_match_base": a["exact"], "records": b["records"]}
+def metrics(losses):
+    """val_loss and exact_match, in total and per category, and kept: {loss, records} of --keep-data
+    if there is any. losses: {"base", perhaps "before", "tuned": what evaluate_sets found}; a name
+    that ends in _base or _before is of that model, one without is of the tuned model."""
+    suffix = {name: "" if name == "tuned" else f"_{name}" for name in losses}
 
-    categories = sorted(set(tuned["val"]) - {TOTAL})
-    result = {**compare(TOTAL), "categories": {c: compare(c) for c in categories}}
-    if "kept" in tuned:
-        a, b = base["kept"][TOTAL], tuned["kept"][TOTAL]
-        result["kept"] = {"loss": b["loss"], "loss_base": a["loss"], "records": b["records"]}
+    def compare(part, category, keys):
+        found = {f"{new}{suffix[name]}": parts[part][category][key]
+                 for name, parts in losses.items() for key, new in keys.items()}
+        return {**found, "records": losses["tuned"][part][category]["records"]}
+
+    keys = {"loss": "val_loss", "exact": "exact_match"}
+    categories = sorted(set(losses["tuned"]["val"]) - {TOTAL})
+    result = {**compare("val", TOTAL, keys),
+              "categories": {c: compare("val", c, keys) for c in categories}}
+    if "kept" in losses["tuned"]:
+        result["kept"] = compare("kept", TOTAL, {"loss": "loss"})
     return result
 
 
-def print_losses(base, tuned):
-    """Loss and exact match of both models per category, then the loss on --keep-data."""
-    print(f"\n{'':33}{'loss (nats per token)':>22}{'exact match':>20}\n"
-          f"{'category':24}{'records':>9}{'base':>13}{'tuned':>9}{'base':>11}{'tuned':>9}")
-    for category in [*sorted(set(base["val"]) - {TOTAL}), TOTAL]:
-        a, b = base["val"][category], tuned["val"][category]
-        print(f"{category or 'all':24}{a['records']:9}{a['loss']:13.4f}{b['loss']:9.4f}"
-              f"{a['exact']:11.1%}{b['exact']:9.1%}")
-    if "kept" in tuned:
-        a, b = base["kept"][TOTAL], tuned["kept"][TOTAL]
-        print(f"kept: {b['records']} texts that the base knows, loss {a['loss']:.2f} -> "
-              f"{b['loss']:.2f}")
+def print_losses(losses):
+    """Loss and exact match of each model per category, then the loss on --keep-data. losses is as
+    in metrics."""
+    wide = 9 * (len(losses) - 1)
+    print(f"\n{'':33}{'loss (nats per token)':>{13 + wide}}{'exact match':>{11 + wide}}")
+    names = "".join(f"{name:>9}" for name in losses)
+    print(f"{'category':24}{'records':>9}    {names}  {names}")
+    for category in [*sorted(set(losses["base"]["val"]) - {TOTAL}), TOTAL]:
+        rows = [parts["val"][category] for parts in losses.values()]
+        print(f"{category or 'all':24}{rows[0]['records']:9}    "
+              + "".join(f"{row['loss']:9.4f}" for row in rows) + "  "
+              + "".join(f"{row['exact']:9.1%}" for row in rows))
+    if "kept" in losses["base"]:
+        rows = [parts["kept"][TOTAL] for parts in losses.values()]
+        print(f"kept: {rows[0]['records']} texts that the base knows, loss "
+              + " -> ".join(f"{row['loss']:.2f}" for row in rows))
 
 
 def print_history(rows):

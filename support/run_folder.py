@@ -19,14 +19,14 @@ import signal
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
 
-from hydralora import load_adapter, save_adapter
+from hydralora import HydraSettings, load_adapter, save_adapter
 from support.device import DTYPES, get_rng_state, set_rng_state
 from support.diagnose import stated_length, warn_of_spare_rows
 from support.distributed import ignore_signals, load_model, rank
@@ -51,9 +51,9 @@ SIGNS_OF_A_RUN = RUN_FILES[:3]  # only train.py writes these; --overwrite needs 
 # settings that a resumed run may change: no weight depends on them, but for the order of sums.
 # What the paths hold is compared by its fingerprint
 RESUME_MAY_DIFFER = ("resume", "overwrite", "out", "save_every", "eval_every", "debug", "strict",
-                     "checkpoint_activations", "shard_base", "processes",
-                     "weights", "data", "val_data", "keep_data")
-CHECKPOINT_KEYS = {"settings", "fingerprints", "step", "before", "clusters", "tensors",
+                     "checkpoint_activations", "shard_base", "processes", "order",
+                     "weights", "data", "val_data", "keep_data", "init_adapter")
+CHECKPOINT_KEYS = {"settings", "fingerprints", "step", "before", "init", "clusters", "tensors",
                    "optimizer", "scaler", "rng", "cuda_rng"}
 MOST_SKIPPED = 20  # steps in a row: fp16's scale, 2**16 at the start, is below 1 by then
 MOST_NAMED = 20  # records of a step that a message names
@@ -107,10 +107,11 @@ def versions():
             "platform": platform.platform(), "threads": torch.get_num_threads()}
 
 
-def fingerprints(weights, **data):
-    """{name: sha256} of what a run reads: the weights, their tokenizer, and each data file that is
-    given."""
-    found = {name: file_fingerprint(path) for name, path in data.items() if path}
+def fingerprints(weights, data, **others):
+    """{name: sha256} of what a run reads: the weights, their tokenizer, each file of data (called
+    data, data_2, data_3), and each other file that is given."""
+    files = {f"data_{i}" if i > 1 else "data": path for i, path in enumerate(data, start=1)}
+    found = {name: file_fingerprint(path) for name, path in {**files, **others}.items() if path}
     return {**found, "tokenizer": file_fingerprint(Path(weights) / "tokenizer.model"),
             "weights": weights_fingerprint(weights)}
 
@@ -163,6 +164,18 @@ def load_model_and_adapter(weights, adapter, *, device, dtype, max_seq_len=None,
     return model.eval(), tokenizer
 
 
+def read_adapter_config(path):
+    """{"targets": list, and every field of HydraSettings} of an adapter file. Raises ValueError for
+    any other file."""
+    content = read_torch(path, "an adapter of this project")
+    try:
+        settings = dict(content["config"])
+        targets = list(settings.pop("targets"))
+        return {"targets": targets, **asdict(HydraSettings(**settings))}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not an adapter of this project: {error}") from None
+
+
 def save_adapter_file(model, path):
     """save_adapter, whole or not at all. Every rank must call it: the base's fingerprint gathers
     the parts of a sharded base."""
@@ -207,9 +220,10 @@ def trained_parameters(model):
 def save_checkpoint(path, step, facts, model, optimizer, scaler):
     """All that the next step depends on. The learning rate and the place in the shuffled data
     follow from the step and the seed, and no generator but torch's is used. facts: what run.json
-    will hold, and the base's losses, "before"."""
+    will hold, and the losses of start_or_resume."""
     tensors = {name: p.detach() for name, p in trained_parameters(model).items()}
-    state = {name: facts[name] for name in ("settings", "fingerprints", "before", "clusters")}
+    state = {name: facts[name] for name in ("settings", "fingerprints", "clusters")}
+    state |= {"before": facts["losses"]["base"], "init": facts["losses"].get("before")}
     state |= {"step": step, "tensors": tensors, "optimizer": optimizer.state_dict(),
               "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
               "cuda_rng": get_rng_state(next(iter(tensors.values())).device)}  # of any device
@@ -223,6 +237,8 @@ def read_checkpoint(path):
     """The state that save_checkpoint wrote. Raises ValueError for any other file."""
     kind = "a checkpoint of a run"
     state = read_torch(path, kind)
+    if isinstance(state, dict):
+        state.setdefault("init", None)  # older checkpoints
     if not isinstance(state, dict) or state.keys() != CHECKPOINT_KEYS:
         found = sorted(map(str, state))[:4] if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} is not {kind}: found {found}")
@@ -249,7 +265,7 @@ def compare_settings(recorded, settings, defaults):
 
 
 def restore(path, facts, defaults, model, optimizer, scaler):
-    """Puts a stopped run's state in place; returns (steps done, losses of the base). Raises
+    """Puts a stopped run's state in place; returns (steps done, losses of start_or_resume). Raises
     ValueError unless its settings, data and weights are those of `facts`; `defaults` are the
     settings of a command without flags."""
     state = read_checkpoint(path)
@@ -267,7 +283,11 @@ def restore(path, facts, defaults, model, optimizer, scaler):
                          "the old files back, or start again in another --out")
     trained = trained_parameters(model)
     try:
-        check_losses(state["before"])
+        losses = {"base": state["before"]}
+        if state["init"] is not None:
+            losses["before"] = state["init"]
+        for found in losses.values():
+            check_losses(found)
         check_tensors(state["tensors"])
         check_finite(state["tensors"], path)
         if shape_mismatches({name: p.shape for name, p in trained.items()}, state["tensors"]):
@@ -283,7 +303,7 @@ def restore(path, facts, defaults, model, optimizer, scaler):
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(state["tensors"][name])
-    return state["step"], state["before"]
+    return state["step"], losses
 
 
 def check_losses(losses):
@@ -293,7 +313,7 @@ def check_losses(losses):
     if "val" not in losses or any(TOTAL not in part for part in losses.values()) or any(
             type(row[key]) not in (int, float) or not math.isfinite(row[key])
             for row in rows for key in wanted):
-        raise ValueError("its losses of the base are damaged")
+        raise ValueError("its losses are damaged")
 
 
 def load_moments(optimizer, saved, path):

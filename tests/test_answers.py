@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from data.corpus import encode_record
 from hydralora import adapters_disabled
 from model import load_llama
-from tests.test_tools import make_adapter, refused, run, slow_answer, tuned
+from tests.test_tools import greedy, make_adapter, refused, run, slow_answer, tuned
 from tools import generate as talk
 
 WORDS = ["the cook", "one two three four five six seven", "a", "the old boat is red", "Sort: dog"]
@@ -73,6 +74,18 @@ def test_without_an_adapter_the_base_answers_and_there_is_no_second_column(
     base = load_llama(weights)[0]
     assert [row["answer"] for row in lines][:3] == [slow_answer(base, tokenizer, words)
                                                     for words in WORDS[:3]]
+
+
+def test_the_last_prompt_of_a_conversation_is_answered_after_its_earlier_turns(
+        answer, weights, adapter, tokenizer, data):
+    record = {"instruction": "And 4?", "context": "", "response": "x", "category": "",
+              "system": "Count.", "history": [["What is 3?", "It is 3."]]}
+    data.write_text(json.dumps(record))
+    ids = encode_record(record, tokenizer, 128).ids
+    prompt = ids[:-len(tokenizer.encode("x", bos=False, eos=True))]
+    new = greedy(tuned(weights, adapter), tokenizer, prompt, 6)
+    (row,) = answer()[1]
+    assert row.items() >= {**record, "answer": talk.text_of(tokenizer, new)}.items()
 
 
 def test_raw_continues_the_prompt(answer, weights, adapter, tokenizer):

@@ -313,6 +313,7 @@ def test_records_are_drawn_and_without_validation_data_a_tenth_is_held_out(place
 def test_without_paths_the_data_are_those_of_train_py():
     args = common.parse_args(common.parser("test", common.__doc__, seeds=1, epochs=1), [])
     expected = train.parse_args([])
+    [expected.data] = expected.data
     for name in common.PATHS:
         assert getattr(args, name) == getattr(expected, name)
     records, val = common.load_records(args)
@@ -338,16 +339,16 @@ def test_no_learning_rate_is_chosen_by_the_validation_set(place, tmp_path, monke
     sweeps, last = asked[:-1], asked[-1]
     known, validation = (read_records(place / f"{name}.jsonl") for name in ("train", "val"))
     assert len(sweeps) == 1 + common.WIDEN  # the best was always the lowest
-    assert len({(run.data, run.val_data) for runs in sweeps for run in runs}) == 1
+    assert len({(*run.data, run.val_data) for runs in sweeps for run in runs}) == 1
     training, held_out = (read_records(path)
-                          for path in (sweeps[0][0].data, sweeps[0][0].val_data))
+                          for path in (*sweeps[0][0].data, sweeps[0][0].val_data))
     assert all(r in known and r not in validation for r in training + held_out)
     assert not [r for r in held_out if r in training] and len(held_out) == 5
     assert {run.epochs for runs in sweeps for run in runs} == {2}
     assert {run.seed for runs in sweeps for run in runs} == {0, 1}
     assert {run.epochs for run in last} == {3} and {run.lr for run in last} == {0.0005}
     assert all(read_records(run.val_data) == validation for run in last)
-    assert all(read_records(run.data) == known for run in last)
+    assert all(read_records(*run.data) == known for run in last)
 
 
 def test_the_sweep_widens_at_an_edge_and_stops_inside():
@@ -787,7 +788,7 @@ def test_a_changed_gate_changes_the_loss_and_only_as_named(adapted):
     model, sequences = adapted
     batches = [sequences[:7], sequences[7:]]
     whole = routing.loss_with(model, batches, routing.unchanged)
-    plain = evaluation.evaluate(model, sequences, batch_size=8, precision=autocast("cpu", "fp32"))
+    plain = evaluation.evaluate(model, sequences, precision=autocast("cpu", "fp32"))
     assert whole == pytest.approx(plain[""]["loss"], rel=1e-5)
     for change in (routing.uniform_gate, routing.shuffled, routing.without_head(1)):
         assert abs(routing.loss_with(model, batches, change) - whole) > 1e-4
@@ -805,7 +806,7 @@ def test_a_changed_gate_changes_the_loss_and_only_as_named(adapted):
 
 def test_gate_sums_by_category_are_the_routing_of_train_py(adapted):
     model, sequences = adapted
-    known = evaluation.routing_report(model, sequences, batch_size=8,
+    known = evaluation.routing_report(model, sequences,
                                       precision=autocast("cpu", "fp32"))
     sums, tokens, entropy = routing.gate_sums(model, [sequences[:9], sequences[9:]])
     categories = [sequence.category for sequence in sequences]

@@ -1,6 +1,7 @@
 """data/corpus.py and data/records.py: what is read, what a sequence is, what a batch holds."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ import torch
 import cluster
 import train
 from data.corpus import (
+    Sequence,
     collate,
+    cut_by_tokens,
+    draw_epoch,
     encode_record,
     encode_records,
     encode_texts,
@@ -16,9 +20,11 @@ from data.corpus import (
     load_train_val,
     prompt_text,
     read_records,
+    split_weight,
     train_val_split,
     without_duplicates,
 )
+from data.records import Record
 from tests.conftest import asset
 
 DOLLY = {"instruction": "Name the town.", "context": "Ada lives in Oslo.", "response": "Oslo",
@@ -101,7 +107,7 @@ def test_dolly_reads_whole():
     ({"response": "", "output": "b"}, "", "b", {}),
     ({"response": "a", "output": "b", "id": 7, "tags": [], "more": {"x": [1, " "]}}, "", "a",
      {"output": 1}),
-    ({"response": "a", "system": "Be brief.", "history": [["Hi.", "Hello."]], "note": ""}, "",
+    ({"response": "a", "system": ["Be brief."], "history": [["Hi.", ""]], "note": ""}, "",
      "a", {"system": 1, "history": 1}),
 ], ids=str)
 def test_every_text_of_a_record_is_used_or_reported(tmp_path, row, context, response, not_used):
@@ -148,18 +154,41 @@ SHAREGPT = [{"from": "human", "value": "Name a fish."}, {"from": "gpt", "value":
 
 @pytest.mark.parametrize("name, turns", [("messages", CHAT), ("conversations", SHAREGPT)])
 def test_a_chat_of_one_question_and_one_answer_is_a_record(tmp_path, name, turns):
-    system = {"role": "system", "from": "system", "content": "Be brief.", "value": "Be brief."}
-    records = read_records(write_rows(tmp_path / "a.jsonl", [{name: turns},
-                                                             {name: [system, *turns]}]))
-    want = {**MINIMAL, "instruction": "Name a fish.", "response": "Trout."}
-    assert records == [want, want] and records.report["not_used"] == {"system": 1}
+    assert read_records(write_rows(tmp_path / "a.jsonl", [{name: turns}])) == [
+        {**MINIMAL, "instruction": "Name a fish.", "response": "Trout."}]
+
+
+def chat(*texts, system=None):
+    roles = ["user", "assistant"] * len(texts)
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    return {"messages": [{"role": "system", "content": system}] * bool(system) + turns}
+
+
+def test_a_longer_chat_and_alpacas_history_and_system_are_read_alike(tmp_path, capsys):
+    alpaca = {"instruction": "And a bird.", "input": "", "output": "Heron.",
+              "system": "Be brief.", "history": [["Name a fish.", "Trout."]]}
+    long = chat("Name a fish.", "Trout.", "And a bird.", "Heron.", system="Be brief.")
+    path = write_rows(tmp_path / "a.jsonl", [
+        alpaca, long, chat("Name a fish.", "Trout.", "And a bird."), *fish(20)])
+    records = read_records(path)
+    assert records[0] == records[1] == {
+        **MINIMAL, "instruction": "And a bird.", "response": "Heron.", "system": "Be brief.",
+        "history": [["Name a fish.", "Trout."]]}
+    assert records[2] == {**MINIMAL, "instruction": "Name a fish.", "response": "Trout."}
+    records.print_remarks("a.jsonl")
+    out = capsys.readouterr().out.splitlines()
+    assert out == ["a.jsonl: also used: history (2 records), system (2)",
+                   "a.jsonl: not used: last turn of the user (1 record)"]
 
 
 @pytest.mark.parametrize("turns, words", [
-    (CHAT * 2, "a chat of 4 turns"), (CHAT[:1], "a chat of 1 turn:"),
-    (CHAT[::-1], "a chat of 2 turns"), ("hello", "no list of objects"),
+    (CHAT[:1], "do not alternate"), (CHAT[::-1], "do not alternate"), ([], "do not alternate"),
+    ([*CHAT, *CHAT[1:]], "do not alternate"), ("hello", "no list of objects"),
+    ([*CHAT, {"role": "system", "content": "Stop."}, *CHAT], "do not alternate"),
+    (chat("Name a fish.", " ", "And a bird.", "Heron.")["messages"], "an empty turn"),
     ([{"role": "tool", "content": "x"}], "a turn of 'tool'"),
-    ([{"role": "user", "content": ["x"]}, CHAT[1]], "found list")], ids=str)
+    ([{"role": "user", "content": ["x"]}, CHAT[1]], "found list"),
+    ([{"role": "user", "content": ["x"]}, CHAT[1], *CHAT], "found list")], ids=str)
 def test_another_chat_is_a_bad_record(tmp_path, turns, words):
     with pytest.raises(ValueError, match=words):
         read_records(write_rows(tmp_path / "a.jsonl", [{"messages": turns}]))
@@ -176,6 +205,40 @@ def test_a_sequence_is_bos_prompt_eos_response_eos(tokenizer):
     assert sequence.ids[sequence.response_start:] == response + [2]
     assert sequence.n_targets == len(response) + 1 and not sequence.shortened
     assert prompt_text({**DOLLY, "context": ""}) == "Name the town."
+
+
+CONVERSATION = {**MINIMAL, "instruction": "And a bird.", "response": "Heron.",
+                "system": "Be brief.", "history": [["Name a fish.", "Trout."]]}
+
+
+def test_a_conversation_has_one_bos_an_eos_after_each_turn_and_a_loss_on_each_answer(tokenizer):
+    sequence = encode_record(CONVERSATION, tokenizer, 100)
+    assert sequence.ids == [
+        1, 312, 692, 288, 698, 695, 609, 702, 701, 735, 497, 259, 427, 702, 2,  # Be .. a fish.
+        285, 280, 706, 697, 702, 2,  # Trout.
+        292, 699, 708, 259, 429, 702, 2,  # And a bird.
+        392, 265, 323, 702, 2]  # Heron.
+    assert sequence.targets == [*range(15, 21), *range(28, 33)] and sequence.n_targets == 11
+    texts = ["Be brief.\nName a fish.", "Trout.", "And a bird.", "Heron."]
+    assert sequence.ids == [1] + [i for text in texts for i in tokenizer.encode(text, False, True)]
+    assert prompt_text(CONVERSATION) == "Be brief.\nName a fish.\nAnd a bird."
+
+
+def test_a_conversation_too_long_loses_whole_turns_after_the_system_text(tokenizer):
+    turns = [[f"Name fish {i}.", f"Fish {i}."] for i in range(6)]
+    record = {**CONVERSATION, "history": turns, "context": "The sea is wide. " * 3}
+    kept, limit = [], len(encode_record(record, tokenizer, 1000).ids)
+    while sequence := encode_record(record, tokenizer, limit):
+        kept.append(len(sequence.later_prompts))
+        assert len(sequence.ids) <= limit and sequence.shortened == (len(kept) > 1)
+        if kept[-1]:  # what is left is whole, and so is the context
+            left = {**record, "history": turns[6 - kept[-1]:]}
+            assert sequence.ids == encode_record(left, tokenizer, 1000).ids
+            assert sequence.n_targets == encode_record(left, tokenizer, 1000).n_targets
+        last, limit = sequence, limit - 1
+    assert kept == sorted(kept, reverse=True) and set(kept) == set(range(7))
+    assert kept.count(0) > 10  # then the context goes
+    assert tokenizer.decode(last.ids).startswith("Be brief.\nAnd a bird.\n")
 
 
 def test_a_record_too_long_loses_the_start_of_its_context_only(tokenizer):
@@ -226,15 +289,69 @@ def test_duplicates_of_validation_are_found_by_prompt_and_response():
     other = {**DOLLY, "category": "another"}
     assert without_duplicates([DOLLY, {**DOLLY, "response": "Rome"}], [other]) == [
         {**DOLLY, "response": "Rome"}]
+    assert without_duplicates([CONVERSATION], [{**CONVERSATION, "system": "Be long."}])
+    assert without_duplicates([CONVERSATION], [{**CONVERSATION, "history": []}])
+    assert not without_duplicates([CONVERSATION], [{**CONVERSATION}])
 
 
 def test_fields_that_are_not_used_are_named_once_with_their_counts(tmp_path, capsys):
-    rows = fish(12, history=[["Hi.", "Hello."]]) + fish(30) + fish(1, system="Be brief.")
-    train, _ = load_train_val(write_rows(tmp_path / "a.jsonl", rows), None, share=0.1, seed=0,
+    rows = fish(12, hint="Think.") + fish(30) + fish(1, note="Done.")
+    train, _ = load_train_val([write_rows(tmp_path / "a.jsonl", rows)], None, share=0.1, seed=0,
                               strict=False)
     out = capsys.readouterr().out
-    assert out.count("not used: history (12 records), system (1)") == 1
-    assert train.report["not_used"] == {"history": 12, "system": 1}
+    assert out.count("not used: hint (12 records), note (1)") == 1
+    assert train.report["not_used"] == {"hint": 12, "note": 1}
+
+
+# ---------------------------------------------------------------- several files
+
+
+def test_a_weight_follows_the_last_colon_unless_a_file_has_the_whole_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "b.jsonl:2", "")
+    assert [split_weight(text) for text in (
+        "a.jsonl", "a.jsonl:0.5", "b.jsonl:2", "b.jsonl:2:3", "c:/a.jsonl", "a.jsonl:1.5e0")] == [
+        ("a.jsonl", 1), ("a.jsonl", 0.5), ("b.jsonl:2", 1), ("b.jsonl:2", 3), ("c:/a.jsonl", 1),
+        ("a.jsonl", 1.5)]
+    for number in ("0", "-1", "nan", "inf", "1001"):
+        with pytest.raises(ValueError, match="a weight must be above 0"):
+            split_weight(f"a.jsonl:{number}")
+
+
+def test_several_files_are_split_one_by_one_and_each_record_knows_its_own(tmp_path, capsys):
+    rows = {"a": fish(40), "b": [{"instruction": f"Name bird {i}.", "output": "x",
+                                  "category": "named" if i < 10 else ""} for i in range(20)]}
+    paths = [str(write_rows(tmp_path / f"{name}.jsonl", lines)) for name, lines in rows.items()]
+    write_rows(tmp_path / "b.jsonl", [*rows["b"], EMPTY])
+    train, val = load_train_val(paths, None, share=0.1, seed=0, strict=False)
+    assert [(r.file, r["category"]) for r in val] == [(0, "a")] * 4 + [
+        (1, "named" if int(r["instruction"][10:-1]) < 10 else "b") for r in val[4:]]
+    assert len(val) == 6 and len(train) == 54
+    assert [r.file for r in train] == sorted(r.file for r in train)
+    assert {r["instruction"] for r in train}.isdisjoint(r["instruction"] for r in val)
+    assert train[-1].place == f"{paths[1]}, line 20"
+    assert train.report["unusable"] == {"empty response": 1}
+    # one file alone is as it always was
+    [alone, held_out] = load_train_val(paths[:1], None, share=0.1, seed=0, strict=False)
+    assert (alone, held_out) == train_val_split(read_records(paths[0]), 0.1, 0)
+    assert {r["category"] for r in alone} == {""} and alone[0].place.startswith("line ")
+
+
+def test_an_epoch_has_each_file_by_its_weight_drawn_anew_by_the_generator(tokenizer):
+    records = [Record(DOLLY, instruction=f"a {i}") for i in range(30)]
+    for i, record in enumerate(records):
+        record.file = i % 3
+    sequences = encode_records(records, tokenizer, 100)[0]
+    generator = torch.Generator().manual_seed(0)
+    epochs = [Counter(s.record for s in draw_epoch(sequences, [1.5, 2, 0.25], generator))
+              for _ in range(30)]
+    for drawn in epochs:
+        assert sorted(drawn[i] for i in range(0, 30, 3)) == [1] * 5 + [2] * 5
+        assert all(drawn[i] == 2 for i in range(1, 30, 3))
+        assert sorted(drawn[i] for i in range(2, 30, 3)) == [0] * 8 + [1] * 2
+    assert len({tuple(sorted(drawn.items())) for drawn in epochs}) > 25
+    assert {i for drawn in epochs for i in drawn} == set(range(30))
+    assert len(draw_epoch(sequences[:9], [0.01, 1, 1], generator)) == 7  # a record at least
 
 
 def sequences_of(tokenizer, lengths):
@@ -263,14 +380,14 @@ def test_batches_for_evaluation_come_longest_first(tokenizer):
 
 
 def test_labels_are_the_response_and_its_eos_at_the_positions_before_them(tokenizer):
-    sequences = sequences_of(tokenizer, [3, 9])
+    sequences = [*sequences_of(tokenizer, [3, 9]), encode_record(CONVERSATION, tokenizer, 100)]
     batch = collate(sequences)
     width = batch.tokens.shape[1]
     target_index, labels = [], []
     for row, s in enumerate(sequences):  # the slow twin
         for i in range(len(s.ids) - 1):
             assert batch.tokens[row, i] == s.ids[i]
-            if i + 1 >= s.response_start:
+            if i + 1 >= s.response_start and not (row == 2 and 21 <= i + 1 < 28):
                 target_index.append(row * width + i)
                 labels.append(s.ids[i + 1])
         assert batch.attention_mask[row].tolist() == [i < len(s.ids) - 1 for i in range(width)]
@@ -297,3 +414,15 @@ def test_train_and_cluster_skip_a_bad_record_and_strict_refuses_it(tmp_path, cap
     report = json.loads((tmp_path / "run" / "run.json").read_text())["data"]["train"]
     assert report["records"] == 23 and report["unusable"] == {"empty response": 1}
     assert json.loads((tmp_path / "c.json").read_text())["unusable"] == {"empty response": 1}
+
+
+def test_rows_are_cut_by_positions_padding_counted_and_never_lost():
+    rows = [Sequence([1] * (n + 1), 1, i, "") for i, n in enumerate([30, 90, 10, 50, 50, 7, 120])]
+    for tokens, least in ((100, 1), (1, 1), (1000, 3), (64, 9)):
+        parts = cut_by_tokens(rows, tokens, least=least)
+        assert sorted(s.record for part in parts for s in part) == list(range(7))
+        assert len(parts) >= min(least, 7)
+        for part in parts:
+            widths = [len(s.ids) - 1 for s in part]
+            assert widths[0] == max(widths) and (len(part) * widths[0] <= tokens or len(part) == 1)
+    assert [len(part) for part in cut_by_tokens(rows, 100)] == [1, 1, 2, 3]

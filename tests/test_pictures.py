@@ -119,6 +119,30 @@ def test_a_log_from_before_evaluations_is_drawn(tmp_path):
     assert list(drawn(folder)[0]["training loss"][0].get_lines()[0].get_ydata()) == losses
 
 
+def test_a_run_that_has_not_ended_is_drawn_from_log_csv_alone(tmp_path):
+    ended, _, _ = write_run(tmp_path / "a", every=50)
+    going_on, _, losses = write_run(tmp_path / "b", steps=120, every=50)
+    (going_on / "run.json").unlink()
+    with open(going_on / "log.csv", "a") as file:
+        file.write("121,0.")  # the next row is being written
+    axes, (run,) = drawn(going_on)
+    assert run.label == "b, not ended, 120 steps"
+    ((title, (loss,)),) = [item for item in axes.items() if item[0].startswith("training loss")]
+    assert list(loss.get_lines()[0].get_ydata()) == losses
+    assert list(axes["exact match by step"][0].get_lines()[0].get_xdata()) == [50, 100]
+    assert len(axes) == 2
+    # beside a run that has ended it keeps its colour, and the tables are of the other one
+    axes, runs = drawn(going_on, ended)
+    assert axes[title][0].get_lines()[0].get_color() == plot.COLOURS[0]
+    (loss,) = axes["validation loss"]
+    assert loss.get_legend_handles_labels()[1] == ["base", runs[1].label]
+    assert loss.get_lines()[1].get_color() == plot.COLOURS[1] and runs[1].label == "hydralora"
+    other, _, _ = write_run(tmp_path / "c", base=9.0, method="lora")
+    axes, runs = drawn(going_on, ended, other)
+    labels = axes["validation loss"][0].get_legend_handles_labels()[1]
+    assert labels[:2] == [f"base of {run.label}" for run in runs[1:]]
+
+
 def test_every_family_has_the_loss_and_exact_match_of_the_base_and_each_run(tmp_path):
     found = [write_run(tmp_path / "a"), write_run(tmp_path / "bb", method="lora", heads=1)]
     axes, _ = drawn(*(folder for folder, _, _ in found))
@@ -235,7 +259,8 @@ def test_a_folder_without_a_whole_run_is_refused(tmp_path, capsys):
         (folder / "run.json").write_text(json.dumps({**result, key: None}))
         assert "run.json or log.csv is damaged" in attempt()
     (folder / "run.json").unlink()
-    assert "run.json" in attempt()
+    (folder / "log.csv").unlink()
+    assert "holds no run.json and no log.csv" in attempt()
 
 
 # ---------------------------------------------------------------- the page of the router

@@ -269,6 +269,22 @@ def test_compare_answers_an_instruction_with_the_base_and_with_the_adapter(
         f"> What is 3?\nanswer:   {base}\n\n")
 
 
+def test_chat_answers_each_prompt_after_the_turns_before_it_in_the_layout_of_training(
+        weights, adapter, tokenizer, capsys):
+    prompts, ids, want = ["What is 3?", "And 4?", "a cook"], [tokenizer.bos_id], ""
+    model = tuned(weights, adapter)
+    for prompt in prompts:
+        ids += tokenizer.encode(prompt, bos=False, eos=True)
+        new = greedy(model, tokenizer, ids, 5)
+        want += f"> {prompt}\nadapter:  {talk.text_of(tokenizer, new)}\n\n"
+        ids += [*new, tokenizer.eos_id]
+    flags = ["--weights", weights, "--adapter", adapter, "--max-new-tokens", 5]
+    assert spoken(capsys, *prompts, "--chat", *flags) == want
+    assert spoken(capsys, *prompts, *flags) != want
+    assert "--chat needs prompts" in refused(capsys, talk, "one", "--chat", "--raw", *flags)
+    assert "exceed the 128" in refused(capsys, talk, *["one"] * 30, "--chat", *flags)
+
+
 def test_a_character_is_printed_when_its_last_byte_is_known(tokenizer):
     ids = tokenizer.encode("naïve 😀!", bos=False)
     pieces = talk.text_pieces(tokenizer, ids)

@@ -1,6 +1,7 @@
 """Talk to a model: prompt in, text out as it comes, from the base, an adapter, or both.
 
     python -m tools.generate "What is 3 plus 4?" --weights llama-2-7b --adapter adapter.pt
+    python -m tools.generate "Name a fish." "And a bird." --chat   # one conversation
     python -m tools.generate --data FILE --out answers.jsonl       # a whole file of records
 
 A prompt is taken as an instruction, as in training: BOS, prompt, EOS, and the answer
@@ -19,7 +20,14 @@ from pathlib import Path
 import torch
 
 from data import WORLD
-from data.corpus import Sequence, length_batches, prompt_text, read_records
+from data.corpus import (
+    Sequence,
+    encode_turns,
+    length_batches,
+    prompt_text,
+    read_records,
+    turns_of,
+)
 from hydralora import adapters_disabled, base_fingerprint, hydra_layers, record_gates
 from model import generate_ids, generate_tokens
 from support.cli import Parser, check_min, flag, progress, run_script
@@ -41,10 +49,12 @@ COLOURS = [31, 32, 34, 33, 35, 36, 91, 92, 94, 93, 95, 96]  # ANSI: red, green, 
 # ---------------------------------------------------------------- text and tokens
 
 
-def encode_prompt(model, tokenizer, prompt, args, place=""):
-    """The tokens of a prompt: BOS, prompt, EOS; with --raw no EOS. Raises ValueError,
-    which begins with `place`, if the longest answer does not fit after them."""
-    ids = tokenizer.encode(prompt, eos=not args.raw)
+def encode_prompt(model, tokenizer, prompt, args, place="", before=()):
+    """The tokens of a prompt: BOS, prompt, EOS; with --raw no EOS; in a conversation the
+    tokens `before` it instead of BOS. Raises ValueError, which begins with `place`, if the
+    longest answer does not fit after them."""
+    ids = list(before) or [tokenizer.bos_id]
+    ids += tokenizer.encode(prompt, bos=False, eos=not args.raw)
     limit = model.args.max_seq_len
     if len(ids) + args.max_new_tokens > limit:
         length = f"--max-seq-len {limit}" if args.max_seq_len else model_length(args.weights, limit)
@@ -106,11 +116,12 @@ def answer_prompts(args):
     model, tokenizer = load(args)
     if args.show_routing and not has_router(model):
         raise ValueError(f"--show-routing: {args.adapter} {NO_ROUTER}")
+    before = []  # the tokens of the conversation
     for prompt, expected, _ in prompts_of(args, FAMILIES_SHOWN):
         print(f"> {prompt}")
         if expected is not None:
             print(f"expected: {expected}")
-        ids = encode_prompt(model, tokenizer, prompt, args)
+        ids = encode_prompt(model, tokenizer, prompt, args, before=before)
         if args.compare:
             print("base:     ", end="")
             with adapters_disabled(model):
@@ -120,6 +131,8 @@ def answer_prompts(args):
         if args.show_routing:
             print()
             show_routing(model, tokenizer, ids, new)
+        if args.chat:
+            before = [*ids, *new, tokenizer.eos_id]
         print()
 
 
@@ -183,8 +196,10 @@ def encode_file(model, tokenizer, records, args):
     first answer."""
     sequences = []
     for index, record in enumerate(records):
-        ids = encode_prompt(model, tokenizer, prompt_text(record), args,
-                            place=f"{args.data}, {record.place}: ")
+        turns = turns_of(record)
+        ids, prompts = encode_turns(turns, tokenizer)
+        ids = encode_prompt(model, tokenizer, turns[-1][0], args,
+                            before=ids[:prompts[-1][0]], place=f"{args.data}, {record.place}: ")
         sequences.append(Sequence(ids, len(ids), index, record["category"], record.place))
     return sequences
 
@@ -319,6 +334,8 @@ def check_file_args(args):
     for name in ("compare", "show_routing"):
         if getattr(args, name) and not args.adapter:
             raise ValueError(f"{flag(name)} needs --adapter FILE")
+    if args.chat and (args.raw or not args.prompts):
+        raise ValueError("--chat needs prompts, and no --raw: an EOS ends every turn")
     if bool(args.data) != bool(args.out):
         raise ValueError("--data FILE and --out FILE need one another")
     if args.data and (args.prompts or args.show_routing):
@@ -330,6 +347,8 @@ def check_file_args(args):
 def parse_args(argv):
     p = Parser("generate.py", __doc__)
     add_talk_flags(p)
+    p.add_argument("--chat", action="store_true",
+                   help="take the prompts as the user's turns of one conversation (off)")
     p.add_argument("--compare", action="store_true", help="print the base's answer as well (off)")
     p.add_argument("--show-routing", action="store_true",
                    help="mark each token by its strongest head, in colours on a terminal (off)")

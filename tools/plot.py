@@ -34,12 +34,13 @@ TOTAL = "all"
 EVALUATIONS = ("val_loss", "exact_match", "kept_loss")  # columns of log.csv, of --eval-every
 # settings that are not worth a label, and those that have no meaning for --method full
 NO_LABEL = {*RESUME_MAY_DIFFER, "dry_run", "gpu_memory", "max_steps"} - {
-    "weights", "data", "val_data", "keep_data"}
+    "weights", "data", "val_data", "keep_data", "init_adapter"}
 ADAPTERS_ONLY = {"targets", *(field.name for field in fields(HydraSettings))}
 
 
 @dataclass
 class Run:
+    """What a run folder holds; of a run that has not ended, name to evaluations alone."""
     name: str  # of the folder
     settings: dict
     steps: list
@@ -56,9 +57,14 @@ class Run:
 
 
 def read_run(folder):
-    """The Run in a folder. Raises ValueError if run.json or log.csv is not whole."""
+    """The Run in a folder. Raises ValueError if run.json or log.csv is not whole; a run that
+    is going on or was stopped has log.csv alone."""
     folder = Path(folder)
-    result = read_json(folder / "run.json")
+    ended = (folder / "run.json").is_file()
+    if not ended and not (folder / "log.csv").is_file():
+        raise ValueError(f"{folder} holds no run.json and no log.csv: give the folder of a run of "
+                         "train.py")
+    result = read_json(folder / "run.json") if ended else {}
     try:
         rows = read_log(folder / "log.csv")
         steps, losses = [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
@@ -66,6 +72,8 @@ def read_run(folder):
             raise ValueError("log.csv has no rows")
         evaluations = {column: [(step, float(row[column])) for step, row in zip(steps, rows)
                                 if row[column]] for column in EVALUATIONS}
+        if not ended:
+            return Run(folder.resolve().name, {}, steps, losses, evaluations, {}, {}, {}, {})
         settings, metrics = dict(result["settings"]), result["metrics"]
         table = {**metrics["categories"], TOTAL: metrics}
         base, tuned = ({name: (float(row["val_loss" + end]), float(row["exact_match" + end]))
@@ -82,20 +90,23 @@ def read_run(folder):
 def label_text(value):
     """A setting's value in a label: of a path the last part."""
     if isinstance(value, list):
-        return ",".join(map(str, value))
+        return ",".join(map(label_text, value))
     return Path(value).name if isinstance(value, str) and "/" in value else str(value)
 
 
 def add_labels(runs):
     """Labels each run with its method and the settings in which it differs from another
     run; runs that are alike in all of them also get the names of their folders. --max-steps
-    may be off, so the steps that were taken count instead."""
-    settings = []
+    may be off, so the steps that were taken count instead. A run without run.json has its
+    folder's name."""
     for run in runs:
+        run.label = f"{run.name}, not ended, {run.steps[-1]} steps"
+    ended, settings = [run for run in runs if run.settings], []
+    for run in ended:
         skipped = NO_LABEL | (ADAPTERS_ONLY if run.settings["method"] == "full" else set())
         shown = {key: label_text(x) for key, x in run.settings.items() if key not in skipped}
         settings.append({**shown, "steps": str(run.steps[-1])})
-    for run, mine in zip(runs, settings):
+    for run, mine in zip(ended, settings):
         differing = [name for name in mine if name != "method" and any(
             name in other and other[name] != mine[name] for other in settings)]
         parts = [f"{name.replace('_', ' ')} {mine[name]}" for name in differing]
@@ -121,6 +132,8 @@ def find_bases(runs):
     same if their losses agree in every family that both have."""
     bases = []
     for run in runs:
+        if not run.base:
+            continue  # it has not ended
         for _, rows in bases:
             if all(math.isclose(rows[name][0], run.base[name][0], rel_tol=1e-3)
                    for name in rows.keys() & run.base.keys()):
@@ -202,7 +215,7 @@ def draw_families(loss_axes, exact_axes, runs):
     series = [(label, rows, *BASE_STYLES[i % len(BASE_STYLES)])
               for i, (label, rows) in enumerate(find_bases(runs))]
     series += [(run.label, run.tuned, COLOURS[i % 7], MARKERS[i % 7], HATCHES[i % 7])
-               for i, run in enumerate(runs)]
+               for i, run in enumerate(runs) if run.tuned]
     height = 0.8 / len(series)
     for i, (label, rows, colour, marker, hatch) in enumerate(series):
         present = [name for name in names if name in rows]
@@ -227,6 +240,7 @@ def draw_families(loss_axes, exact_axes, runs):
     if min(losses) > 0 and max(losses) > 10 * min(losses):
         loss_axes.set_xscale("log")
         loss_axes.xaxis.set_major_formatter("{x:g}")
+        loss_axes.xaxis.set_minor_formatter(minor_tick_label)
     loss_axes.margins(x=0.15)
     loss_axes.set(title="validation loss", xlabel="nats per token")
     exact_axes.set(title="exact match", xlabel="% of records", xlim=(0, 115))
@@ -272,11 +286,15 @@ def draw_entropy(axes, run):
 
 
 def draw(runs):
-    """The figure of labelled runs: training loss, families, a row for each router."""
+    """The figure of labelled runs: training loss, families, a row for each router. Of runs
+    that have not ended only the first is known."""
     from matplotlib.figure import Figure
     routed = [run for run in runs if run.gate]
-    n_series = len(find_bases(runs)) + len(runs)
-    heights = [2.6, 1.3 + len(families(runs)) * (n_series * 0.14 + 0.1)]
+    ended = [run for run in runs if run.tuned]
+    heights = [2.6]
+    if ended:
+        n_series = len(find_bases(runs)) + len(ended)
+        heights.append(1.3 + len(families(runs)) * (n_series * 0.14 + 0.1))
     for run in routed:
         heights.append(1.3 + max(1.7, 0.22 * len(run.gate[most_divided_layer(run)])))
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
@@ -287,12 +305,13 @@ def draw(runs):
         draw_exact_match(right, runs)
     else:
         draw_training(parts[0].subplots(), runs)
-    pair = parts[1].subplots(1, 2, sharey=True)
-    draw_families(*pair, runs)
-    marks, labels = pair[0].get_legend_handles_labels()
-    bars, _ = pair[1].get_legend_handles_labels()
-    parts[1].legend([*zip(marks, bars)], labels, loc="outside lower center",
-                    ncols=min(3, len(labels)))
+    if ended:
+        pair = parts[1].subplots(1, 2, sharey=True)
+        draw_families(*pair, runs)
+        marks, labels = pair[0].get_legend_handles_labels()
+        bars, _ = pair[1].get_legend_handles_labels()
+        parts[1].legend([*zip(marks, bars)], labels, loc="outside lower center",
+                        ncols=min(3, len(labels)))
     for part, run in zip(parts[2:], routed):
         left, right = part.subplots(1, 2)
         draw_gate(left, run)

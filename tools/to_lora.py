@@ -21,7 +21,7 @@ from hydralora import HydraLinear, adapters_disabled, hydra_layers, load_adapter
 from model import load_llama
 from support.cli import Parser, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
-from support.evaluation import EVAL_BATCH, TOTAL, evaluate, routing_report
+from support.evaluation import TOTAL, evaluate, routing_report
 from support.files import atomic_dir, write_json
 from support.run_folder import load_model_and_adapter
 from tools.generate import has_router
@@ -88,7 +88,7 @@ def approximate(args):
                                               dtype=args.dtype)
     longest = min(MAX_SEQ_LEN, model.args.max_seq_len)
     calibration, val = read_sequences(args, tokenizer, longest)
-    settings = {"batch_size": EVAL_BATCH, "precision": autocast(args.device, args.dtype)}
+    settings = {"precision": autocast(args.device, args.dtype)}
 
     def loss(name):
         return evaluate(model, val, **settings, name=name)[TOTAL]["loss"]
