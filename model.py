@@ -46,7 +46,7 @@ class ModelArgs:
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, divided in fp32 whatever x's dtype."""
+    """y = x / sqrt(mean(x^2) + eps) * weight, in fp32 inside, in the dtype of x outside."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -54,9 +54,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        with torch.autocast("cuda", enabled=False):  # there it would return fp32
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -166,9 +165,10 @@ class Transformer(nn.Module):
         """Next-token logits (B, T, V) of int64 tokens (B, T)."""
         return self.output(self.hidden_states(tokens))
 
-    def hidden_states(self, tokens: Tensor, cache=None, positions=None) -> Tensor:
-        """Hidden states (B, T, D) after the final norm. Raises ValueError beyond
-        max_seq_len.
+    def hidden_states(self, tokens: Tensor, cache=None, positions=None,
+                      n_layers=None) -> Tensor:
+        """Hidden states (B, T, D) after n_layers blocks (None: all) and the final norm.
+        Raises ValueError beyond max_seq_len.
 
         With a cache from make_cache, positions (B, T), or (1, T) for all rows alike, are
         the tokens' slots: keys and values go there, and a token reads every slot up to its
@@ -182,7 +182,7 @@ class Transformer(nn.Module):
         head_dim = self.args.dim // self.args.n_heads
         rotary = rotary_table(positions, head_dim, self.args.rope_theta)
         h = self.tok_embeddings(tokens)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers[:n_layers]):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # with use_reentrant=True no input requires grad, since the embedding is
                 # frozen, so the adapters would get no gradient
@@ -416,7 +416,7 @@ def generate_tokens(model: Transformer, tokenizer: Tokenizer, ids: list[list[int
         return
     device = model.tok_embeddings.weight.device
     lengths = torch.tensor([len(row) for row in ids], device=device)
-    width = int(lengths.max())
+    width = max(map(len, ids))
     # padded on the right: a row's tokens never see what comes after them
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
     cache = model.make_cache(len(ids), width + max_new_tokens)

@@ -21,7 +21,7 @@ import torch
 from data.corpus import length_batches
 from experiments import parts, steps
 from experiments.steps import METHODS, OURS, SMOL, VARIANTS, random_base, random_batch
-from support.cli import Parser, report_failure, start_script
+from support.cli import Parser, run_script
 from support.files import write_json
 
 PARTS = ("step", "memory", "dolly", "growth", "compile", "mmlu")
@@ -173,13 +173,8 @@ def run(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    start_script()
-    try:
-        return run(args) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, "experiments.benchmark", args, stopped="stopped",
-                              memory="--layers with fewer layers needs less")
+    return run_script("experiments.benchmark", parse_args, run, argv,
+                      memory="fewer --layers need less")
 
 
 if __name__ == "__main__":

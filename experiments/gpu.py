@@ -26,7 +26,7 @@ import torch
 
 from experiments import parts
 from experiments.report import markdown
-from support.cli import Parser, one_line, report_failure, start_script
+from support.cli import Parser, one_line, run_script
 from support.device import pick_device
 from support.files import read_json, write_json, write_text
 from support.lock import file_lock
@@ -187,14 +187,9 @@ def run(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    start_script()
-    try:
-        return run(args) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, "experiments.gpu", args,
-                              stopped="stopped; what was measured is in --out",
-                              memory="this card is too small for this part")
+    return run_script("experiments.gpu", parse_args, run, argv,
+                      stopped="stopped; what was measured is in --out",
+                      memory="this card is too small for this part")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from experiments.steps import LLAMA_7B, random_batch, take_step
 from hydralora import add_hydralora
 from model import SPLIT_DIM, ModelArgs, Tokenizer, Transformer
 from support import distributed
-from support.cli import Parser, report_failure, start_script
+from support.cli import Parser, run_script
 from support.device import peak_resident
 
 
@@ -117,13 +117,8 @@ def run(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    start_script()
-    try:
-        return run(args) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, "experiments.random_checkpoint", args, stopped="stopped",
-                              memory="step with fewer --tokens needs less")
+    return run_script("experiments.random_checkpoint", parse_args, run, argv,
+                      memory="step with fewer --tokens needs less")
 
 
 if __name__ == "__main__":

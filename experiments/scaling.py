@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from experiments.steps import SMOL, ours, random_base, random_batch, take_step
 from support import distributed
-from support.cli import Parser, report_failure, start_script
+from support.cli import Parser, run_script
 
 
 def timed_step(method, batches):
@@ -72,13 +72,8 @@ def run(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    start_script()
-    try:
-        return run(args) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_failure(error, "experiments.scaling", args, stopped="stopped",
-                              memory="--layers with fewer layers needs less")
+    return run_script("experiments.scaling", parse_args, run, argv,
+                      memory="fewer --layers need less")
 
 
 if __name__ == "__main__":

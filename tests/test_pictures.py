@@ -235,7 +235,7 @@ def test_a_folder_without_a_whole_run_is_refused(tmp_path, capsys):
         (folder / "run.json").write_text(json.dumps({**result, key: None}))
         assert "run.json or log.csv is damaged" in attempt()
     (folder / "run.json").unlink()
-    assert "holds no run.json" in attempt()
+    assert "run.json" in attempt()
 
 
 # ---------------------------------------------------------------- the page of the router

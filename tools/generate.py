@@ -1,9 +1,7 @@
 """Talk to a model: prompt in, text out as it comes, from the base, an adapter, or both.
 
-    python -m tools.generate                                # the adapter of the first command
-    python -m tools.generate "What is 3 plus 4?" --compare --show-routing
-    python -m tools.generate "Give me three ideas." --weights llama-2-7b --adapter adapter.pt
-    python -m tools.generate --data FILE --out answers.jsonl           # a whole file of records
+    python -m tools.generate "What is 3 plus 4?" --weights llama-2-7b --adapter adapter.pt
+    python -m tools.generate --data FILE --out answers.jsonl       # a whole file of records
 
 A prompt is taken as an instruction, as in training: BOS, prompt, EOS, and the answer
 follows (HydraLoRA, section 4); --raw continues the prompt instead. --show-routing makes
@@ -75,7 +73,18 @@ def sampling(args):
             "top_p": args.top_p, "seed": args.seed}
 
 
-# ---------------------------------------------------------------- one prompt
+# ---------------------------------------------------------------- prompts
+
+
+def prompts_of(args, families=None):
+    """[(prompt, expected answer or None, name)] of the prompts given, else of a validation
+    record of each family of the world, the first `families` of them."""
+    if args.prompts:
+        return [(prompt, None, f"prompt {i}") for i, prompt in enumerate(args.prompts, start=1)]
+    first = {}
+    for record in read_records(WORLD / "val.jsonl"):
+        first.setdefault(record["category"], record)
+    return [(prompt_text(r), r["response"], r["category"]) for r in [*first.values()][:families]]
 
 
 def stream_answer(model, tokenizer, ids, args):
@@ -91,40 +100,26 @@ def stream_answer(model, tokenizer, ids, args):
     return new
 
 
-def answer_prompt(model, tokenizer, prompt, args):
-    """Prints the answer to a prompt, with --compare the base's before it, and with
-    --show-routing the gates after it."""
-    ids = encode_prompt(model, tokenizer, prompt, args)
-    if args.compare:
-        print("base:     ", end="")
-        with adapters_disabled(model):
-            stream_answer(model, tokenizer, ids, args)
-    print("adapter:  " if args.adapter else "answer:   ", end="")
-    new = stream_answer(model, tokenizer, ids, args)
-    if args.show_routing:
-        print()
-        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        show_routing(model, tokenizer, ids, new, coloured)
-
-
-def world_prompts():
-    """(prompt, expected answer, family) of one validation record per family."""
-    first = {}
-    for record in read_records(WORLD / "val.jsonl"):
-        first.setdefault(record["category"], record)
-    return [(prompt_text(r), r["response"], r["category"]) for r in first.values()]
-
-
 def answer_prompts(args):
+    """Prints the answer to each prompt, with --compare the base's before it, and with
+    --show-routing the gates after it."""
     model, tokenizer = load(args)
     if args.show_routing and not has_router(model):
         raise ValueError(f"--show-routing: {args.adapter} {NO_ROUTER}")
-    given = [(prompt, None, None) for prompt in args.prompts]
-    for prompt, expected, _ in given or world_prompts()[:FAMILIES_SHOWN]:
+    for prompt, expected, _ in prompts_of(args, FAMILIES_SHOWN):
         print(f"> {prompt}")
         if expected is not None:
             print(f"expected: {expected}")
-        answer_prompt(model, tokenizer, prompt, args)
+        ids = encode_prompt(model, tokenizer, prompt, args)
+        if args.compare:
+            print("base:     ", end="")
+            with adapters_disabled(model):
+                stream_answer(model, tokenizer, ids, args)
+        print("adapter:  " if args.adapter else "answer:   ", end="")
+        new = stream_answer(model, tokenizer, ids, args)
+        if args.show_routing:
+            print()
+            show_routing(model, tokenizer, ids, new)
         print()
 
 
@@ -150,11 +145,12 @@ def paint(head, text, coloured):
     return f"\033[{COLOURS[head % len(COLOURS)]}m{text}\033[0m"
 
 
-def show_routing(model, tokenizer, prompt, new, coloured):
+def show_routing(model, tokenizer, prompt, new):
     """Prints the text with every token marked by its strongest head in one layer, and
     the mean gate of each layer. Head 1 of one layer has nothing to do with head 1 of
     another, so it is the layer whose gates differ most between these tokens. A token's
     gate is the one computed from it."""
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     gates = gates_of(model, prompt + new)
     name = most_specialised_layer(gates)
     heads = range(gates[name].shape[1])
@@ -166,13 +162,13 @@ def show_routing(model, tokenizer, prompt, new, coloured):
     strongest.insert(len(prompt), None)
     line, last = "", None
     for head, piece in zip(strongest, pieces):
-        if head is None or not piece:  # the line between the two; BOS and EOS have no text
+        # the line between the two has no head, BOS and EOS have no text, and without colours a
+        # mark holds until the next one
+        if head is None or not piece or (head == last and not coloured):
             line += piece
-        elif coloured or head != last:
+        else:
             line += paint(head, piece, coloured)
             last = head
-        else:  # without colours a mark holds until the next one
-            line += piece
     print(line)
     print(f"\n{'mean gate':32}" + "".join(f"{f'head {i + 1}':>9}" for i in heads))
     for layer, gate in gates.items():
@@ -222,18 +218,14 @@ def answer_missing(model, tokenizer, sequences, args, done, file):
             bar.update(len(done) - bar.n)
 
 
-def exact_match(answer, expected):
-    """Whether they are equal word for word; space around the whole does not count."""
-    return answer.strip() == expected.strip()
-
-
 def scored(record, row):
-    """A line of the output: the record, the answers, and which of them are right."""
-    expected = record["response"]
-    line = {**record, "answer": row["answer"], "exact": exact_match(row["answer"], expected)}
-    if "base_answer" in row:
-        line["base_answer"] = row["base_answer"]
-        line["base_exact"] = exact_match(row["base_answer"], expected)
+    """A line of the output: the record, the answers, and which of them equal the response
+    word for word; space around the whole does not count."""
+    line = dict(record)
+    for base in ("", "base_"):
+        if f"{base}answer" in row:
+            line[f"{base}answer"] = row[f"{base}answer"]
+            line[f"{base}exact"] = row[f"{base}answer"].strip() == record["response"].strip()
     return line
 
 
@@ -327,37 +319,25 @@ def check_file_args(args):
     for name in ("compare", "show_routing"):
         if getattr(args, name) and not args.adapter:
             raise ValueError(f"{flag(name)} needs --adapter FILE")
-    if args.data and not args.out:
-        raise ValueError("--data needs --out FILE")
-    if args.out and not args.data:
-        raise ValueError("--out needs --data FILE")
-    if args.data:
-        if args.prompts or args.show_routing:
-            raise ValueError("give prompts or --data, not both; --show-routing is for prompts")
-        if args.out.is_dir():
-            raise ValueError(f"--out {args.out} is a folder: name a file in it")
-        if args.out.resolve() == args.data.resolve():
-            raise ValueError(f"--out {args.out} is the data itself: name another file")
+    if bool(args.data) != bool(args.out):
+        raise ValueError("--data FILE and --out FILE need one another")
+    if args.data and (args.prompts or args.show_routing):
+        raise ValueError("give prompts or --data, not both; --show-routing is for prompts")
+    if args.data and (args.out.is_dir() or args.out.resolve() == args.data.resolve()):
+        raise ValueError(f"--out {args.out} is a folder, or the data itself: name another file")
 
 
 def parse_args(argv):
     p = Parser("generate.py", __doc__)
     add_talk_flags(p)
-    p.add_argument("--compare", action="store_true",
-                   help="print the base's answer as well (off)")
+    p.add_argument("--compare", action="store_true", help="print the base's answer as well (off)")
     p.add_argument("--show-routing", action="store_true",
                    help="mark each token by its strongest head, in colours on a terminal (off)")
     p.add_argument("--data", type=Path, help="file of records to answer (none)")
     p.add_argument("--out", type=Path,
                    help="file for the answers to --data, one line of JSON per record")
     p.add_argument("--batch-size", type=int, default=8, help="records of --data per batch (8)")
-    args = p.parse_args(argv)
-    try:
-        resolve_talk_args(args, has_input=args.prompts or args.data)
-        check_file_args(args)
-    except ValueError as error:
-        p.error(str(error))
-    return args
+    return p.parse_args(argv)
 
 
 def load(args):
@@ -367,6 +347,8 @@ def load(args):
 
 
 def run(args):
+    resolve_talk_args(args, has_input=args.prompts or args.data)
+    check_file_args(args)
     with process_group(args.device, args.shard_base):
         if not args.data:
             return answer_prompts(args)
