@@ -250,7 +250,10 @@ def save_adapter(model: nn.Module, file) -> None:
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad or not tensors:
         raise ValueError(f"{file}: no adapter to save, or not a finite one {bad[:1]}")
-    torch.save({"config": model.hydralora_config, "base": base, "tensors": tensors}, file)
+    content = {"config": model.hydralora_config, "base": base, "tensors": tensors}
+    if hasattr(model, "quantized"):  # older code refuses the key, so it is only here
+        content["quantized"] = model.quantized
+    torch.save(content, file)
 
 
 def load_adapter(model: nn.Module, path) -> dict:
