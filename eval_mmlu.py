@@ -37,6 +37,7 @@ from support.run_folder import load_model_and_adapter
 QUESTION = {"subject": str, "index": int, "prediction": str, "answer": str, "logprobs": list}
 Z = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 MOST_MOVED = 10  # subjects that --compare names
+CACHE_POSITIONS = 8192  # of a batch, prefix included: 4 GiB of keys and values at 7B in bf16
 
 # ---------------------------------------------------------------- four letters
 
@@ -85,8 +86,10 @@ def score_prompts(model, prompts, letters, *, batch_size, done=(), share_prefix=
         shared = os.path.commonprefix([prompts[i].ids for i in group])
         shared = shared[:len(prompts[group[-1]].ids) - 1]  # a question has a token of its own
         prefix = None
-        for start in range(0, len(group), batch_size):
-            batch = group[start:start + batch_size]
+        longest = len(prompts[group[0]].ids)
+        rows_at_once = max(1, min(batch_size, CACHE_POSITIONS // longest))
+        for start in range(0, len(group), rows_at_once):
+            batch = group[start:start + rows_at_once]
             if set(batch) <= set(done):
                 continue
             if share_prefix and prefix is None:

@@ -46,7 +46,7 @@ class ModelArgs:
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, divided in fp32 whatever x's dtype."""
+    """y = x / sqrt(mean(x^2) + eps) * weight, in fp32 inside, in the dtype of x outside."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -54,9 +54,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        with torch.autocast("cuda", enabled=False):  # there it would return fp32
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -417,7 +416,7 @@ def generate_tokens(model: Transformer, tokenizer: Tokenizer, ids: list[list[int
         return
     device = model.tok_embeddings.weight.device
     lengths = torch.tensor([len(row) for row in ids], device=device)
-    width = int(lengths.max())
+    width = max(map(len, ids))
     # padded on the right: a row's tokens never see what comes after them
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
     cache = model.make_cache(len(ids), width + max_new_tokens)

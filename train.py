@@ -28,6 +28,7 @@ from torch import nn
 from data import QUIZ_SHOTS, WORLD
 from data.corpus import (
     collate,
+    cut_by_tokens,
     draw_epoch,
     encode_records,
     encode_texts,
@@ -61,6 +62,8 @@ MAX_SEQ_LEN = 1024  # the recipe's; a model made for less gets what it was made 
 # what a method fixes of HydraSettings; full trains the base and has no adapter
 METHODS = {"hydralora": {}, "lora": {"heads": 1}, "lora-split": {"share_a": False}, "full": {}}
 BETAS = (0.9, 0.999)
+MICRO_TOKENS = 1024  # positions per micro-batch on a GPU: the longest record of the recipe
+ORDER = 2  # of records; a checkpoint of an older one is resumed in its own
 VAL_SHARE = 0.05  # of the records, held out if there is no --val-data
 LOG_EVERY = 10  # steps
 
@@ -134,8 +137,7 @@ def train(model, steps, eval_sets, optimizer, scaler, args, *, start, facts):
 def evaluate_sets(model, eval_sets, args, name):
     """{"val": what evaluate finds, and "kept" if there is --keep-data}."""
     precision = autocast(args.device, args.dtype)
-    return {part: evaluate(model, sequences, batch_size=args.batch_size, precision=precision,
-                           name=name)
+    return {part: evaluate(model, sequences, precision=precision, name=name)
             for part, sequences in eval_sets.items()}
 
 
@@ -166,15 +168,25 @@ def count_heads(args, records, model, tokenizer):
     return clusters
 
 
-def plan_steps(sequences, *, batch_size, grad_accum, epochs, max_steps, seed, weights=None):
-    """The steps of a run in an order fixed by the seed, each a list of micro-batches. weights are
-    those of the files of --data, None if all are 1."""
+def plan_steps(sequences, *, batch_size, grad_accum, epochs, max_steps, seed, micro_tokens=0,
+               ranks=1, order=ORDER, weights=None):
+    """The steps of a run in an order fixed by the seed, each a list of micro-batches. A step is
+    batch_size * grad_accum records of like length. It is cut into micro-batches of batch_size
+    records, or of micro_tokens positions at most, one per rank at least; which records make a
+    step does not depend on that. Order 1, of older checkpoints: steps of unlike micro-batches.
+    weights are those of the files of --data, None if all are 1."""
     steps = []
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(seed * 1000 + epoch)
         drawn = draw_epoch(sequences, weights, generator) if weights else sequences
-        batches = length_batches(drawn, batch_size, generator)
-        steps += [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
+        if order == 1:
+            batches = length_batches(drawn, batch_size, generator)
+            steps += [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
+        else:
+            for records in length_batches(drawn, batch_size * grad_accum, generator):
+                steps.append(cut_by_tokens(records, micro_tokens, least=ranks) if micro_tokens else
+                             [records[i:i + batch_size]
+                              for i in range(0, len(records), batch_size)])
         if max_steps and len(steps) >= max_steps:
             return steps[:max_steps]
     return steps
@@ -205,6 +217,10 @@ class Setup:
 def set_up(args):
     """Loads the base and the data, chooses the heads, adds the adapters. Fills in the two settings
     that only the model and the clustering know: max_seq_len, and heads if they are auto."""
+    if args.resume:  # an older run keeps its own order of records
+        checkpoint = run_folder.read_checkpoint(Path(args.out) / "checkpoint.pt")
+        args.order = checkpoint["settings"].get("order", 1)
+        args.micro_tokens = args.micro_tokens if args.order > 1 else 0
     model, tokenizer = load_base(args)
     records, val = load_train_val(args.data, args.val_data, share=VAL_SHARE, seed=args.seed,
                                   strict=args.strict)
@@ -242,7 +258,8 @@ def start_or_resume(args, setup, optimizer, scaler):
         return 0, losses
     recipe = WORLD_RECIPE if args.weights == WORLD_RECIPE["weights"] else PAPER_RECIPE
     start, losses = run_folder.restore(
-        Path(args.out) / "checkpoint.pt", setup.facts, default_settings(args.method, recipe),
+        Path(args.out) / "checkpoint.pt", setup.facts,
+        {**default_settings(args.method, recipe), "micro_tokens": 0},
         setup.model, optimizer, scaler)
     print(f"resumed after step {start}")
     return start, losses
@@ -265,6 +282,7 @@ def run(args):
         start, losses = start_or_resume(args, setup, optimizer, scaler)
         steps = plan_steps(setup.sequences, batch_size=args.batch_size, epochs=args.epochs,
                            grad_accum=args.grad_accum, max_steps=args.max_steps, seed=args.seed,
+                           micro_tokens=args.micro_tokens, ranks=args.processes, order=args.order,
                            weights=args.data_weights)
         clock = time.perf_counter()
         try:
@@ -295,8 +313,7 @@ def finish(args, setup, losses, seconds):
               "metrics": evaluation.metrics(losses)}
     if args.method != "full" and args.heads > 1:
         result["routing"] = evaluation.routing_report(
-            setup.model, setup.eval_sets["val"], batch_size=args.batch_size,
-            precision=autocast(args.device, args.dtype))
+            setup.model, setup.eval_sets["val"], precision=autocast(args.device, args.dtype))
         evaluation.print_routing(result["routing"])
     run_folder.write_result(setup.model, out, result, weights=args.weights,
                             full=args.method == "full")
@@ -392,6 +409,9 @@ def make_parser():
     p.add_argument("--max-steps", type=int, default=0, help="stop after so many steps, 0: off (0)")
     p.add_argument("--batch-size", type=int, help="records per micro-batch (1; world: 8)")
     p.add_argument("--grad-accum", type=int, help="micro-batches per step (8; world: 1)")
+    p.add_argument("--micro-tokens", type=int, metavar="N",
+                   help="cut a step's records into micro-batches of at most N positions, 0: of "
+                        "--batch-size records (1024 on a GPU, else 0)")
     p.add_argument("--seed", type=int, default=0,
                    help="random seed for initial weights, data order and validation split (0)")
     # machine
@@ -453,6 +473,9 @@ def parse_args(argv=None):
         args.device = pick_device(args.device)
         # --gpu-memory asks about a GPU, whatever this machine has
         args.dtype = pick_dtype(args.dtype, "cuda" if args.gpu_memory else args.device)
+        if args.micro_tokens is None:
+            args.micro_tokens = MICRO_TOKENS if args.device.startswith("cuda") else 0
+        args.order = ORDER
         args.processes = distributed.world_size()
         validate_args(args)
     except ValueError as error:

@@ -270,6 +270,20 @@ def length_batches(sequences, batch_size, generator=None, pool=50):
     return shuffle([batch for items in pools for batch in sorted_batches(items)])
 
 
+def cut_by_tokens(sequences, tokens, least=1):
+    """The sequences, longest first, in lists of at most so many positions each, padding counted
+    (one sequence may be longer); at least `least` lists if there are as many sequences."""
+    rows = sorted(sequences, key=lambda s: len(s.ids), reverse=True)
+    most = max(1, len(rows) // least)
+    parts = []
+    while rows:
+        width = len(rows[0].ids) - 1  # the last token is only a target
+        count = min(most, max(1, tokens // width))
+        parts.append(rows[:count])
+        rows = rows[count:]
+    return parts
+
+
 def to_device(values, device):
     """A tensor of the values. It is pinned on its way to a CUDA GPU, because a copy
     from ordinary memory first waits for all work that the GPU has left."""

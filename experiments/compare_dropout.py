@@ -8,7 +8,6 @@ losses. experiments/benchmark.py measures the time of both.
     python -m experiments.compare_dropout --dropout 0.1 --epochs 1 --seeds 3
 """
 
-import argparse
 import statistics
 import sys
 from contextlib import nullcontext
@@ -17,13 +16,14 @@ from unittest import mock
 import train
 from experiments.steps import project_masked_on_x
 from hydralora import HydraLinear
+from support.cli import Parser, run_script
 from support.files import read_json
 
 OUT = "runs/compare-dropout"
 
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser("experiments.compare_dropout", __doc__)
     p.add_argument("--dropout", type=float, default=0.1, help="share that is dropped (0.1)")
     p.add_argument("--epochs", type=int, default=1, help="passes over the world's corpus (1)")
     p.add_argument("--max-steps", type=int, default=0, help="stop after so many steps, 0: off (0)")
@@ -31,8 +31,7 @@ def parse_args(argv):
     return p.parse_args(argv)
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def run(args):
     losses = {"on A x": [], "on x": []}
     for seed in range(args.seeds):
         flags = ["--dropout", args.dropout, "--epochs", args.epochs, "--seed", seed,
@@ -50,6 +49,10 @@ def main(argv=None):
         print(f"mask {name:7} {statistics.mean(values):.4f} ± {spread:.4f}   "
               + " ".join(f"{value:.4f}" for value in values))
     return 0
+
+
+def main(argv=None):
+    return run_script("experiments.compare_dropout", parse_args, run, argv)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def run(args):
 
 def main(argv=None):
     return run_script("experiments.random_checkpoint", parse_args, run, argv,
-                      stopped="stopped", memory="step with fewer --tokens needs less")
+                      memory="step with fewer --tokens needs less")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def run(args):
 
 def main(argv=None):
     return run_script("experiments.scaling", parse_args, run, argv,
-                      stopped="stopped", memory="--layers with fewer layers needs less")
+                      memory="fewer --layers need less")
 
 
 if __name__ == "__main__":

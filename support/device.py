@@ -21,6 +21,9 @@ def pick_device(name):
     nothing can be computed on it."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     set_local_device(name)
+    # on Hopper and later bf16 attention would go to cuDNN, which plans anew for each length of a
+    # batch: up to half a second, for hundreds of lengths
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise RuntimeError("torch finds no CUDA device here")
@@ -33,8 +36,14 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """The dtype of that name; without a name, bf16 on a CUDA GPU and fp32 elsewhere."""
-    return name or ("bf16" if device.startswith("cuda") else "fp32")
+    """The dtype of that name; without a name fp32, on a CUDA GPU bf16. Before Ampere bf16 is
+    emulated, and attention keeps a (T, T) matrix in it: fp16 there."""
+    if name or not device.startswith("cuda"):
+        return name or "fp32"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        print("fp16, since this GPU has no bf16 of its own (--dtype bf16 emulates it)")
+        return "fp16"
+    return "bf16"
 
 
 def autocast(device, dtype):

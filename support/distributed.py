@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from model import load_llama
 
-WAIT = timedelta(minutes=10)  # for another rank, before it counts as lost
+WAIT = timedelta(minutes=30)  # for another rank, which may write 81 GB meanwhile
 GRACE = 10  # seconds that rank 0 has to print why all end, before another rank prints it
 LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout")
 

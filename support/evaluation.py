@@ -1,8 +1,8 @@
 """What the method did: losses, exact match and routing of a model, and the tables that show them.
 
     precision = autocast("cpu", "fp32")
-    rows = evaluate(model, sequences, batch_size=8, precision=precision)
-    report = routing_report(model, sequences, batch_size=8, precision=precision)
+    rows = evaluate(model, sequences, precision=precision)
+    report = routing_report(model, sequences, precision=precision)
 
 HydraLoRA, sections 3.2 and 4. train.py prints these before and after a run.
 Shapes: B batch, T tokens, M target tokens, N heads, D model width, V vocabulary.
@@ -14,12 +14,12 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 
-from data.corpus import collate, length_batches
+from data.corpus import collate, cut_by_tokens
 from hydralora import adapter_parameters, hydra_layers, record_gates
 from support.cli import progress
 from support.distributed import map_across_ranks
 
-EVAL_BATCH = 16  # most records at a time
+EVAL_TOKENS = 2048  # positions per forward pass, whatever the micro-batches of training are
 TOTAL = ""  # the key of all categories together
 
 
@@ -28,11 +28,6 @@ def target_logits(model, batch):
     largest matrix product, and most positions of a batch are prompt."""
     h = model.hidden_states(batch.tokens).flatten(0, 1)  # (B * T, D)
     return model.output(h[batch.target_index]).float()
-
-
-def eval_batches(sequences, batch_size):
-    """Longest first, and no more rows than in training: what fits in memory there fits here."""
-    return length_batches(sequences, min(EVAL_BATCH, batch_size))
 
 
 # ---------------------------------------------------------------- loss and exact match
@@ -50,7 +45,7 @@ def score_targets(model, sequences, precision):
 
 
 @torch.no_grad()
-def evaluate(model, sequences, *, batch_size, precision, name="model"):
+def evaluate(model, sequences, *, precision, name="model", tokens=EVAL_TOKENS):
     """{category: {loss, exact, records, tokens}}, and the same of all records under TOTAL.
 
     loss is the mean per target token, in nats. exact is the share of exact matches: greedy
@@ -60,7 +55,7 @@ def evaluate(model, sequences, *, batch_size, precision, name="model"):
     was_training = model.training
     model.eval()
     sums = {}
-    batches = eval_batches(sequences, batch_size)
+    batches = cut_by_tokens(sequences, tokens)  # the longest first: it fails at once or fits
     scored = map_across_ranks(batches, lambda batch: score_targets(model, batch, precision))
     for batch, (losses, correct) in progress(scored, total=len(batches), desc=name, leave=False):
         sizes = [s.n_targets for s in batch]
@@ -118,7 +113,7 @@ def most_specialised_layer(gates):
     return max(gates, key=lambda name: gates[name].std(0, correction=0).mean().item())
 
 
-def routing_report(model, sequences, *, batch_size, precision):
+def routing_report(model, sequences, *, precision, tokens=EVAL_TOKENS):
     """{"gate": {layer: {category: mean gate per token (N)}}, "entropy": {layer: mean entropy of
     the gate, 1: uniform}, "cosine_b": {layer: mean cosine between two B matrices}}, of the layers
     with several heads."""
@@ -128,22 +123,22 @@ def routing_report(model, sequences, *, batch_size, precision):
               if layer.settings.heads > 1}
     gate = {name: {} for name in layers}
     entropy = dict.fromkeys(layers, 0.0)
-    tokens = {}
-    batches = eval_batches(sequences, batch_size)
+    counts = {}  # of tokens
+    batches = cut_by_tokens(sequences, tokens)  # the longest first: it fails at once or fits
     summed = map_across_ranks(batches, lambda batch: sum_gates(model, batch, precision))
     for batch, rows in progress(summed, total=len(batches), desc="routing", leave=False):
         for s, (count, sums) in zip(batch, rows):
-            tokens[s.category] = tokens.get(s.category, 0) + count
+            counts[s.category] = counts.get(s.category, 0) + count
             for name in layers:
                 weights, nats = sums[name]
                 gate[name][s.category] = gate[name].get(s.category, 0) + weights
                 entropy[name] += nats
     model.train(was_training)
-    count = sum(tokens.values())
+    total_count = sum(counts.values())
     return {
-        "gate": {name: {c: (total / tokens[c]).tolist() for c, total in sorted(by.items())}
+        "gate": {name: {c: (total / counts[c]).tolist() for c, total in sorted(by.items())}
                  for name, by in gate.items()},
-        "entropy": {name: entropy[name] / count / math.log(layer.settings.heads)
+        "entropy": {name: entropy[name] / total_count / math.log(layer.settings.heads)
                     for name, layer in layers.items()},
         "cosine_b": {name: mean_cosine(layer.lora_B) for name, layer in layers.items()},
     }
@@ -181,7 +176,7 @@ def print_start(facts):
         print(f"{name + ' records':24}{part['records']} ({part['shortened']} shortened, "
               f"{part['skipped']} too long and skipped)")
     idle = settings["processes"] - settings["grad_accum"]
-    if idle > 0:
+    if idle > 0 and not settings["micro_tokens"]:
         print(f"--grad-accum {settings['grad_accum']}: {idle} of {settings['processes']} "
               f"processes have nothing to do; give --grad-accum {settings['processes']} and a "
               "smaller --batch-size")

@@ -51,7 +51,7 @@ SIGNS_OF_A_RUN = RUN_FILES[:3]  # only train.py writes these; --overwrite needs 
 # settings that a resumed run may change: no weight depends on them, but for the order of sums.
 # What the paths hold is compared by its fingerprint
 RESUME_MAY_DIFFER = ("resume", "overwrite", "out", "save_every", "eval_every", "debug", "strict",
-                     "checkpoint_activations", "shard_base", "processes",
+                     "checkpoint_activations", "shard_base", "processes", "order",
                      "weights", "data", "val_data", "keep_data", "init_adapter")
 CHECKPOINT_KEYS = {"settings", "fingerprints", "step", "before", "init", "clusters", "tensors",
                    "optimizer", "scaler", "rng", "cuda_rng"}

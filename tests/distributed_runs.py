@@ -65,7 +65,7 @@ def run_silent_at(step, *argv):
 def look(weights, data):
     """Of a shared base: which bytes this process holds, and whether the model is that of one
     process in what it computes, in what it is known by, and with and without adapters."""
-    settings = dict(batch_size=4, precision=autocast("cpu", "fp32"))
+    settings = dict(precision=autocast("cpu", "fp32"))
     with distributed.process_group("cpu", shard_base=True):
         model, tokenizer = distributed.load_model(weights, device="cpu", shard_base=True)
         whole, _ = distributed.load_model(weights, device="cpu")

@@ -32,7 +32,7 @@ def full_memory(*_):
 
 
 @pytest.mark.slow
-def test_every_part_runs_in_small_and_writes_its_tables(tmp_path, monkeypatch):
+def test_every_part_runs_with_tiny_models_and_writes_its_tables(tmp_path, monkeypatch):
     start = subprocess.run
 
     def run(command, **settings):
@@ -110,7 +110,7 @@ def test_a_part_that_fails_or_takes_too_long_loses_nothing_and_the_others_run(
     assert "wrote gpu.json and gpu.md" in capsys.readouterr().out
 
 
-def test_without_a_card_it_says_what_does_run(tmp_path, monkeypatch, capsys):
+def test_without_a_card_gpu_py_says_what_does_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for flags, words in (([], "finds no CUDA device"), (["--device", "cpu"], "give --tiny")):
         with pytest.raises(SystemExit) as stop:
@@ -120,7 +120,7 @@ def test_without_a_card_it_says_what_does_run(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_results_in_small_do_not_go_to_the_results_of_the_repository():
+def test_tiny_results_do_not_replace_those_of_the_repository():
     assert gpu.parse_args(["--device", "cpu", "--tiny"]).out.parts == ("runs", "gpu-tiny")
 
 

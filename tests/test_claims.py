@@ -788,7 +788,7 @@ def test_a_changed_gate_changes_the_loss_and_only_as_named(adapted):
     model, sequences = adapted
     batches = [sequences[:7], sequences[7:]]
     whole = routing.loss_with(model, batches, routing.unchanged)
-    plain = evaluation.evaluate(model, sequences, batch_size=8, precision=autocast("cpu", "fp32"))
+    plain = evaluation.evaluate(model, sequences, precision=autocast("cpu", "fp32"))
     assert whole == pytest.approx(plain[""]["loss"], rel=1e-5)
     for change in (routing.uniform_gate, routing.shuffled, routing.without_head(1)):
         assert abs(routing.loss_with(model, batches, change) - whole) > 1e-4
@@ -806,7 +806,7 @@ def test_a_changed_gate_changes_the_loss_and_only_as_named(adapted):
 
 def test_gate_sums_by_category_are_the_routing_of_train_py(adapted):
     model, sequences = adapted
-    known = evaluation.routing_report(model, sequences, batch_size=8,
+    known = evaluation.routing_report(model, sequences,
                                       precision=autocast("cpu", "fp32"))
     sums, tokens, entropy = routing.gate_sums(model, [sequences[:9], sequences[9:]])
     categories = [sequence.category for sequence in sequences]

@@ -9,7 +9,9 @@ import torch
 import cluster
 import train
 from data.corpus import (
+    Sequence,
     collate,
+    cut_by_tokens,
     draw_epoch,
     encode_record,
     encode_records,
@@ -412,3 +414,15 @@ def test_train_and_cluster_skip_a_bad_record_and_strict_refuses_it(tmp_path, cap
     report = json.loads((tmp_path / "run" / "run.json").read_text())["data"]["train"]
     assert report["records"] == 23 and report["unusable"] == {"empty response": 1}
     assert json.loads((tmp_path / "c.json").read_text())["unusable"] == {"empty response": 1}
+
+
+def test_rows_are_cut_by_positions_padding_counted_and_never_lost():
+    rows = [Sequence([1] * (n + 1), 1, i, "") for i, n in enumerate([30, 90, 10, 50, 50, 7, 120])]
+    for tokens, least in ((100, 1), (1, 1), (1000, 3), (64, 9)):
+        parts = cut_by_tokens(rows, tokens, least=least)
+        assert sorted(s.record for part in parts for s in part) == list(range(7))
+        assert len(parts) >= min(least, 7)
+        for part in parts:
+            widths = [len(s.ids) - 1 for s in part]
+            assert widths[0] == max(widths) and (len(part) * widths[0] <= tokens or len(part) == 1)
+    assert [len(part) for part in cut_by_tokens(rows, 100)] == [1, 1, 2, 3]

@@ -123,7 +123,7 @@ def test_the_main_command_ends_near_the_cpus(command, reference, tmp_path, devic
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device, dtype", cases([], product(NEAR)))
-def test_the_first_command_of_the_readme_ends_on_a_card_as_it_says(tmp_path, device, dtype):
+def test_the_first_command_of_the_readme_reaches_its_loss_on_a_card(tmp_path, device, dtype):
     assert train.main(["--heads", "3", "--rank", "8", "--device", device, "--dtype", dtype,
                        "--out", str(tmp_path / "run")]) == 0
     result = result_of(tmp_path / "run")
@@ -132,7 +132,7 @@ def test_the_first_command_of_the_readme_ends_on_a_card_as_it_says(tmp_path, dev
 
 
 def stopped_and_resumed(flags, folder, stop_at):
-    """The adapter of a run that was stopped in that step, and went on in the same folder."""
+    """The adapter of a run that was stopped in that step, and resumed in the same folder."""
     with in_step(stop_at, interrupt):
         assert train.main([*flags, "--out", str(folder)]) == 130
     torch.rand(7, device=flags[flags.index("--device") + 1])  # another process would differ too
@@ -152,7 +152,7 @@ def deterministic(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device, dtype", cases([["fp32"]], product(NEAR)))
-def test_a_stopped_and_resumed_run_goes_on_bit_for_bit(command, tmp_path, monkeypatch, device,
+def test_a_stopped_run_resumes_bit_for_bit(command, tmp_path, monkeypatch, device,
                                                        dtype):
     """With torch's deterministic algorithms, dropout and all."""
     flags = [*command, "--device", device, "--dtype", dtype, "--dropout", "0.2", "--max-steps", "7"]
@@ -198,7 +198,7 @@ class Reads(TorchDispatchMode):
 
 @contextlib.contextmanager
 def nothing_waits(device):
-    """Inside, waiting for the device raises RuntimeError."""
+    """Within this context, waiting for the device raises RuntimeError."""
     if device == "cpu":
         with Reads():
             yield
@@ -212,7 +212,7 @@ def nothing_waits(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_wait_is_noticed(device):
+def test_a_wait_for_the_device_is_noticed(device):
     x = torch.ones(3, device=device)
     for read in (lambda: x.sum().item(), lambda: x[x > 0], lambda: bool(x[0] > 0)):
         with pytest.raises(RuntimeError), nothing_waits(device):
@@ -314,7 +314,8 @@ def test_the_peak_of_a_step_is_what_dry_run_says_within_10_percent(device, dtype
 
 @contextlib.contextmanager
 def scarce(device, monkeypatch):
-    """Inside, training finds too little memory: on a CPU the card's error is raised by hand."""
+    """Within this context, training finds too little memory; on a CPU the card's error is
+    raised by hand."""
     if device == "cpu":
         def full(*arguments):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")

@@ -402,17 +402,19 @@ def test_a_full_checkpoint_folder_is_never_half_new(weights, tmp_path):
 
 def spoil_loss(monkeypatch, number, count=1):
     """Steps from that number on have a loss and a gradient that are NaN, `count` of them."""
-    original, seen = train.F.cross_entropy, []
+    cross_entropy, train_step, steps = train.F.cross_entropy, train.train_step, []
 
-    def cross_entropy(logits, targets, reduction):
-        loss = original(logits, targets, reduction=reduction)
-        if reduction == "sum":
-            seen.append(1)  # two batches a step
-            if number <= (len(seen) + 1) // 2 < number + count:
-                loss = loss * math.nan
-        return loss
+    def spoiled(logits, targets, reduction):
+        loss = cross_entropy(logits, targets, reduction=reduction)
+        in_training = reduction == "sum" and number <= len(steps) < number + count
+        return loss * math.nan if in_training else loss
 
-    monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
+    def counted(*arguments, **settings):
+        steps.append(1)
+        return train_step(*arguments, **settings)
+
+    monkeypatch.setattr(train.F, "cross_entropy", spoiled)
+    monkeypatch.setattr(train, "train_step", counted)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -150,7 +150,7 @@ def of_content(content):
 
 
 @pytest.mark.parametrize("write, message", [
-    (lambda path: path / "absent.pt", "there is no file"),
+    (lambda path: path / "absent.pt", "No such file or directory"),
     (of_content([1]), "has no model and model_args"),
     (of_content({"model": {}, "model_args": {}}), "has no layers.0.feed_forward.w1.weight"),
     (of_content({"model": {"a": 1}, "model_args": {}}), "a.pt: 'a' is int, not a tensor"),
@@ -165,7 +165,7 @@ def of_content(content):
     (of_bin(lambda b: b[:-1]), "ends before freqs_sin: it is cut short"),
     (of_bin(lambda b: b[:1000]), "ends before tok_embeddings.weight"),
     (of_bin(lambda b: b + b"\0\0"), "2 bytes after its last tensor"),
-    (of_bin(lambda b: b""), "hidden_dim is 0"),
+    (of_bin(lambda b: b""), "dim is 0"),
     (of_bin(lambda b: b[:8] + struct.pack("<i", 2**24 - 1) + b[12:]), "it is cut short"),
     (of_bin(lambda b: b"version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
     (of_bin(lambda b: b"\xff" * 300), "is -1, not a number"),
@@ -189,7 +189,7 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path, capsys):
     binary.write_bytes(b"\0" * 64)
     for tokenizer, message in [(TOKENIZER, "768 pieces, the embedding 700 rows"),
                                (binary, "run.c's form of a tokenizer: give the .model"),
-                               (tmp_path / "absent.model", "there is no file")]:
+                               (tmp_path / "absent.model", "absent.model, the sentencepiece file")]:
         assert message in refused(capsys, import_llama2c, path, tokenizer, tmp_path / "meta")
     assert not (tmp_path / "meta").exists()
 

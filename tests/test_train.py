@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data.corpus import encode_records, load_train_val, read_records
+from data.corpus import Sequence, cut_by_tokens, encode_records, load_train_val, read_records
 from hydralora import adapter_parameters, add_hydralora, hydra_layers, load_adapter
 from model import ModelArgs, Transformer, load_llama, save_llama
 from support import evaluation
@@ -163,7 +163,7 @@ def test_every_method_trains_and_writes_its_files(command, flags, tmp_path, caps
     val = load_train_val(args.data, args.val_data, share=train.VAL_SHARE, seed=args.seed,
                      strict=False)[1]
     val = encode_records(val, tokenizer, args.max_seq_len)[0]
-    again = evaluation.evaluate(model, val, batch_size=8, precision=FP32)
+    again = evaluation.evaluate(model, val, precision=FP32)
     assert again[""]["loss"] == pytest.approx(metrics["val_loss"], rel=1e-6)
     assert ("mean gate of each head" in out) == ("routing" in result) == (
         "full" not in flags and "lora" not in flags)
@@ -541,14 +541,14 @@ def test_exact_match_is_what_greedy_decoding_would_give(weights, data):
                 ids = ids + [model(torch.tensor([ids]))[0, -1].argmax().item()]
             right += ids == s.ids
     assert 0 < right < len(batch)
-    found = evaluation.evaluate(model, batch, batch_size=8, precision=FP32)
+    found = evaluation.evaluate(model, batch, precision=FP32)
     assert found[""]["exact"] == right / len(batch)
 
 
 def test_validation_loss_is_the_mean_over_tokens_whatever_the_batches(adapted):
     model, batch, _ = adapted
-    whole = evaluation.evaluate(model, batch, batch_size=16, precision=FP32)
-    parts = evaluation.evaluate(model, batch, batch_size=3, precision=FP32)
+    whole = evaluation.evaluate(model, batch, precision=FP32)
+    parts = evaluation.evaluate(model, batch, precision=FP32, tokens=60)
     total = sum(row["loss"] * row["tokens"] for name, row in whole.items() if name)
     assert whole[""]["loss"] == pytest.approx(total / whole[""]["tokens"], rel=1e-6)
     for name in whole:
@@ -557,8 +557,8 @@ def test_validation_loss_is_the_mean_over_tokens_whatever_the_batches(adapted):
 
 def test_routing_reads_real_tokens_only(adapted):
     model, batch, _ = adapted
-    together = evaluation.routing_report(model, batch, batch_size=16, precision=FP32)
-    apart = evaluation.routing_report(model, batch, batch_size=1, precision=FP32)  # no padding
+    together = evaluation.routing_report(model, batch, precision=FP32)
+    apart = evaluation.routing_report(model, batch, precision=FP32, tokens=1)  # no padding
     for name, by_category in together["gate"].items():
         for category, gate in by_category.items():
             assert gate == pytest.approx(apart["gate"][name][category], abs=1e-5)
@@ -569,8 +569,8 @@ def test_routing_reads_real_tokens_only(adapted):
 def test_evaluating_leaves_the_mode_of_the_model_as_it_was(adapted, mode):
     model, batch, _ = adapted
     model.train(mode)
-    evaluation.evaluate(model, batch, batch_size=8, precision=FP32)
-    evaluation.routing_report(model, batch, batch_size=8, precision=FP32)
+    evaluation.evaluate(model, batch, precision=FP32)
+    evaluation.routing_report(model, batch, precision=FP32)
     assert {module.training for module in model.modules()} == {mode}
 
 
@@ -607,7 +607,7 @@ def test_the_best_adapter_of_the_run_is_kept_beside_the_last(command, tmp_path, 
         model, tokenizer = load_llama(command[1])
         load_adapter(model, tmp_path / "out" / name)
         val_set = encode_records(val, tokenizer, args.max_seq_len)[0]
-        rows = evaluation.evaluate(model, val_set, batch_size=8, precision=FP32)
+        rows = evaluation.evaluate(model, val_set, precision=FP32)
         found.append(rows[""]["loss"])
     assert found == pytest.approx([min(losses), losses[-1]], rel=1e-6) and found[0] < found[1]
 
@@ -725,3 +725,67 @@ def test_stories260k_learns_dolly_in_a_few_steps(tmp_path):
     assert train.main(flags) == 0
     metrics = run_json(tmp_path)["metrics"]
     assert metrics["val_loss"] < metrics["val_loss_base"] - 0.1
+
+
+# ---------------------------------------------------------------- which records make a step
+
+
+def plan(sequences, **changes):
+    settings = dict(batch_size=1, grad_accum=8, epochs=2, max_steps=0, seed=3)
+    return train.plan_steps(sequences, **{**settings, **changes})
+
+
+def records_of(steps):
+    return [sorted(s.record for batch in step for s in batch) for step in steps]
+
+
+def test_which_records_make_a_step_does_not_depend_on_how_they_are_cut(adapted):
+    batch = adapted[1] * 5  # 80 records
+    batch = [Sequence(s.ids, s.response_start, i, s.category) for i, s in enumerate(batch)]
+    by_one, by_eight = plan(batch), plan(batch, batch_size=8, grad_accum=1)
+    by_tokens = plan(batch, micro_tokens=100)
+    shared = plan(batch, micro_tokens=100, ranks=4)
+    assert records_of(by_one) == records_of(by_eight) == records_of(by_tokens) == records_of(shared)
+    assert {len(step) for step in by_one} == {8} and {len(step) for step in by_eight} == {1}
+    assert len(by_one) > len([s for s in by_tokens if len(s) < 8]) > 0
+    assert all(len(step) >= 4 for step in shared)
+    world = plan(batch, batch_size=8, grad_accum=1, order=1)
+    assert records_of(world) == records_of(by_eight)  # the embedded world's order is as it was
+    assert records_of(plan(batch, order=1)) != records_of(by_one)
+
+
+def test_a_step_cut_otherwise_is_the_same_step_within_rounding(adapted):
+    model, batch, _ = adapted
+    batch = sorted(batch, key=lambda s: len(s.ids), reverse=True)[:8]
+    start = [p.detach().clone() for p in trained(model)]
+    results = []
+    for batches in ([batch], [[s] for s in batch], cut_by_tokens(batch, 100)):
+        with torch.no_grad():
+            for parameter, value in zip(trained(model), start):
+                parameter.copy_(value)
+        loss, norm = step(model, batches, torch.optim.SGD(trained(model), lr=1.0))
+        results.append((loss.item(), norm.item(), torch.cat([p.detach().flatten()
+                                                             for p in trained(model)])))
+    for loss, norm, weights in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        assert norm == pytest.approx(results[0][1], rel=1e-4)
+        assert torch.allclose(weights, results[0][2], atol=1e-5)
+
+
+def test_a_run_of_before_is_resumed_in_its_own_order_of_records(command, tmp_path, monkeypatch):
+    flags = command + ["--batch-size", "2", "--grad-accum", "4"]
+    monkeypatch.setattr(train, "ORDER", 1)
+    assert train.main(flags + ["--out", str(tmp_path / "whole")]) == 0
+    with in_step(3, interrupt):
+        assert train.main(flags) == 130
+    monkeypatch.undo()
+    path = tmp_path / "out" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    for name in ("order", "micro_tokens"):
+        del state["settings"][name]
+    torch.save(state, path)
+    assert train.main(flags + ["--resume", "--micro-tokens", "500"]) == 0
+    a, b = (torch.load(tmp_path / name / "adapter.pt", weights_only=True)["tensors"]
+            for name in ("whole", "out"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert run_json(tmp_path)["settings"]["order"] == 1

@@ -1,10 +1,8 @@
 """Talk to a model: prompt in, text out as it comes, from the base, an adapter, or both.
 
-    python -m tools.generate                                # the adapter of the first command
-    python -m tools.generate "What is 3 plus 4?" --compare --show-routing
-    python -m tools.generate "Give me three ideas." --weights llama-2-7b --adapter adapter.pt
-    python -m tools.generate "Name a fish." "And a bird." --chat       # one conversation
-    python -m tools.generate --data FILE --out answers.jsonl           # a whole file of records
+    python -m tools.generate "What is 3 plus 4?" --weights llama-2-7b --adapter adapter.pt
+    python -m tools.generate "Name a fish." "And a bird." --chat   # one conversation
+    python -m tools.generate --data FILE --out answers.jsonl       # a whole file of records
 
 A prompt is taken as an instruction, as in training: BOS, prompt, EOS, and the answer
 follows (HydraLoRA, section 4); --raw continues the prompt instead. --show-routing makes
@@ -85,7 +83,18 @@ def sampling(args):
             "top_p": args.top_p, "seed": args.seed}
 
 
-# ---------------------------------------------------------------- one prompt
+# ---------------------------------------------------------------- prompts
+
+
+def prompts_of(args, families=None):
+    """[(prompt, expected answer or None, name)] of the prompts given, else of a validation
+    record of each family of the world, the first `families` of them."""
+    if args.prompts:
+        return [(prompt, None, f"prompt {i}") for i, prompt in enumerate(args.prompts, start=1)]
+    first = {}
+    for record in read_records(WORLD / "val.jsonl"):
+        first.setdefault(record["category"], record)
+    return [(prompt_text(r), r["response"], r["category"]) for r in [*first.values()][:families]]
 
 
 def stream_answer(model, tokenizer, ids, args):
@@ -101,43 +110,29 @@ def stream_answer(model, tokenizer, ids, args):
     return new
 
 
-def answer_prompt(model, tokenizer, prompt, args, before=()):
-    """Prints the answer to a prompt, with --compare the base's before it, and with
-    --show-routing the gates after it. Returns the tokens of the conversation so far."""
-    ids = encode_prompt(model, tokenizer, prompt, args, before=before)
-    if args.compare:
-        print("base:     ", end="")
-        with adapters_disabled(model):
-            stream_answer(model, tokenizer, ids, args)
-    print("adapter:  " if args.adapter else "answer:   ", end="")
-    new = stream_answer(model, tokenizer, ids, args)
-    if args.show_routing:
-        print()
-        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        show_routing(model, tokenizer, ids, new, coloured)
-    return [*ids, *new, tokenizer.eos_id]
-
-
-def world_prompts():
-    """(prompt, expected answer, family) of one validation record per family."""
-    first = {}
-    for record in read_records(WORLD / "val.jsonl"):
-        first.setdefault(record["category"], record)
-    return [(prompt_text(r), r["response"], r["category"]) for r in first.values()]
-
-
 def answer_prompts(args):
+    """Prints the answer to each prompt, with --compare the base's before it, and with
+    --show-routing the gates after it."""
     model, tokenizer = load(args)
     if args.show_routing and not has_router(model):
         raise ValueError(f"--show-routing: {args.adapter} {NO_ROUTER}")
-    given = [(prompt, None, None) for prompt in args.prompts]
-    before = []
-    for prompt, expected, _ in given or world_prompts()[:FAMILIES_SHOWN]:
+    before = []  # the tokens of the conversation
+    for prompt, expected, _ in prompts_of(args, FAMILIES_SHOWN):
         print(f"> {prompt}")
         if expected is not None:
             print(f"expected: {expected}")
-        conversation = answer_prompt(model, tokenizer, prompt, args, before)
-        before = conversation if args.chat else []
+        ids = encode_prompt(model, tokenizer, prompt, args, before=before)
+        if args.compare:
+            print("base:     ", end="")
+            with adapters_disabled(model):
+                stream_answer(model, tokenizer, ids, args)
+        print("adapter:  " if args.adapter else "answer:   ", end="")
+        new = stream_answer(model, tokenizer, ids, args)
+        if args.show_routing:
+            print()
+            show_routing(model, tokenizer, ids, new)
+        if args.chat:
+            before = [*ids, *new, tokenizer.eos_id]
         print()
 
 
@@ -163,11 +158,12 @@ def paint(head, text, coloured):
     return f"\033[{COLOURS[head % len(COLOURS)]}m{text}\033[0m"
 
 
-def show_routing(model, tokenizer, prompt, new, coloured):
+def show_routing(model, tokenizer, prompt, new):
     """Prints the text with every token marked by its strongest head in one layer, and
     the mean gate of each layer. Head 1 of one layer has nothing to do with head 1 of
     another, so it is the layer whose gates differ most between these tokens. A token's
     gate is the one computed from it."""
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     gates = gates_of(model, prompt + new)
     name = most_specialised_layer(gates)
     heads = range(gates[name].shape[1])
@@ -179,13 +175,13 @@ def show_routing(model, tokenizer, prompt, new, coloured):
     strongest.insert(len(prompt), None)
     line, last = "", None
     for head, piece in zip(strongest, pieces):
-        if head is None or not piece:  # the line between the two; BOS and EOS have no text
+        # the line between the two has no head, BOS and EOS have no text, and without colours a
+        # mark holds until the next one
+        if head is None or not piece or (head == last and not coloured):
             line += piece
-        elif coloured or head != last:
+        else:
             line += paint(head, piece, coloured)
             last = head
-        else:  # without colours a mark holds until the next one
-            line += piece
     print(line)
     print(f"\n{'mean gate':32}" + "".join(f"{f'head {i + 1}':>9}" for i in heads))
     for layer, gate in gates.items():
@@ -237,18 +233,14 @@ def answer_missing(model, tokenizer, sequences, args, done, file):
             bar.update(len(done) - bar.n)
 
 
-def exact_match(answer, expected):
-    """Whether they are equal word for word; space around the whole does not count."""
-    return answer.strip() == expected.strip()
-
-
 def scored(record, row):
-    """A line of the output: the record, the answers, and which of them are right."""
-    expected = record["response"]
-    line = {**record, "answer": row["answer"], "exact": exact_match(row["answer"], expected)}
-    if "base_answer" in row:
-        line["base_answer"] = row["base_answer"]
-        line["base_exact"] = exact_match(row["base_answer"], expected)
+    """A line of the output: the record, the answers, and which of them equal the response
+    word for word; space around the whole does not count."""
+    line = dict(record)
+    for base in ("", "base_"):
+        if f"{base}answer" in row:
+            line[f"{base}answer"] = row[f"{base}answer"]
+            line[f"{base}exact"] = row[f"{base}answer"].strip() == record["response"].strip()
     return line
 
 
@@ -344,17 +336,12 @@ def check_file_args(args):
             raise ValueError(f"{flag(name)} needs --adapter FILE")
     if args.chat and (args.raw or not args.prompts):
         raise ValueError("--chat needs prompts, and no --raw: an EOS ends every turn")
-    if args.data and not args.out:
-        raise ValueError("--data needs --out FILE")
-    if args.out and not args.data:
-        raise ValueError("--out needs --data FILE")
-    if args.data:
-        if args.prompts or args.show_routing:
-            raise ValueError("give prompts or --data, not both; --show-routing is for prompts")
-        if args.out.is_dir():
-            raise ValueError(f"--out {args.out} is a folder: name a file in it")
-        if args.out.resolve() == args.data.resolve():
-            raise ValueError(f"--out {args.out} is the data itself: name another file")
+    if bool(args.data) != bool(args.out):
+        raise ValueError("--data FILE and --out FILE need one another")
+    if args.data and (args.prompts or args.show_routing):
+        raise ValueError("give prompts or --data, not both; --show-routing is for prompts")
+    if args.data and (args.out.is_dir() or args.out.resolve() == args.data.resolve()):
+        raise ValueError(f"--out {args.out} is a folder, or the data itself: name another file")
 
 
 def parse_args(argv):
@@ -362,21 +349,14 @@ def parse_args(argv):
     add_talk_flags(p)
     p.add_argument("--chat", action="store_true",
                    help="take the prompts as the user's turns of one conversation (off)")
-    p.add_argument("--compare", action="store_true",
-                   help="print the base's answer as well (off)")
+    p.add_argument("--compare", action="store_true", help="print the base's answer as well (off)")
     p.add_argument("--show-routing", action="store_true",
                    help="mark each token by its strongest head, in colours on a terminal (off)")
     p.add_argument("--data", type=Path, help="file of records to answer (none)")
     p.add_argument("--out", type=Path,
                    help="file for the answers to --data, one line of JSON per record")
     p.add_argument("--batch-size", type=int, default=8, help="records of --data per batch (8)")
-    args = p.parse_args(argv)
-    try:
-        resolve_talk_args(args, has_input=args.prompts or args.data)
-        check_file_args(args)
-    except ValueError as error:
-        p.error(str(error))
-    return args
+    return p.parse_args(argv)
 
 
 def load(args):
@@ -386,6 +366,8 @@ def load(args):
 
 
 def run(args):
+    resolve_talk_args(args, has_input=args.prompts or args.data)
+    check_file_args(args)
     with process_group(args.device, args.shard_base):
         if not args.data:
             return answer_prompts(args)

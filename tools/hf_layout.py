@@ -1,12 +1,9 @@
 """Hugging Face's layout of a LLaMA: names, the order of rows, safetensors.
 
-The model is the same (Touvron et al. 2023, section 2.2); three things differ from
-Meta's layout. Every tensor has another name. The rows of wq and wk are in another
-order, because there rotary position embedding pairs row i of a head with row i + E/2
-instead of its neighbour. The files are safetensors, a public format of one JSON header
-and raw bytes, which is read and written here.
-
-    weights = read_safetensors("TinyLlama-1.1B/model.safetensors")     # {name: mapped tensor}
+The model is the same (Touvron et al. 2023, section 2.2); three things differ from Meta's
+layout. Every tensor has another name. The rows of wq and wk are in another order, because
+there rotary position embedding pairs row i of a head with row i + E/2 instead of its
+neighbour. The files are safetensors, a public format, which is read and written here.
 
 Shapes: H heads, E head width.
 """
@@ -32,8 +29,8 @@ INNER = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
          "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
          "ffn_norm": "post_attention_layernorm"}
 # target of add_hydralora -> target_modules of an adapter_config.json
-TARGETS = {meta.split(".")[-1]: hf.split(".")[-1] for meta, hf in {**INNER, **OUTER}.items()
-           if meta.split(".")[-1] in ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")}
+TARGETS = {meta.split(".")[1]: hf.split(".")[1] for meta, hf in INNER.items() if "." in meta}
+TARGETS["output"] = OUTER["output"]
 
 
 def hf_name(name):
@@ -81,22 +78,37 @@ def hf_rows(rows, heads):
 def read_number(config, key, path, *, default=None, whole=True):
     """A positive number of a config, or the default if the config has none. Raises
     ValueError for anything else, and for a number that no LLaMA has."""
-    value = config.get(key)
-    if value is None:
-        value = default
+    value = default if config.get(key) is None else config[key]
     kinds, limit = ((int,), 2**24) if whole else ((int, float), 2**40)
     if type(value) not in kinds or not 0 < value < limit:
         raise ValueError(f"{path}: {key} is {value!r}, not a number that a LLaMA can have")
     return value
 
 
-def make_args(path, *, dim, width, **others):
-    """ModelArgs whose feed-forward layers have this width. Raises ValueError if dim
-    cannot be divided over the heads."""
+def check_values(config, allowed, path):
+    """Raises ValueError that names every key of a config whose value is not in its list in
+    `allowed`; the last of the list is what the message asks for."""
+    wrong = [f"{key} is {config[key]!r:.60}, not {values[-1]!r}" for key, values in allowed.items()
+             if config.get(key) not in values]
+    if wrong:
+        raise ValueError(f"{path}: {'; '.join(wrong)}: this cannot be used here")
+
+
+def read_args(config, keys, path):
+    """ModelArgs of a config that has these keys instead of the names of the fields, and
+    "ffn_dim" for the width of the feed-forward layers. Raises ValueError as read_number."""
+    def number(field, default=None, whole=True):
+        return read_number(config, keys.get(field, field), path, default=default, whole=whole)
+
+    dim, width, n_heads = number("dim"), number("ffn_dim"), number("n_heads")
     usual = int(2 * 4 * dim / 3)
-    # multiple_of = width rounds any smaller width up to it
-    args = ModelArgs(dim=dim, multiple_of=width,
-                     ffn_dim_multiplier=width / usual if usual > width else None, **others)
+    args = ModelArgs(
+        dim=dim, n_layers=number("n_layers"), vocab_size=number("vocab_size"),
+        n_heads=n_heads, n_kv_heads=number("n_kv_heads", n_heads),
+        multiple_of=width,  # any smaller width is rounded up to it
+        ffn_dim_multiplier=width / usual if usual > width else None,
+        norm_eps=number("norm_eps", 1e-5, whole=False),
+        rope_theta=number("rope_theta", 10000.0, whole=False), max_seq_len=number("max_seq_len"))
     check_args(args, path)
     return args
 
@@ -111,17 +123,16 @@ def model_without_storage(args, n_tensors, source):
         return Transformer(args)
 
 
-def check_shapes(shapes, tensors, source):
-    """Raises ValueError unless the tensors, {name: tensor}, are those of {name: shape}."""
-    missing = sorted(shapes.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - shapes.keys())
+def check_shapes(wanted, tensors, source):
+    """Raises ValueError unless the two, {name: tensor}, have the same names and shapes."""
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or extra:
         raise ValueError(f"the tensors in {source} do not fit its config: missing {missing[:4]}, "
                          f"extra {extra[:4]}")
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
+    for name, tensor in wanted.items():
+        if tensors[name].shape != tensor.shape:
             raise ValueError(f"{name} in {source} is {tuple(tensors[name].shape)}, its config asks "
-                             f"for {tuple(shape)}")
+                             f"for {tuple(tensor.shape)}")
 
 
 def check_settings(config, supported, form):
@@ -150,32 +161,26 @@ def read_safetensors(path):
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
-        if size < 8 or length > size - 8:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
             raise ValueError(placeholder_reason(path) or f"{path} ({size} bytes) is not a whole "
                              "safetensors file: it is something else, or cut short; get it again")
         header = parse_json(file.read(length), f"the header of {path}")
-        header.pop("__metadata__", None)
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if header else b""
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    header.pop("__metadata__", None)
     entries = sorted(parse_entry(name, entry, path) for name, entry in header.items())
-    starts = [start for start, *_ in entries]
-    stops = [stop for _, stop, *_ in entries]
-    if [*starts, size - 8 - length] != [0, *stops]:
+    ends = [0, *(stop for _, stop, *_ in entries)]
+    if [*(start for start, *_ in entries), size - 8 - length] != ends:
         raise ValueError(f"{path} is damaged or cut short: its tensors do not fill its "
                          f"{size - 8 - length} bytes without gap or overlap; get it again")
     tensors = {}
     for start, stop, name, dtype, shape in entries:
-        tensors[name] = torch.empty(shape, dtype=dtype)
-        if stop > start:  # frombuffer cannot read nothing
+        flat = torch.empty(0, dtype=dtype)  # frombuffer cannot read nothing
+        if stop > start:
             flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape),
                                     offset=8 + length + start)
-            tensors[name] = flat.view(shape)
+        tensors[name] = flat.view(shape)
     return tensors
-
-
-def is_sizes(value):
-    """Whether value is a list of whole numbers, none of them negative."""
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def parse_entry(name, entry, path):
@@ -183,16 +188,17 @@ def parse_entry(name, entry, path):
     safetensors header. Raises ValueError for an entry that contradicts itself."""
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or not is_sizes(shape) or not is_sizes(offsets):
+    if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)
+            and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in shape + offsets)):
         raise ValueError(f"{path} is damaged: {name!r} has no dtype, shape and data_offsets")
     if dtype not in SAFETENSORS_DTYPES:
         raise ValueError(f"{path}: {name!r} is {dtype!r}; quantised or integer weights cannot be "
                          "used, take the checkpoint in F32, F16 or BF16")
+    start, stop = offsets
     count = math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
-    if len(offsets) != 2 or offsets[1] - offsets[0] != count:
+    if stop - start != count:
         raise ValueError(f"{path} is damaged: {name!r} with {count} bytes of {dtype} {shape} has "
                          f"the offsets {offsets}")
-    start, stop = offsets
     return start, stop, name, SAFETENSORS_DTYPES[dtype], shape
 
 

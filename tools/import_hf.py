@@ -2,12 +2,10 @@
 
     python -m tools.import_hf TinyLlama-1.1B tinyllama     # then: train.py --weights tinyllama
 
-SRC holds config.json, tokenizer.model and the weights, in one or several
-model*.safetensors or pytorch_model*.bin. It is the same model (Touvron et al. 2023,
-section 2.2) under other names, with one trap: the rows of wq and wk are in another
-order (hf_layout.py). A model loaded without putting them back runs, but generates
-gibberish. The files are memory-mapped and copies go through a scratch file, so a 7B
-model takes a few hundred MB of memory.
+It is the same model (Touvron et al. 2023, section 2.2) under other names, with one trap:
+the rows of wq and wk are in another order (hf_layout.py). A model loaded without putting
+them back runs, but generates gibberish. The files are memory-mapped and copies go through
+a scratch file, so a 7B model takes a few hundred MB of memory.
 """
 
 import sys
@@ -30,10 +28,10 @@ from support.files import (
 )
 from tools.hf_layout import (
     check_shapes,
-    make_args,
+    check_values,
     meta_rows,
     model_without_storage,
-    read_number,
+    read_args,
     read_safetensors,
     rotary_heads,
     tensor_names,
@@ -42,7 +40,15 @@ from tools.hf_layout import (
 
 # buffers of old checkpoints, computed here
 DROPPED = tuple(f"rotary_emb.{name}" for name in ("inv_freq", "cos_cached", "sin_cached"))
-LLAMA = (["LlamaForCausalLM"], ["LLaMAForCausalLM"])  # the second was the name until March 2023
+KEYS = {"dim": "hidden_size", "ffn_dim": "intermediate_size", "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
+        "norm_eps": "rms_norm_eps", "max_seq_len": "max_position_embeddings"}
+ALLOWED = {  # values of settings that other architectures have
+    "model_type": ["llama"], "hidden_act": [None, "silu"],
+    # the former was the name until March 2023
+    "architectures": [None, [], ["LLaMAForCausalLM"], ["LlamaForCausalLM"]],
+    "rope_type": [None, "default"], "partial_rotary_factor": [None, 1],
+    "attention_bias": [None, False], "mlp_bias": [None, False], "quantization_config": [{}, None]}
 
 # ---------------------------------------------------------------- config.json
 
@@ -50,54 +56,18 @@ LLAMA = (["LlamaForCausalLM"], ["LLaMAForCausalLM"])  # the second was the name 
 def read_config(path):
     """(ModelArgs, whether the output layer is the embedding) of a config.json. Raises
     ValueError, by name, for a setting that this model does not have."""
-    config = read_json(path)
-    check_architecture(config, path)
-
-    def number(key, default=None, whole=True):
-        return read_number(config, key, path, default=default, whole=whole)
-
-    dim, n_heads = number("hidden_size"), number("num_attention_heads")
-    config["rope_theta"] = config.get("rope_theta") or rope(config).get("rope_theta")
-    max_seq_len = number("max_position_embeddings", number("max_sequence_length", 2048))
-    args = make_args(path, dim=dim, width=number("intermediate_size"), n_heads=n_heads,
-                     n_kv_heads=number("num_key_value_heads", n_heads),
-                     n_layers=number("num_hidden_layers"), vocab_size=number("vocab_size"),
-                     norm_eps=number("rms_norm_eps", 1e-6, whole=False),
-                     rope_theta=number("rope_theta", 10000.0, whole=False),
-                     max_seq_len=max_seq_len)
-    if number("head_dim", dim // n_heads) != dim // n_heads:
+    config = {key: value for key, value in read_json(path).items() if value is not None}
+    # the rotary part is rope_parameters since transformers 5, before that rope_scaling
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope if isinstance(rope, dict) else {"type": rope}
+    config = {"rms_norm_eps": 1e-6, "rope_type": rope.get("type"),
+              "max_position_embeddings": config.get("max_sequence_length", 2048), **rope, **config}
+    check_values(config, ALLOWED, path)
+    args = read_args(config, KEYS, path)
+    if config.get("head_dim", args.dim // args.n_heads) != args.dim // args.n_heads:
         raise ValueError(f"{path}: head_dim is {config['head_dim']}, this model's is always "
-                         f"hidden_size / num_attention_heads, {dim // n_heads}")
+                         f"hidden_size / num_attention_heads, {args.dim // args.n_heads}")
     return args, bool(config.get("tie_word_embeddings", False))
-
-
-def rope(config):
-    """The rotary part of a config: rope_parameters since transformers 5, before that
-    rope_scaling."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return found if isinstance(found, dict) else {"rope_type": found}
-
-
-def check_architecture(config, path):
-    """Raises ValueError that names every setting of another architecture."""
-    kind, act = config.get("model_type"), config.get("hidden_act", "silu")
-    scaling = rope(config).get("rope_type", rope(config).get("type", "default"))
-    partial = rope(config).get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    heads = config.get("architectures") or ["LlamaForCausalLM"]
-    checks = [
-        (kind != "llama", f"the architecture is {kind!r}, not 'llama'"),
-        (heads not in LLAMA, f"the model is {heads}, not LlamaForCausalLM"),
-        (config.get("quantization_config"), "the weights are quantised (quantization_config)"),
-        (scaling != "default", f"rope scaling is {scaling!r}"),
-        (partial not in (None, 1), f"partial_rotary_factor is {partial!r}"),
-        (config.get("attention_bias"), "attention_bias is set"),
-        (config.get("mlp_bias"), "mlp_bias is set"),
-        (act != "silu", f"hidden_act is {act!r}, not 'silu'"),
-    ]
-    found = [message for wrong, message in checks if wrong]
-    if found:
-        raise ValueError(f"{path}: {'; '.join(found)}: this model cannot do that, take a plain "
-                         "LLaMA or Llama 2 checkpoint")
 
 
 # ---------------------------------------------------------------- weights
@@ -111,15 +81,19 @@ def read_pickle(path, kind):
     return read_torch(path, kind, mmap=zipfile.is_zipfile(path))
 
 
-def read_bin(path):
-    """{name: tensor} of a pytorch_model.bin."""
-    tensors = read_pickle(path, "a file of tensors alone")
+def plain_tensors(tensors, path):
+    """The tensors, {name: tensor}, that a file held. Raises ValueError for any others."""
     try:
         check_tensors(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; take the checkpoint in float32, float16 or "
                          "bfloat16") from error
     return tensors
+
+
+def read_bin(path):
+    """{name: tensor} of a pytorch_model.bin."""
+    return plain_tensors(read_pickle(path, "a file of tensors alone"), path)
 
 
 def read_weights(source):
@@ -146,11 +120,9 @@ def untie(weights, source):
     shared = weights.get("model.embed_tokens.weight")
     if shared is None:  # reported with all other missing tensors
         return
-    own = weights.get("lm_head.weight", shared)
-    if not torch.equal(own, shared):
+    if not torch.equal(weights.setdefault("lm_head.weight", shared), shared):
         raise ValueError(f"{source} ties its output to the embedding (tie_word_embeddings) but "
                          "holds another lm_head.weight: correct config.json")
-    weights["lm_head.weight"] = shared
 
 
 def in_meta_order(state, args, tied, scratch):
@@ -169,24 +141,15 @@ def in_meta_order(state, args, tied, scratch):
 # ---------------------------------------------------------------- tokenizer
 
 
-def find_tokenizer(source, given):
-    """The path of the tokenizer.model to import. Raises ValueError if there is none."""
-    path = given or source / "tokenizer.model"
-    if path.is_file():
-        return path
-    if given:
-        raise ValueError(f"--tokenizer: there is no file {path}")
-    raise ValueError(f"{source} has no tokenizer.model, the sentencepiece file that this project "
-                     "reads: take it from the model's original repository, or name it with "
-                     "--tokenizer; a model with nothing but tokenizer.json (SmolLM, Llama 3) "
-                     "cannot be used here")
-
-
 def check_tokenizer(path, rows):
     """The tokenizer for an embedding of so many rows. Raises ValueError if it has more
     pieces; fewer are allowed, as in load_llama."""
     if reason := placeholder_reason(path):
         raise ValueError(reason)
+    if not path.is_file():
+        raise ValueError(f"there is no {path}, the sentencepiece file that is read here: take it "
+                         "from the model's original repository; a model with nothing but "
+                         "tokenizer.json (SmolLM, Llama 3) cannot be used")
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size > rows:
         raise ValueError(f"{path} has {tokenizer.vocab_size} pieces, the embedding {rows} rows: "
@@ -201,11 +164,9 @@ def added_tokens(source):
     with suppress(ValueError):
         content = read_json(source / "added_tokens.json")
         added.update({id: text for text, id in content.items() if type(id) is int})
-    with suppress(ValueError):
-        content = read_json(source / "tokenizer_config.json").get("added_tokens_decoder")
-        for id, token in (content if isinstance(content, dict) else {}).items():
-            if id.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str):
-                added[int(id)] = token["content"]
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        content = read_json(source / "tokenizer_config.json")["added_tokens_decoder"]
+        added.update({int(id): token["content"] for id, token in content.items()})
     return added
 
 
@@ -236,23 +197,19 @@ def describe(args):
             f"{args.n_heads} heads on {args.n_kv_heads}, vocabulary {args.vocab_size}")
 
 
-def import_folder(source, out, tokenizer=None):
+def import_folder(source, out, tokenizer):
     """Writes the checkpoint in `source` to the new folder `out`, every number in its
     dtype. Raises ValueError or OSError and then leaves nothing behind."""
     with atomic_dir(out) as folder:
-        if not (source / "config.json").is_file():
-            raise ValueError(f"{source} has no config.json: give the folder of a Hugging Face "
-                             "checkpoint (config.json, model*.safetensors, tokenizer.model)")
         args, tied = read_config(source / "config.json")
-        tokenizer = find_tokenizer(source, tokenizer)
+        tokenizer = tokenizer or source / "tokenizer.model"
         print_left_out(source, check_tokenizer(tokenizer, args.vocab_size))
         weights = read_weights(source)
         if tied:
             untie(weights, source)
         model = model_without_storage(args, len(weights), source)
         names = tensor_names(model.state_dict())
-        check_shapes({names[name]: w.shape for name, w in model.state_dict().items()}, weights,
-                     source)
+        check_shapes({names[name]: w for name, w in model.state_dict().items()}, weights, source)
         print(f"{source}: {describe(args)}, "
               f"{sum(w.numel() for w in weights.values()):,} weights", flush=True)
         state = {name: weights[hf] for name, hf in names.items()}

@@ -3,10 +3,9 @@
     python -m tools.import_llama2c stories260K.pt tok512.model stories260K
 
 It is the same model (Touvron et al. 2023, section 2.2) under Meta's names. SRC is what
-train.py of karpathy/llama2.c saves (.pt), or its export.py for run.c (.bin): the
-legacy file or version 1, both in fp32. Version 2 is quantised and refused. An output
-layer that is tied to the embedding becomes a tensor of its own, since nothing ties it
-here. The model is held in memory once.
+train.py of karpathy/llama2.c saves (.pt), or its export.py for run.c (.bin): the legacy
+file or version 1, both in fp32. An output layer that is tied to the embedding becomes a
+tensor of its own, since nothing ties it here. The model is held in memory once.
 """
 
 import os
@@ -19,33 +18,20 @@ import torch
 
 from model import save_llama
 from support.cli import Parser, run_script
-from support.files import atomic_dir, check_tensors, placeholder_reason, wrap_disk_errors
-from tools.hf_layout import check_shapes, make_args, model_without_storage, read_number
-from tools.import_hf import check_tokenizer, describe, read_pickle
+from support.files import atomic_dir, placeholder_reason, wrap_disk_errors
+from tools.hf_layout import check_shapes, model_without_storage, read_args
+from tools.import_hf import check_tokenizer, describe, plain_tensors, read_pickle
 
 COMPILED = "_orig_mod."  # torch.compile puts it before every name
 TABLES = ("freqs_cos", "freqs_sin")  # of rotary embedding, computed here
 MAGIC = 0x616b3432  # "ak42" begins every .bin but the legacy one
-HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
+HEADER = ("dim", "ffn_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 # the order of the tensors in a .bin; a name within a layer means that tensor of every layer
 ATTENTION = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
 FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 LEGACY = ("tok_embeddings", "attention_norm", *ATTENTION, "ffn_norm", *FEED_FORWARD, "norm",
           *TABLES)
 VERSION_1 = ("attention_norm", "ffn_norm", "norm", "tok_embeddings", *ATTENTION, *FEED_FORWARD)
-
-
-def model_args(params, width, path):
-    """ModelArgs from {key of llama2.c: value} and the width of the feed-forward layers.
-    Raises ValueError for a value that no LLaMA has."""
-    def number(key, default=None, whole=True):
-        return read_number(params, key, path, default=default, whole=whole)
-
-    n_heads = number("n_heads")
-    return make_args(path, dim=number("dim"), width=width, n_heads=n_heads,
-                     n_kv_heads=number("n_kv_heads", n_heads), n_layers=number("n_layers"),
-                     vocab_size=number("vocab_size"), max_seq_len=number("max_seq_len"),
-                     norm_eps=number("norm_eps", 1e-5, whole=False))
 
 
 def read_pt(path):
@@ -55,16 +41,13 @@ def read_pt(path):
     found = content if isinstance(content, dict) else {}
     if not isinstance(found.get("model"), dict) or not isinstance(found.get("model_args"), dict):
         raise ValueError(f"{path} is not a checkpoint of llama2.c: it has no model and model_args")
-    try:
-        check_tensors(found["model"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    state = {name.removeprefix(COMPILED): t for name, t in found["model"].items()}
-    state = {name: t.clone() for name, t in state.items() if name not in TABLES}
+    tensors = plain_tensors(found["model"], path)
+    state = {name.removeprefix(COMPILED): tensor.clone() for name, tensor in tensors.items()
+             if not name.endswith(TABLES)}
     w1 = state.get("layers.0.feed_forward.w1.weight")
     if w1 is None or w1.ndim != 2:
         raise ValueError(f"{path} has no layers.0.feed_forward.w1.weight (width, dim)")
-    return model_args(found["model_args"], len(w1), path), state
+    return read_args({**found["model_args"], "ffn_dim": len(w1)}, {}, path), state
 
 
 def read_header(path):
@@ -80,8 +63,7 @@ def read_header(path):
     # the legacy file says it by the sign of the vocabulary
     tied = bool(head[36]) if magic == MAGIC else params["vocab_size"] > 0
     params["vocab_size"] = abs(params["vocab_size"])
-    width = read_number(params, "hidden_dim", path)
-    return model_args(params, width, path), order, tied, start
+    return read_args(params, {}, path), order, tied, start
 
 
 def tensors_in_order(args, order):
@@ -100,18 +82,19 @@ def tensors_in_order(args, order):
 
 def read_bin(path):
     """(ModelArgs, {name: tensor}) of a .bin: a header, then fp32 without gap."""
-    args, order, tied, at = read_header(path)
-    size, state = os.path.getsize(path), {}
+    args, order, tied, start = read_header(path)
+    size, state, at = os.path.getsize(path), {}, start // 4
     values = torch.from_file(str(path), size=size // 4, dtype=torch.float32)
     for name, shape in tensors_in_order(args, order if tied else (*order, "output")):
-        if at + 4 * shape.numel() > size:
+        end = at + shape.numel()
+        if end > len(values):
             raise ValueError(f"{path} ends before {name}: it is cut short, or not of llama2.c")
         if name not in TABLES:
-            state[name] = values[at // 4:at // 4 + shape.numel()].view(shape).clone()
-        at += 4 * shape.numel()
-    if at != size:
-        raise ValueError(f"{path} has {size - at} bytes after its last tensor: it is damaged, or "
-                         "not of llama2.c")
+            state[name] = values[at:end].view(shape).clone()
+        at = end
+    if 4 * at != size:
+        raise ValueError(f"{path} has {size - 4 * at} bytes after its last tensor: it is damaged, "
+                         "or not of llama2.c")
     if tied:
         state["output.weight"] = state["tok_embeddings.weight"].clone()
     return args, state
@@ -121,9 +104,6 @@ def import_checkpoint(source, tokenizer, out):
     """Writes the checkpoint `source` to the new folder `out`, every number as it is.
     Raises ValueError or OSError and then leaves nothing behind."""
     with atomic_dir(out) as folder:
-        for path in (source, tokenizer):
-            if not path.is_file():
-                raise ValueError(f"there is no file {path}: download it first")
         if tokenizer.suffix == ".bin":
             raise ValueError(f"{tokenizer} is run.c's form of a tokenizer: give the .model file")
         if reason := placeholder_reason(source):
@@ -131,7 +111,7 @@ def import_checkpoint(source, tokenizer, out):
         args, state = (read_bin if source.suffix == ".bin" else read_pt)(source)
         check_tokenizer(tokenizer, args.vocab_size)
         model = model_without_storage(args, len(state), source)
-        check_shapes({name: p.shape for name, p in model.named_parameters()}, state, source)
+        check_shapes(model.state_dict(), state, source)
         model.load_state_dict(state, assign=True)
         with wrap_disk_errors(out):
             save_llama(model, tokenizer, folder)

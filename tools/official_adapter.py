@@ -6,8 +6,7 @@
 Tian et al., NeurIPS 2024, section 3.1. Their folder holds adapter_config.json (r,
 lora_alpha, and lora_nums, the number of heads) and adapter_model.bin with, for every
 adapted layer, the weights of lora_A (R, I), lora_B0 .. (O, R) and the router lora_route
-(N, I), under Hugging Face's names. On q_proj and k_proj the rows of B follow Hugging
-Face's order (hf_layout.py) and are put into ours.
+(N, I), under Hugging Face's names and in its order of rows (hf_layout.py).
 
 Shapes: N heads, R rank, I width in, O width out.
 """
@@ -26,6 +25,7 @@ from tools.hf_layout import (
     TARGETS,
     check_settings,
     check_shapes,
+    check_values,
     hf_name,
     hf_rows,
     meta_rows,
@@ -36,6 +36,8 @@ from tools.import_hf import read_bin
 
 PREFIX = "base_model.model."  # PEFT puts it before the names of the model that it wraps
 SUPPORTED = ("targets", "rank", "heads", "alpha", "dropout", "gate")  # by the authors' format
+ALLOWED = {"enable_lora": [[], False, None], "modules_to_save": [[], None],  # in their config
+           "fan_in_fan_out": [None, False], "bias": [None, "none"]}
 
 
 def add_base_flags(p):
@@ -76,15 +78,10 @@ def read_settings(path, tensors):
     config = read_json(path)
     if "lora_nums" not in config:
         raise ValueError(f"{path} has no lora_nums: an ordinary LoRA, not one of HydraLoRA's code")
-    for key in ("enable_lora", "modules_to_save", "fan_in_fan_out"):
-        if config.get(key):
-            raise ValueError(f"{path}: {key} is {config[key]!r}, which is not supported here")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias is {config['bias']!r}: a trained bias is not supported")
+    check_values(config, ALLOWED, path)
     names = {hf: meta for meta, hf in TARGETS.items()}
     modules = config.get("target_modules")
-    if not isinstance(modules, list) or not modules or not all(
-            isinstance(name, str) and name in names for name in modules):
+    if not isinstance(modules, list) or any(name not in list(names) for name in modules):
         raise ValueError(f"{path}: target_modules is {modules!r}: write a list of {list(names)}")
     rank, heads = read_number(config, "r", path), read_number(config, "lora_nums", path)
     # checked before layers of these sizes are made
@@ -105,7 +102,7 @@ def read_settings(path, tensors):
 def fill(model, tensors, source):
     """Copies their tensors into the model's adapter. Raises ValueError for one that is
     missing, extra or of another shape than config and base model ask for."""
-    check_shapes({name: t.shape for name, t in official_tensors(model).items()}, tensors, source)
+    check_shapes(official_tensors(model), tensors, source)
     for name, layer in hydra_layers(model).items():
         prefix, n_heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
         layer.lora_A.copy_(tensors[f"{prefix}.lora_A.weight"])
@@ -120,9 +117,6 @@ def to_ours(source, out, weights):
     its shapes and the fingerprint that load_adapter checks."""
     if out.exists():
         raise ValueError(f"{out} exists already: name another file, or move it away")
-    if not (source / "adapter_model.bin").is_file():
-        raise ValueError(f"{source} holds no adapter_model.bin: give the folder that HydraLoRA's "
-                         "code saved, with adapter_config.json")
     model, _ = load_llama(weights)
     tensors = read_bin(source / "adapter_model.bin")
     add_hydralora(model, **read_settings(source / "adapter_config.json", tensors))

@@ -3,10 +3,9 @@
     python -m tools.plot runs/hydralora --out run.png
     python -m tools.plot runs/hydralora runs/lora --out comparison.png
 
-It draws log.csv and run.json of each run folder. Series differ in marker, hatch and
-line style as well as in colour. The heat map is the router of HydraLoRA, section 3.2.1:
-the mean gate of each head per family, in the layer where the families differ most.
-Needs matplotlib.
+It draws log.csv and run.json of each run folder, series apart by marker, hatch and line
+style as well as by colour, and the router of HydraLoRA, section 3.2.1: the mean gate of
+each head per family, in the layer where the families differ most. Needs matplotlib.
 """
 
 import math
@@ -26,11 +25,10 @@ from support.run_folder import RESUME_MAY_DIFFER, read_log
 
 WIDTH, DPI = 8.3, 100  # 830 pixels, the width of a README
 WINDOWS = 50  # the smoothed loss is a mean over a 50th of the longest run
-# Okabe and Ito's colours, which colour-blind people can tell apart
+# seven of each kind; colours of Okabe and Ito, which colour-blind people can tell apart
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 MARKERS, HATCHES = "os^Dv<>", ["///", "\\\\\\", "xxx", "...", "---", "+++", "|||"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 3))]
-STYLES = list(zip(COLOURS, MARKERS, HATCHES, LINES))
 BASE_STYLES = [("#8a8a8a", "P", ""), ("#bbbbbb", "*", "oo"), ("#666666", "X", "OO")]
 TOTAL = "all"
 EVALUATIONS = ("val_loss", "exact_match", "kept_loss")  # columns of log.csv, of --eval-every
@@ -69,8 +67,7 @@ def read_run(folder):
     result = read_json(folder / "run.json") if ended else {}
     try:
         rows = read_log(folder / "log.csv")
-        steps = [int(row["step"]) for row in rows]
-        losses = [float(row["loss"]) for row in rows]
+        steps, losses = [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
         if not rows:
             raise ValueError("log.csv has no rows")
         evaluations = {column: [(step, float(row[column])) for step, row in zip(steps, rows)
@@ -81,8 +78,7 @@ def read_run(folder):
         table = {**metrics["categories"], TOTAL: metrics}
         base, tuned = ({name: (float(row["val_loss" + end]), float(row["exact_match" + end]))
                         for name, row in table.items()} for end in ("_base", ""))
-        has_router = settings["method"] != "full" and settings["gate"] == "learned"
-        routing = result.get("routing") if has_router else None
+        routing = result.get("routing") if settings["gate"] == "learned" else None
         gate, entropy = (routing["gate"], routing["entropy"]) if routing else ({}, {})
         return Run(folder.resolve().name, settings, steps, losses, evaluations, base, tuned, gate,
                    entropy)
@@ -91,26 +87,25 @@ def read_run(folder):
                          f"damaged ({error!r})") from error
 
 
-def label_settings(run):
-    """{name: text} of the settings that can distinguish runs: of a path its last part,
-    and the steps that were taken instead of --max-steps, which may be off."""
-    def text(value):
-        if isinstance(value, list):
-            return ",".join(map(text, value))
-        return Path(value).name if isinstance(value, str) and "/" in value else str(value)
-
-    skipped = NO_LABEL | (ADAPTERS_ONLY if run.settings["method"] == "full" else set())
-    shown = {key: text(value) for key, value in run.settings.items() if key not in skipped}
-    return {**shown, "steps": str(run.steps[-1])}
+def label_text(value):
+    """A setting's value in a label: of a path the last part."""
+    if isinstance(value, list):
+        return ",".join(map(label_text, value))
+    return Path(value).name if isinstance(value, str) and "/" in value else str(value)
 
 
 def add_labels(runs):
     """Labels each run with its method and the settings in which it differs from another
-    run; runs that are alike in all of them also get the names of their folders."""
+    run; runs that are alike in all of them also get the names of their folders. --max-steps
+    may be off, so the steps that were taken count instead. A run without run.json has its
+    folder's name."""
     for run in runs:
         run.label = f"{run.name}, not ended, {run.steps[-1]} steps"
-    ended = [run for run in runs if run.settings]
-    settings = [label_settings(run) for run in ended]
+    ended, settings = [run for run in runs if run.settings], []
+    for run in ended:
+        skipped = NO_LABEL | (ADAPTERS_ONLY if run.settings["method"] == "full" else set())
+        shown = {key: label_text(x) for key, x in run.settings.items() if key not in skipped}
+        settings.append({**shown, "steps": str(run.steps[-1])})
     for run, mine in zip(ended, settings):
         differing = [name for name in mine if name != "method" and any(
             name in other and other[name] != mine[name] for other in settings)]
@@ -132,23 +127,20 @@ def moving_mean(losses, reach):
     return means
 
 
-def same_base(rows, others):
-    """Whether the losses of two bases agree in every family that both have."""
-    return all(math.isclose(rows[name][0], others[name][0], rel_tol=1e-3)
-               for name in rows.keys() & others.keys())
-
-
 def find_bases(runs):
-    """[(label, {family: (loss, exact match)})]: each base of the runs once."""
+    """[(label, {family: (loss, exact match)})]: each base of the runs once. Two are the
+    same if their losses agree in every family that both have."""
     bases = []
     for run in runs:
         if not run.base:
             continue  # it has not ended
-        rows = next((rows for _, rows in bases if same_base(rows, run.base)), None)
-        if rows is None:
-            bases.append((f"base of {run.label}", dict(run.base)))
+        for _, rows in bases:
+            if all(math.isclose(rows[name][0], run.base[name][0], rel_tol=1e-3)
+                   for name in rows.keys() & run.base.keys()):
+                rows.update(run.base)
+                break
         else:
-            rows.update(run.base)
+            bases.append((f"base of {run.label}", dict(run.base)))
     return bases if len(bases) > 1 else [("base", bases[0][1])]
 
 
@@ -172,8 +164,9 @@ def escape(text, width=60):
 
 
 def style(i):
-    """(colour, marker, hatch, line) of series i."""
-    return STYLES[i % len(STYLES)]
+    """How the lines of series i are drawn."""
+    return {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "linestyle": LINES[i % 7],
+            "markersize": 5}
 
 
 def minor_tick_label(value, _=None):
@@ -186,17 +179,16 @@ def draw_training(axes, runs):
     reach = max(len(run.losses) for run in runs) // WINDOWS // 2
     title = "training loss"
     for i, run in enumerate(runs):
-        colour, marker, _, line = style(i)
+        colour = style(i)["color"]
         axes.plot(run.steps, run.losses, color=colour, linewidth=0.5, alpha=0.3)
-        axes.plot(run.steps, moving_mean(run.losses, reach), color=colour, linewidth=1.6,
-                  linestyle=line, marker=marker, markersize=5, label=escape(run.label),
-                  markevery=(i * len(run.steps) // 40, max(1, len(run.steps) // 8)))
+        axes.plot(run.steps, moving_mean(run.losses, reach), **style(i), linewidth=1.6,
+                  markevery=(i * len(run.steps) // 40, max(1, len(run.steps) // 8)),
+                  label=escape(run.label))
         for column, inside in (("val_loss", colour), ("kept_loss", "white")):
             if run.evaluations[column]:
                 title = "training loss; diamonds: validation, hollow: texts to keep"
-                axes.plot(*zip(*run.evaluations[column]), color=colour, linewidth=0.8,
-                          linestyle=line, marker="D", markersize=5, markerfacecolor=inside,
-                          markeredgecolor="black")
+                axes.plot(*zip(*run.evaluations[column]), **{**style(i), "marker": "D"},
+                          linewidth=0.8, markerfacecolor=inside, markeredgecolor="black")
     losses = [loss for run in runs for loss in run.losses if math.isfinite(loss) and loss > 0]
     if losses and max(losses) > 5 * min(losses):
         axes.set_yscale("log")
@@ -211,10 +203,8 @@ def draw_exact_match(axes, runs):
     """Exact match during the run."""
     for i, run in enumerate(runs):
         if run.evaluations["exact_match"]:
-            colour, marker, _, line = style(i)
             steps, values = zip(*run.evaluations["exact_match"])
-            axes.plot(steps, [100 * x for x in values], color=colour, marker=marker, markersize=5,
-                      linestyle=line)
+            axes.plot(steps, [100 * x for x in values], **style(i))
     axes.set(title="exact match by step", xlabel="step", ylabel="% of records", ylim=(-5, 105))
     axes.grid(alpha=0.3)
 
@@ -224,7 +214,8 @@ def draw_families(loss_axes, exact_axes, runs):
     names = families(runs)
     series = [(label, rows, *BASE_STYLES[i % len(BASE_STYLES)])
               for i, (label, rows) in enumerate(find_bases(runs))]
-    series += [(run.label, run.tuned, *style(i)[:3]) for i, run in enumerate(runs) if run.tuned]
+    series += [(run.label, run.tuned, COLOURS[i % 7], MARKERS[i % 7], HATCHES[i % 7])
+               for i, run in enumerate(runs) if run.tuned]
     height = 0.8 / len(series)
     for i, (label, rows, colour, marker, hatch) in enumerate(series):
         present = [name for name in names if name in rows]
@@ -272,26 +263,20 @@ def draw_gate(axes, run):
     axes.set(title=f"mean gate in {layer},\nthe most divided layer", xlabel="head")
 
 
-def kind_and_block(layer, n_blocks):
-    """("w1", 5) of layers.5.feed_forward.w1; layers outside the blocks come last."""
-    found = re.fullmatch(r"layers\.(\d+)\..*?(\w+)", layer)
-    return (found[2], int(found[1])) if found else (layer, n_blocks)
-
-
 def draw_entropy(axes, run):
-    """Entropy of the gate by block, a line for each kind of layer."""
-    blocks = [kind_and_block(layer, -1)[1] for layer in run.entropy]
-    n_blocks = max(blocks) + 1 or 1
+    """Entropy of the gate by block, a line for each kind of layer, such as w1; layers
+    outside the blocks come last."""
+    found = {layer: re.fullmatch(r"layers\.(\d+)\..*?(\w+)", layer) for layer in run.entropy}
+    blocks = {layer: int(match[1]) for layer, match in found.items() if match}
+    end = max(blocks.values(), default=0) + 1
     kinds = {}
     for layer, value in run.entropy.items():
-        kind, block = kind_and_block(layer, n_blocks)
-        kinds.setdefault(kind, []).append((block, value))
+        kind = found[layer][2] if found[layer] else layer
+        kinds.setdefault(kind, []).append((blocks.get(layer, end), value))
     for i, (kind, points) in enumerate(kinds.items()):
-        colour, marker, _, line = style(i)
-        axes.plot(*zip(*points), color=colour, marker=marker, markersize=5, linestyle=line,
-                  label=escape(kind))
+        axes.plot(*zip(*points), **style(i), label=escape(kind))
     layer = most_divided_layer(run)
-    axes.plot([kind_and_block(layer, n_blocks)[1]], [run.entropy[layer]], "o", markersize=13,
+    axes.plot([blocks.get(layer, end)], [run.entropy[layer]], "o", markersize=13,
               markerfacecolor="none", markeredgecolor="black", label="most divided")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title="entropy of the gate", xlabel="block of the model",
@@ -323,8 +308,8 @@ def draw(runs):
     if ended:
         pair = parts[1].subplots(1, 2, sharey=True)
         draw_families(*pair, runs)
-        bars, labels = pair[1].get_legend_handles_labels()
-        marks, _ = pair[0].get_legend_handles_labels()
+        marks, labels = pair[0].get_legend_handles_labels()
+        bars, _ = pair[1].get_legend_handles_labels()
         parts[1].legend([*zip(marks, bars)], labels, loc="outside lower center",
                         ncols=min(3, len(labels)))
     for part, run in zip(parts[2:], routed):

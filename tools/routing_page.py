@@ -1,12 +1,10 @@
 """The router on one page: which head takes which token, layer by layer, in any browser.
 
-    python -m tools.routing_page --out routing.html          # a record of each family of the world
-    python -m tools.routing_page "What is 3 plus 4?" --weights llama-2-7b --adapter adapter.pt \\
-        --out routing.html
+    python -m tools.routing_page "What is 3 plus 4?" --out routing.html
 
-HydraLoRA, section 3.2.2: the gates w(x) of every token of prompt and answer. The page
-is the template routing_page.html with the numbers put into it; it needs no network.
-Gates are rounded to thousandths, as the page shows them.
+HydraLoRA, section 3.2.2: the gates w(x) of every token of prompt and answer, to the
+thousandth. The page is the template routing_page.html with the numbers put into it; it
+needs no network.
 
 Shapes: T tokens, L layers, N heads.
 """
@@ -33,11 +31,6 @@ def packed(gates):
     return base64.b64encode((gates * 1000).round().short().numpy().astype("<i2").tobytes()).decode()
 
 
-def stacked(gates):
-    """(T, L, N) of {layer: gate (T, N)}."""
-    return torch.stack(list(gates.values()), dim=1)
-
-
 def labelled(tokenizer, ids, before=()):
     """[text, mark] of each token; the mark names a token that has no text of its own,
     such as the space before the first word."""
@@ -48,16 +41,6 @@ def labelled(tokenizer, ids, before=()):
 
     return [[piece, "" if piece else mark(token)]
             for token, piece in zip(ids, generate.text_pieces(tokenizer, ids, before))]
-
-
-def answer_and_gates(model, tokenizer, prompt, args):
-    """({tokens, prompt}, {layer: gate (T, N)}): the labelled tokens of a prompt and its
-    answer, how many of them are the prompt's, and the gates of all."""
-    ids = generate.encode_prompt(model, tokenizer, prompt, args)
-    new = generate_ids(model, tokenizer, [ids], **generate.sampling(args))[0]
-    # prompt and answer are decoded apart, as they were encoded
-    tokens = labelled(tokenizer, ids) + labelled(tokenizer, new, before=ids if args.raw else ())
-    return {"tokens": tokens, "prompt": len(ids)}, generate.gates_of(model, ids + new)
 
 
 def run_table(adapter, layers):
@@ -76,20 +59,19 @@ def run_table(adapter, layers):
 
 
 def page_data(texts, gates_of_texts, run_means=None):
-    """The data of the page: texts [{name, tokens, prompt, expected}] with their gates
+    """The data of the page: texts [{name, expected, tokens, prompt}] with their gates
     [{layer: (T, N)}], the mean gates of each, and the table of the run."""
     layers = list(gates_of_texts[0])
-    together = {name: torch.cat([gates[name] for gates in gates_of_texts]) for name in layers}
-    means = torch.stack([stacked(gates).mean(0) for gates in gates_of_texts])
+    stacks = [torch.stack(list(gates.values()), dim=1) for gates in gates_of_texts]  # (T, L, N)
+    together = torch.cat(stacks)
     tables = [{"title": "mean over the tokens above", "rows": [text["name"] for text in texts],
-               "gates": packed(means)}]
+               "gates": packed(torch.stack([gates.mean(0) for gates in stacks]))}]
     if run_means:
         tables.append(run_means)
-    return {"layers": layers, "heads": together[layers[0]].shape[1],
-            "divided": layers.index(most_specialised_layer(together)),
-            "texts": [{**text, "gates": packed(stacked(gates))}
-                      for text, gates in zip(texts, gates_of_texts)],
-            "all": packed(stacked(together).mean(0, keepdim=True)), "tables": tables}
+    divided = most_specialised_layer(dict(zip(layers, together.unbind(1))))
+    return {"layers": layers, "heads": together.shape[2], "divided": layers.index(divided),
+            "texts": [{**text, "gates": packed(gates)} for text, gates in zip(texts, stacks)],
+            "all": packed(together.mean(0, keepdim=True)), "tables": tables}
 
 
 def page(data):
@@ -104,12 +86,15 @@ def write_page(args):
     model, tokenizer = generate.load(args)
     if not generate.has_router(model):
         raise ValueError(f"{args.adapter or args.weights} {generate.NO_ROUTER}")
-    given = [(prompt, None, f"prompt {i}") for i, prompt in enumerate(args.prompts, start=1)]
     texts, gates_of_texts = [], []
-    for prompt, expected, name in given or generate.world_prompts():
-        text, gates = answer_and_gates(model, tokenizer, prompt, args)
-        texts.append({"name": name, "expected": expected, **text})
-        gates_of_texts.append(gates)
+    for prompt, expected, name in generate.prompts_of(args):
+        ids = generate.encode_prompt(model, tokenizer, prompt, args)
+        new = generate_ids(model, tokenizer, [ids], **generate.sampling(args))[0]
+        # prompt and answer are decoded apart, as they were encoded
+        tokens = labelled(tokenizer, ids)
+        tokens += labelled(tokenizer, new, before=ids if args.raw else ())
+        texts.append({"name": name, "expected": expected, "tokens": tokens, "prompt": len(ids)})
+        gates_of_texts.append(generate.gates_of(model, ids + new))
     data = page_data(texts, gates_of_texts, run_table(args.adapter, list(gates_of_texts[0])))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.out, page(data))
@@ -121,15 +106,11 @@ def parse_args(argv):
     p = Parser("routing_page.py", __doc__)
     generate.add_talk_flags(p)
     p.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="page to write")
-    args = p.parse_args(argv)
-    try:
-        generate.resolve_talk_args(args, has_input=args.prompts)
-    except ValueError as error:
-        p.error(str(error))
-    return args
+    return p.parse_args(argv)
 
 
 def run(args):
+    generate.resolve_talk_args(args, has_input=args.prompts)
     with process_group(args.device, args.shard_base):
         write_page(args)
 

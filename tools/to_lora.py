@@ -2,11 +2,9 @@
 
     python -m tools.to_lora adapter.pt lora --weights llama-2-7b --constant calibrated --data FILE
 
-Tian et al., NeurIPS 2024, section 3.1: under a gate w that does not depend on the
-token, sum_i w_i B_i A is one LoRA with B = sum_i w_i B_i. So one head and the uniform
-gate are exported exactly. A learned gate can only be approximated: --constant replaces
-it by 1/N, or by each layer's mean gate on the data, and the validation loss before and
-after shows what that costs.
+Tian et al., NeurIPS 2024, section 3.1: under a gate w that does not depend on the token,
+sum_i w_i B_i A is one LoRA with B = sum_i w_i B_i. So one head and the uniform gate are
+exported exactly. A learned gate can only be approximated, by 1/N or by its mean on data.
 
 Shapes: N heads, R rank, I width in, O width out.
 """
@@ -23,12 +21,12 @@ from hydralora import HydraLinear, adapters_disabled, hydra_layers, load_adapter
 from model import load_llama
 from support.cli import Parser, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
-from support.evaluation import EVAL_BATCH, TOTAL, evaluate, routing_report
+from support.evaluation import TOTAL, evaluate, routing_report
 from support.files import atomic_dir, write_json
 from support.run_folder import load_model_and_adapter
 from tools.generate import has_router
-from tools.hf_layout import check_settings, hf_name, hf_rows, rotary_heads, write_safetensors
-from tools.official_adapter import PREFIX, add_base_flags, peft_config
+from tools.hf_layout import check_settings, write_safetensors
+from tools.official_adapter import add_base_flags, official_tensors, peft_config
 from train import MAX_SEQ_LEN, VAL_SHARE
 
 # what flatten turns into one LoRA
@@ -38,11 +36,12 @@ SUPPORTED = ("targets", "rank", "heads", "alpha", "dropout", "gate", "share_a")
 @torch.no_grad()
 def flatten(model, gates):
     """Replaces every HydraLinear by the LoRA that it is under the constant gate (N) of
-    its name in gates. LoRA (Split) becomes one of rank N * R: its A stacked, its gated
-    B side by side."""
+    its name in gates, or under 1/N. LoRA (Split) becomes one of rank N * R: its A stacked,
+    its gated B side by side."""
     config = model.hydralora_config
     for name, layer in hydra_layers(model).items():
-        b = gates[name][:, None, None] * layer.lora_B  # (N, O, R)
+        gate = torch.tensor(gates.get(name) or [1 / config["heads"]] * config["heads"])
+        b = gate.to(layer.lora_B)[:, None, None] * layer.lora_B  # (N, O, R)
         b = b.sum(0) if config["share_a"] else b.transpose(0, 1).flatten(1)  # (O, R or N * R)
         rank = b.shape[1]
         alpha = config["alpha"] * rank / config["rank"]  # alpha / rank stays
@@ -56,19 +55,10 @@ def flatten(model, gates):
 def write_lora(model, folder, base):
     """Writes the adapter of a model with one head as PEFT's adapter_model.safetensors
     and adapter_config.json."""
-    tensors = {}
-    for name, layer in hydra_layers(model).items():
-        prefix, n_heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
-        tensors[f"{prefix}.lora_A.weight"] = layer.lora_A.cpu()
-        tensors[f"{prefix}.lora_B.weight"] = hf_rows(layer.lora_B[0], n_heads).cpu()
+    tensors = {name.replace(".lora_B0.", ".lora_B."): tensor.cpu()
+               for name, tensor in official_tensors(model).items() if ".lora_route." not in name}
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", peft_config(model.hydralora_config, base))
-
-
-def ties_output(model):
-    """Whether the output layer is adapted and its weights equal the embedding's."""
-    output = hydra_layers(model).get("output")
-    return output is not None and torch.equal(output.base.weight, model.tok_embeddings.weight)
 
 
 def read_sequences(args, tokenizer, longest):
@@ -92,19 +82,13 @@ def read_sequences(args, tokenizer, longest):
     return data and encode(data), encode(val)
 
 
-def uniform_gates(model):
-    """{layer: gate (N)}: 1/N for every head."""
-    return {name: layer.lora_B.new_full((layer.settings.heads,), 1 / layer.settings.heads)
-            for name, layer in hydra_layers(model).items()}
-
-
 def approximate(args):
     """(model with one head instead of several, a line about what that cost)."""
     model, tokenizer = load_model_and_adapter(args.weights, args.adapter, device=args.device,
                                               dtype=args.dtype)
     longest = min(MAX_SEQ_LEN, model.args.max_seq_len)
     calibration, val = read_sequences(args, tokenizer, longest)
-    settings = {"batch_size": EVAL_BATCH, "precision": autocast(args.device, args.dtype)}
+    settings = {"precision": autocast(args.device, args.dtype)}
 
     def loss(name):
         return evaluate(model, val, **settings, name=name)[TOTAL]["loss"]
@@ -112,10 +96,10 @@ def approximate(args):
     with adapters_disabled(model):
         base = loss("base")
     before = loss("HydraLoRA")
-    gates = uniform_gates(model)
+    gates = {}
     if args.constant == "calibrated":
-        for name, means in routing_report(model, calibration, **settings)["gate"].items():
-            gates[name] = gates[name].new_tensor(means[TOTAL])
+        found = routing_report(model, calibration, **settings)["gate"]
+        gates = {name: means[TOTAL] for name, means in found.items()}
     flatten(model, gates)
     after = loss("one LoRA")
     return model, (f"validation loss on {len(val)} records: base {base:.4f}, HydraLoRA "
@@ -124,6 +108,9 @@ def approximate(args):
 
 def run(args):
     """adapter.pt -> PEFT's folder. A learned gate without --constant is refused."""
+    args.device = pick_device(args.device)
+    args.dtype = pick_dtype(args.dtype, args.device)
+    base = args.base or args.weights.resolve().name
     with atomic_dir(args.out) as folder:
         model, _ = load_llama(args.weights)
         config = load_adapter(model, args.adapter)
@@ -135,16 +122,17 @@ def run(args):
                                  "calibrated --data FILE, which print what the difference costs")
             model, report = approximate(args)
         else:
-            flatten(model, uniform_gates(model))
+            flatten(model, {})
             report = f"exact: {'one head' if config['heads'] == 1 else 'its gate is uniform'}"
-        write_lora(model, folder, args.base)
+        write_lora(model, folder, base)
     print(report)
-    if ties_output(model):
+    output = hydra_layers(model).get("output")
+    if output is not None and torch.equal(output.base.weight, model.tok_embeddings.weight):
         print("warning: the base's output layer equals its embedding. Hugging Face ties the two, "
               "and merging this LoRA would change both: use it unmerged")
     config = model.hydralora_config
     print(f"wrote {args.out}: rank {config['rank']}, alpha {config['alpha']:g}, "
-          f'{len(hydra_layers(model))} layers, for the base model "{args.base}" (--base names '
+          f'{len(hydra_layers(model))} layers, for the base model "{base}" (--base names '
           "another)")
 
 
@@ -162,12 +150,6 @@ def parse_args(argv):
     args = p.parse_args(argv)
     if args.constant == "calibrated" and not args.data:
         p.error("--constant calibrated needs --data FILE, the records to take the mean gate on")
-    try:
-        args.device = pick_device(args.device)
-    except ValueError as error:
-        p.error(str(error))
-    args.dtype = pick_dtype(args.dtype, args.device)
-    args.base = args.base or args.weights.resolve().name
     return args
 
 
