@@ -155,12 +155,6 @@ def records(tmp_path):
     return path
 
 
-def losses(text):
-    """The three losses that to_lora prints."""
-    return [float(x) for x in re.search(
-        r"base (\d+\.\d+), HydraLoRA (\d+\.\d+), this LoRA (\d+\.\d+)", text).groups()]
-
-
 def loss_of(model, tokenizer, records):
     """Mean over the response's tokens, record by record."""
     total = count = 0
@@ -183,7 +177,8 @@ def test_several_heads_become_one_lora_whose_printed_loss_is_its_own(
     argv = [path, tmp_path / "lora", "--weights", weights, "--constant", gate, "--val-data",
             records, "--dtype", "fp32", "--device", "cpu"]
     assert run(to_lora, *argv, *(["--data", records] if gate == "calibrated" else [])) == 0
-    base, before, after = losses(capsys.readouterr().out)
+    found = re.search(r"base (\S+), HydraLoRA (\S+), this LoRA (\S+) ", capsys.readouterr().out)
+    base, before, after = map(float, found.groups())
     assert base == pytest.approx(loss_of(load_llama(weights)[0], tokenizer, RECORDS), abs=2e-4)
     assert before == pytest.approx(loss_of(tuned(weights, path), tokenizer, RECORDS), abs=2e-4)
     model = merged(weights, tmp_path / "lora", tmp_path)
