@@ -97,28 +97,21 @@ def test_dolly_can_be_prepared_twice_but_never_replaces_another_file(tmp_path, m
 def test_a_dolly_with_another_number_of_records_is_refused(tmp_path, made_dolly):
     whole, out = made_dolly.read_bytes(), tmp_path / "dolly.jsonl"
     for data, text in ((whole[:whole.rindex(b"\n", 0, -1) + 1], "15,010 records"),
-                       (whole[:-9], "line 15011: not JSON"), (b"", "found 0 records"),
+                       (whole[:-9], "line 15011:"), (b"", "found 0 records"),
                        (whole + dolly_line(), "15,012 records"),
                        (dolly_line() * 15_011, "in 1 categories, expected 15,011 in 8")):
         made_dolly.write_bytes(data)
         refuses(prepare_dolly, made_dolly, out, text)
 
 
-@pytest.mark.parametrize("line, text", [
-    (b"<!DOCTYPE html>\n", "not JSON"),
-    (b"\n", "not JSON"),
-    (b"\xff\xfe\n", "not JSON"),
-    (b"[" * 100_000 + b"\n", "not JSON"),
-    (b"[1]\n", "expected the fields"),
-    (b'{"instruction": "q"}\n', "expected the fields"),
-    (dolly_line(extra="x"), "expected the fields"),
-    (dolly_line(context=None), "not a string"),
-    (dolly_line(category="poetry"), "unknown category 'poetry'"),
-])
-def test_a_broken_dolly_line_is_named_by_its_number(tmp_path, line, text):
+@pytest.mark.parametrize("line", [
+    b"<!DOCTYPE html>\n", b"\n", b"\xff\xfe\n", b"[" * 100_000 + b"\n", b"[1]\n",
+    b'{"instruction": "q"}\n', dolly_line(extra="x"), dolly_line(context=None),
+    dolly_line(category="poetry")])
+def test_a_broken_dolly_line_is_named_by_its_number(tmp_path, line):
     source = tmp_path / "broken.jsonl"
     source.write_bytes(dolly_line() * 2 + line + dolly_line())
-    refuses(prepare_dolly, source, tmp_path / "dolly.jsonl", "line 3:", text)
+    refuses(prepare_dolly, source, tmp_path / "dolly.jsonl", "line 3: ", "is no record of Dolly")
 
 
 def test_a_download_must_be_the_public_original(tmp_path, made_dolly, monkeypatch):
