@@ -209,7 +209,7 @@ def base_fingerprint(model: nn.Module) -> dict[str, list]:
         if hasattr(layer, "dense_fingerprint"):  # its dense weight's, kept when packing
             found[f"{name}.weight"] = layer.dense_fingerprint
     adapter = set(adapter_parameters(model).values())
-    for name, weight in model.named_parameters():
+    for name, weight in model.named_parameters(remove_duplicate=False):  # tied: both names
         if weight.is_meta:
             raise ValueError(f"{name} is on the meta device or offloaded: load it first")
         value = weight.full_tensor() if hasattr(weight, "full_tensor") else weight.data
@@ -224,7 +224,7 @@ def base_fingerprint(model: nn.Module) -> dict[str, list]:
 def check_adapter(model, base, tensors, targets, **settings):
     """Raises ValueError unless this is the base and the settings ask for these tensors."""
     now = base_fingerprint(model)
-    for name in sorted(base.keys() & now.keys()):  # of two tied weights one may be absent
+    for name in sorted(base.keys() & now.keys()):  # a packed weight is in one alone
         before, here = torch.tensor(base[name][1]), torch.tensor(now[name][1])
         if not torch.allclose(before, here, rtol=2**-8, atol=1e-7):  # bf16 rounds so far
             raise ValueError(f"it was trained on another base model ({name} differs)")
