@@ -24,8 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import WORLD
 from data.mmlu import CATEGORY, LETTERS, encode_prompt, letter_ids, read_questions
+from hydralora import HydraLinear
 from support.cli import Parser, check_min, progress, run_script
-from support.device import add_device_flags, pick_device, pick_dtype
+from support.device import add_device_flags, autocast, pick_device, pick_dtype
 from support.diagnose import print_default_length, stated_length
 from support.distributed import add_shard_flag, process_group
 from support.files import digest, read_json, write_json
@@ -69,7 +70,20 @@ def letter_logprobs(model, rows, letters, prefix=None):
     else:
         h = model.hidden_states(tokens)
     h = h[torch.arange(len(rows), device=device), ends]  # (B, T, D) -> (B, D): the last token's
-    return model.output(h).float().log_softmax(-1)[:, letters].tolist()
+    total = model.output(h).float().logsumexp(-1, keepdim=True)  # (B, 1)
+    return (letter_logits(model, h, letters) - total).tolist()
+
+
+def letter_logits(model, h, letters):
+    """The letters' logits (B, 4) of hidden states h (B, D) in fp32, whatever the model's dtype:
+    in bf16 the two best letters are equal in one question of a hundred."""
+    head = model.output  # with --targets output, a HydraLinear
+    weight = getattr(head, "base", head).weight[letters]
+    with torch.autocast(h.device.type, enabled=False):
+        logits = F.linear(h.float(), weight.float())
+        if isinstance(head, HydraLinear):
+            logits += head.update(h.float())[:, letters]
+    return logits
 
 
 def score_prompts(model, prompts, letters, *, batch_size, done=(), share_prefix=True):
@@ -312,7 +326,8 @@ def run(args):
     if args.compare:
         compare(*args.compare)
         return
-    with process_group(args.device, args.shard_base), file_lock(f"{args.out}.lock", args.out):
+    with (process_group(args.device, args.shard_base), file_lock(f"{args.out}.lock", args.out),
+          autocast(args.device, args.dtype)):  # products as in training
         score_questions(args)
 
 

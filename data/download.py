@@ -1,18 +1,34 @@
 """What both prepare_*.py share: they open or download a source and write all or nothing.
 
 A download stays in memory until the script has checked it, and nothing appears under
-the final name before all of it is on the disk. The commands that use it are
+the final name before all of it is on the disk.
 
     python -m data.prepare_dolly
     python -m data.prepare_mmlu
 """
 
+import argparse
 import http.client
 import io
 import os
 import tempfile
 import urllib.request
 from pathlib import Path
+
+
+def run(name, prepare, argv, *, purpose, url, source_help, out):
+    """A script's command line: prepare(source, out). A failure is one line and status 2."""
+    parser = argparse.ArgumentParser(description=purpose)
+    parser.add_argument("--source", default=url, help=f"{source_help}; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path(out),
+                        help="what to write; default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        prepare(args.source, args.out)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{name}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{name}: interrupted; nothing is half written\n")
 
 
 def is_url(source):

@@ -53,10 +53,11 @@ def parse_rows(data, path):
             if not any(map(str.strip, row)):
                 continue  # a blank line, or the empty cells that a spreadsheet leaves
             if len(row) != 6:
-                raise ValueError(f"{len(row)} columns, not question, 4 options and answer: "
-                                 f"{str(row)[:60]}")
+                raise ValueError(f"{path}, row {read}: {len(row)} columns, not question, 4 options "
+                                 f"and answer: {str(row)[:60]}")
             if row[5] not in LETTERS:
-                raise ValueError(f"the answer is {row[5][:30]!r}, not A, B, C or D")
+                raise ValueError(f"{path}, row {read}: the answer is {row[5][:30]!r}, not A, B, C "
+                                 "or D")
             rows.append(row)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
@@ -64,8 +65,6 @@ def parse_rows(data, path):
                          f"{data[error.start]:#x}: save it as UTF-8") from None
     except csv.Error as error:
         raise ValueError(f"{path}, row {read + 1}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}, row {read}: {error}") from None
     return rows
 
 

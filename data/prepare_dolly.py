@@ -1,20 +1,17 @@
 """Dolly-15K (databricks, CC-BY-SA-3.0), the data of HydraLoRA section 4, for train.py.
 
-Takes the public file, downloaded or already on disk, checks it, and writes it
-unchanged: 15,011 lines of JSON with the fields instruction, context, response and
-category. Then `train.py --data data/dolly/databricks-dolly-15k.jsonl` reads it.
+Takes the public file, downloaded or already on disk, checks it, and writes it unchanged,
+for `train.py --data data/dolly/databricks-dolly-15k.jsonl`.
 
     python -m data.prepare_dolly                         # downloads 13 MB
     python -m data.prepare_dolly --source my-dolly.jsonl
 """
 
-import argparse
 import collections
 import hashlib
 import json
-from pathlib import Path
 
-from data.download import is_url, open_source, write_atomic
+from data import download
 
 URL = ("https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/main/"
        "databricks-dolly-15k.jsonl")
@@ -26,29 +23,19 @@ CATEGORIES = {"brainstorming", "classification", "closed_qa", "creative_writing"
               "information_extraction", "open_qa", "summarization"}
 
 
-def category_of(line):
-    """The category of one line. Raises ValueError if the line is not a Dolly record."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError(f"not JSON, it starts with {line[:30]!r}") from None
-    if not isinstance(record, dict) or set(record) != FIELDS:
-        raise ValueError(f"expected the fields {sorted(FIELDS)}, found {str(record)[:60]!r}")
-    if not all(isinstance(value, str) for value in record.values()):
-        raise ValueError("a field is not a string")
-    if record["category"] not in CATEGORIES:
-        raise ValueError(f"unknown category {record['category'][:30]!r}")
-    return record["category"]
-
-
 def count_categories(data):
     """Records per category. Raises ValueError if the file is not the whole of Dolly."""
     counts = collections.Counter()
     for number, line in enumerate(data.splitlines(), start=1):
         try:
-            counts[category_of(line)] += 1
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}; get the file again") from None
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        texts = isinstance(record, dict) and all(isinstance(x, str) for x in record.values())
+        if not texts or set(record) != FIELDS or record["category"] not in CATEGORIES:
+            raise ValueError(f"line {number}: {line[:60]!r} is no record of Dolly; get the "
+                             "file again")
+        counts[record["category"]] += 1
     if counts.total() != RECORDS or set(counts) != CATEGORIES:
         raise ValueError(f"found {counts.total():,} records in {len(counts)} categories, "
                          f"expected {RECORDS:,} in {len(CATEGORIES)}: the file is cut short or "
@@ -59,17 +46,17 @@ def count_categories(data):
 def prepare(source, out):
     if out.exists() and not out.is_file():
         raise ValueError(f"{out} is not a file: choose another --out")
-    with open_source(source) as file:
+    with download.open_source(source) as file:
         data = file.read()
     sha256 = hashlib.sha256(data).hexdigest()
-    if sha256 != SHA256 and is_url(source):
+    if sha256 != SHA256 and download.is_url(source):
         raise ValueError(f"the download has sha256 {sha256}, expected {SHA256}: try again, "
                          "or get the file another way and pass its path with --source")
     counts = count_categories(data)
     if out.exists() and out.read_bytes() != data:
         raise ValueError(f"{out} exists and differs from {source}: move it away, or choose "
                          "another --out")
-    write_atomic(out, {out: data})
+    download.write_atomic(out, {out: data})
     for category, count in sorted(counts.items()):
         print(f"{category:<24}{count:>7,}")
     print(f"{'records':<24}{counts.total():>7,}")
@@ -82,18 +69,10 @@ def prepare(source, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Check Dolly-15K and lay it out for train.py.")
-    parser.add_argument("--source", default=URL,
-                        help="a file on disk, or a URL to download; default: %(default)s")
-    parser.add_argument("--out", type=Path, help="the file to write; default: %(default)s",
-                        default=Path("data/dolly/databricks-dolly-15k.jsonl"))
-    args = parser.parse_args(argv)
-    try:
-        prepare(args.source, args.out)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"prepare_dolly.py: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "prepare_dolly.py: interrupted; nothing is half written\n")
+    download.run("prepare_dolly.py", prepare, argv, url=URL,
+                 purpose="Check Dolly-15K and lay it out for train.py.",
+                 source_help="a file on disk, or a URL to download",
+                 out="data/dolly/databricks-dolly-15k.jsonl")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
 """MMLU (Hendrycks et al., MIT), a benchmark of HydraLoRA section 4, for eval_mmlu.py.
 
-Takes the public tar, downloaded or on disk, or the folder that it unpacks to. Checks
-every row and copies the files dev/SUBJECT_dev.csv, val/SUBJECT_val.csv and
-test/SUBJECT_test.csv of its 57 subjects, byte for byte, for `eval_mmlu.py --data
-data/mmlu`.
+Takes the public tar, downloaded or on disk, or the folder that it unpacks to, checks every
+row, and copies the files SPLIT/SUBJECT_SPLIT.csv of dev, val and test and of its 57 subjects,
+byte for byte, for `eval_mmlu.py --data data/mmlu`.
 
     python -m data.prepare_mmlu                   # downloads 166 MB, most of it auxiliary_train
     python -m data.prepare_mmlu --source data.tar
 """
 
-import argparse
 import re
 import tarfile
 from pathlib import Path
 
-from data.download import is_url, open_source, write_atomic
+from data import download
 from data.mmlu import parse_rows
 
 URL = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
@@ -79,13 +77,13 @@ def prepare(source, out):
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: move it away, or choose "
                          "another --out")
-    if not is_url(source) and Path(source).is_dir():
+    if not download.is_url(source) and Path(source).is_dir():
         files = read_folder(Path(source))
     else:
-        with open_source(source) as file:
+        with download.open_source(source) as file:
             files = read_tar(file)
     counts = count_rows(files)
-    write_atomic(out, {out / name: data for name, data in files.items()})
+    download.write_atomic(out, {out / name: data for name, data in files.items()})
     for split, count in counts.items():
         print(f"{split:<5}{SUBJECTS:>4} subjects{count:>7} rows")
     if counts["val"] != ROWS["val"][0]:
@@ -95,19 +93,10 @@ def prepare(source, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Check MMLU and lay it out for eval_mmlu.py.")
-    parser.add_argument("--source", default=URL,
-                        help="the tar, the folder it unpacks to, or a URL to download; default: "
-                             f"%(default)s (if that is down, the authors' copy: {MIRROR})")
-    parser.add_argument("--out", type=Path, default=Path("data/mmlu"),
-                        help="the folder to make; default: %(default)s")
-    args = parser.parse_args(argv)
-    try:
-        prepare(args.source, args.out)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"prepare_mmlu.py: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "prepare_mmlu.py: interrupted; nothing is half written\n")
+    download.run("prepare_mmlu.py", prepare, argv, url=URL, out="data/mmlu",
+                 purpose="Check MMLU and lay it out for eval_mmlu.py.",
+                 source_help="the tar, the folder it unpacks to, or a URL to download (if the "
+                             f"default is down, the authors' copy: {MIRROR})")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ ALONE_SEEDS = 2
 ARMS = {"full": FULL, "LoRA r8": lora(8), "LoRA r24": lora(24)}
 CHANCE = 0.25  # accuracy of guessing
 COLLAPSED = 1.5  # loss at twice the best rate, divided by the loss at the best
-NAMES = [family.__name__ for family in FAMILIES]
+NAMES = list(FAMILIES)
 # one seed chooses among these rates alone, on the records that train.py itself would hold out
 SWEEP = dict(seeds=1, share=train.VAL_SHARE, widen=0)
 

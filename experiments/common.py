@@ -244,7 +244,7 @@ def run_settings(args, config, *, rate, seed, data, val, epochs=None, keep=False
 
 def run_folder(settings, runs):
     """Where a run is cached. The files that it reads count by their content, not their path."""
-    defaults = train.default_settings(settings.method, train.PAPER_RECIPE)
+    defaults = {**train.default_settings(settings.method, train.PAPER_RECIPE), "micro_tokens": 0}
     named = {name: value for name, value in sorted(vars(settings).items()) if name in NAMED
              or name not in RESUME_MAY_DIFFER and value != defaults[name]}
     read = fingerprints(settings.weights, data=settings.data, val_data=settings.val_data,

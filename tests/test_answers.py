@@ -23,13 +23,39 @@ def data(weights, adapter, tokenizer, tmp_path):
     """Records of which every second one expects what the adapter says."""
     model, lines = tuned(weights, adapter), []
     for i, words in enumerate(WORDS):
-        prompt = words + ("\nnear the sea" if i == 3 else "")
-        expected = slow_answer(model, tokenizer, prompt) if i % 2 == 0 else "no"
-        lines.append({"instruction": words, "context": prompt[len(words) + 1:],
-                      "response": expected or "?", "category": "ab"[i // 3]})
+        context = "near the sea" if i == 3 else ""
+        expected = slow_answer(model, tokenizer, words + ("\n" + context) * bool(context))
+        lines.append({"instruction": words, "context": context, "category": "ab"[i // 3],
+                      "response": (expected if i % 2 == 0 else "no") or "?"})
     path = tmp_path / "records.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """batches(act): from now on the lengths of the prompts of each batch; before each
+    act(number of batches before it) is called."""
+    inner = talk.generate_ids
+
+    def count(act=lambda number: None):
+        found = []
+
+        def counted(model, tokenizer, ids, **sampling):
+            found.append([len(row) for row in ids])
+            act(len(found) - 1)
+            return inner(model, tokenizer, ids, **sampling)
+
+        monkeypatch.setattr(talk, "generate_ids", counted)
+        return found
+    return count
+
+
+def stop_at(count):
+    def act(number):
+        if number == count:
+            raise KeyboardInterrupt
+    return act
 
 
 @pytest.fixture
@@ -93,69 +119,45 @@ def test_raw_continues_the_prompt(answer, weights, adapter, tokenizer):
     assert answer("--raw")[1][0]["answer"] == want and want.startswith(" ")
 
 
-def test_a_batch_holds_records_of_like_length_and_does_not_change_the_answers(
-        answer, monkeypatch):
-    sizes, inner = [], talk.generate_ids
-
-    def recorded(model, tokenizer, ids, **sampling):
-        sizes.append([len(row) for row in ids])
-        return inner(model, tokenizer, ids, **sampling)
-
-    monkeypatch.setattr(talk, "generate_ids", recorded)
-    one = answer("--batch-size", 1, "--temperature", 1.5, "--seed", 3)[1]
+def test_a_batch_holds_records_of_like_length_and_does_not_change_the_answers(answer, batches):
+    hot = ("--temperature", 1.5, "--seed")
+    sizes = batches()
+    one = answer("--batch-size", 1, *hot, 3)[1]
     assert len(sizes) == 5
-    sizes.clear()
-    assert answer("--batch-size", 3, "--temperature", 1.5, "--seed", 3)[1] == one
+    sizes = batches()
+    assert answer("--batch-size", 3, *hot, 3)[1] == one
     assert [len(batch) for batch in sizes] == [3, 2]
     assert sum(sizes, []) == sorted(sum(sizes, []), reverse=True)
-    assert answer("--temperature", 1.5, "--seed", 4)[1] != one
-    greedy = answer()[1]
-    assert answer("--temperature", 1.5, "--top-p", 1e-6)[1] == greedy != one
-    sizes.clear()
-    answer()
-    assert len(sizes) == 1  # 8 are the default
+    assert answer(*hot, 4)[1] != one
+    sizes = batches()
+    assert answer()[1] == answer(*hot, 3, "--top-p", 1e-6)[1] != one
+    assert len(sizes) == 2  # 8 are the default
 
 
-def stop_after(monkeypatch, count):
-    """Interrupts the run after so many batches; returns the list of batches."""
-    calls, inner = [], talk.generate_ids
-
-    def stopping(*rest, **sampling):
-        if len(calls) == count:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return inner(*rest, **sampling)
-
-    monkeypatch.setattr(talk, "generate_ids", stopping)
-    return calls
-
-
-def test_an_interrupted_run_resumes_and_ends_with_the_same_file(answer, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_and_ends_with_the_same_file(answer, tmp_path, batches):
     flags = ("--batch-size", 2, "--temperature", 1.0)
     answer(*flags)
     whole = (tmp_path / "answers.jsonl").read_bytes()
     (tmp_path / "answers.jsonl").unlink()
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2)
-        status, lines, printed = answer(*flags)
+    batches(stop_at(2))
+    status, lines, printed = answer(*flags)
     assert status == 130 and not lines and "rerun the same command to continue" in printed
     partial = tmp_path / "answers.jsonl.partial"
     text = partial.read_text()
     assert len(text.splitlines()) == 1 + 4
     partial.write_text(text[:-9])  # torn: one record of the second batch is lost
-    with monkeypatch.context() as patched:
-        stop_after(patched, 1)
-        assert answer(*flags)[0] == 130
-    calls = stop_after(monkeypatch, 9)
+    batches(stop_at(1))
+    assert answer(*flags)[0] == 130
+    calls = batches()
     status, _, printed = answer(*flags)
     assert status == 0 and len(calls) == 1 and "wrote" in printed
     assert (tmp_path / "answers.jsonl").read_bytes() == whole and not partial.exists()
 
 
-def test_a_run_with_other_settings_is_not_resumed(answer, data, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        stop_after(patched, 1)
-        assert answer("--batch-size", 2)[0] == 130
+def test_a_run_with_other_settings_is_not_resumed(answer, data, tmp_path, batches):
+    batches(stop_at(1))
+    assert answer("--batch-size", 2)[0] == 130
+    batches()
     for flags, name in [(["--max-new-tokens", 5], "max_new_tokens"), (["--seed", 1], "seed"),
                         (["--temperature", 1], "temperature"), (["--top-p", 0.5], "top_p"),
                         (["--raw"], "raw"), (["--compare"], "compare"),
@@ -178,8 +180,8 @@ def test_a_run_with_other_settings_is_not_resumed(answer, data, tmp_path, monkey
 
 
 def test_impossible_flags_and_too_long_records_are_refused_before_the_first_answer(
-        weights, adapter, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(talk, "generate_ids", lambda *_, **__: pytest.fail("generated"))
+        weights, adapter, data, tmp_path, capsys, batches):
+    batches(lambda number: pytest.fail("generated"))
 
     def attempt(*argv):
         return refused(capsys, talk, "--weights", weights, "--adapter", adapter, *argv)
@@ -209,16 +211,10 @@ def test_an_unusable_record_is_skipped_and_named(answer, data):
     assert "records.jsonl: skipped: empty instruction (1 record); the first: line 11" in printed
 
 
-def test_a_second_run_into_one_file_is_refused(answer, tmp_path, monkeypatch):
-    inner, seen = talk.generate_ids, []
-
-    def meanwhile(*rest, **sampling):
-        if not seen:  # half way, the same command is given again
-            seen.append(None)
-            seen[0] = answer()
-        return inner(*rest, **sampling)
-
-    monkeypatch.setattr(talk, "generate_ids", meanwhile)
+def test_a_second_run_into_one_file_is_refused(answer, tmp_path, batches):
+    seen = []
+    # half way, the same command is given again
+    batches(lambda number: seen.append(answer()) if number == 0 else None)
     assert answer()[0] == 0
     status, _, printed = seen[0]
     assert status == 2 and f"generate.py: {tmp_path / 'answers.jsonl'} is held by" in printed

@@ -1,8 +1,5 @@
 """data/prepare_dolly.py and data/prepare_mmlu.py: complete data passes unchanged, anything else is
-refused in one line and nothing is written. Offline; the real files are used if they are there.
-
-    python -m pytest tests/test_prepare.py -q
-"""
+refused in one line and nothing is written. Offline; the real files are used if they are there."""
 
 import contextlib
 import hashlib
@@ -17,7 +14,7 @@ import tarfile
 import pytest
 
 from data import download, prepare_dolly, prepare_mmlu
-from tests.conftest import ROOT, asset
+from tests.conftest import ROOT, asset, status_of
 
 both_scripts = pytest.mark.parametrize("script", [prepare_dolly, prepare_mmlu])
 CATEGORIES = sorted(prepare_dolly.CATEGORIES)
@@ -30,12 +27,9 @@ def do_not_wait_for_the_disk(monkeypatch):
 
 def run(script, source, out):
     """Status, stdout and stderr of a script's main() with these flags."""
-    stdout, stderr, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        try:
-            script.main(["--source", str(source), "--out", str(out)])
-        except SystemExit as stop:
-            status = stop.code
+    with (contextlib.redirect_stdout(io.StringIO()) as stdout,
+          contextlib.redirect_stderr(io.StringIO()) as stderr):
+        status = status_of(script.main, ["--source", source, "--out", out]) or 0
     return status, stdout.getvalue(), stderr.getvalue()
 
 
@@ -46,16 +40,14 @@ def accepts(script, source, out):
     return stdout
 
 
-def refuses(script, source, out, *expected):
-    """Runs a script that must refuse: status 2, one line with every expected text, no new file
-    or folder next to `out`."""
+def refuses(script, source, out, *expected, status=2):
+    """Runs a script that must end with one line that has every expected text, and with no new
+    file or folder next to `out`."""
     before = sorted(out.parent.rglob("*"))
-    status, _, stderr = run(script, source, out)
+    found, _, stderr = run(script, source, out)
     name = script.__name__.removeprefix("data.")
-    assert status == 2
-    assert stderr.count("\n") == 1 and stderr.startswith(f"{name}.py: "), stderr
-    for text in expected:
-        assert text in stderr
+    assert found == status and stderr.count("\n") == 1 and stderr.startswith(f"{name}.py: "), stderr
+    assert all(text in stderr for text in expected), stderr
     assert sorted(out.parent.rglob("*")) == before
 
 
@@ -63,8 +55,7 @@ def refuses(script, source, out, *expected):
 
 
 def dolly_line(i=0, **changes):
-    record = dict(instruction=f"q {i} \u2028", context="", response="a",
-                  category=CATEGORIES[i % 8])
+    record = dict(instruction=f"q {i} \u2028", context="", response="a", category=CATEGORIES[i % 8])
     return (json.dumps({**record, **changes}, ensure_ascii=False) + "\n").encode()
 
 
@@ -81,14 +72,12 @@ def test_the_real_dolly_is_written_unchanged(tmp_path):
     assert out.read_bytes() == source.read_bytes()
     rows = [line.split() for line in printed.splitlines()]
     assert ["open_qa", "3,742"] in rows and ["records", "15,011"] in rows
-    assert "not the public original byte for byte" in printed
-    assert [path.name for path in out.parent.iterdir()] == ["dolly.jsonl"]
 
 
 def test_dolly_can_be_prepared_twice_but_never_replaces_another_file(tmp_path, made_dolly):
     out = tmp_path / "dolly.jsonl"
     accepts(prepare_dolly, made_dolly, out)
-    accepts(prepare_dolly, made_dolly, out)
+    assert "not the public original byte for byte" in accepts(prepare_dolly, made_dolly, out)
     out.write_text("mine")
     refuses(prepare_dolly, made_dolly, out, str(out), "differs", "--out")
     assert out.read_text() == "mine"
@@ -97,28 +86,21 @@ def test_dolly_can_be_prepared_twice_but_never_replaces_another_file(tmp_path, m
 def test_a_dolly_with_another_number_of_records_is_refused(tmp_path, made_dolly):
     whole, out = made_dolly.read_bytes(), tmp_path / "dolly.jsonl"
     for data, text in ((whole[:whole.rindex(b"\n", 0, -1) + 1], "15,010 records"),
-                       (whole[:-9], "line 15011: not JSON"), (b"", "found 0 records"),
+                       (whole[:-9], "line 15011:"), (b"", "found 0 records"),
                        (whole + dolly_line(), "15,012 records"),
                        (dolly_line() * 15_011, "in 1 categories, expected 15,011 in 8")):
         made_dolly.write_bytes(data)
         refuses(prepare_dolly, made_dolly, out, text)
 
 
-@pytest.mark.parametrize("line, text", [
-    (b"<!DOCTYPE html>\n", "not JSON"),
-    (b"\n", "not JSON"),
-    (b"\xff\xfe\n", "not JSON"),
-    (b"[" * 100_000 + b"\n", "not JSON"),
-    (b"[1]\n", "expected the fields"),
-    (b'{"instruction": "q"}\n', "expected the fields"),
-    (dolly_line(extra="x"), "expected the fields"),
-    (dolly_line(context=None), "not a string"),
-    (dolly_line(category="poetry"), "unknown category 'poetry'"),
-])
-def test_a_broken_dolly_line_is_named_by_its_number(tmp_path, line, text):
+@pytest.mark.parametrize("line", [
+    b"<!DOCTYPE html>\n", b"\n", b"\xff\xfe\n", b"[" * 100_000 + b"\n", b"[1]\n",
+    b'{"instruction": "q"}\n', dolly_line(extra="x"), dolly_line(context=None),
+    dolly_line(category="poetry")])
+def test_a_broken_dolly_line_is_named_by_its_number(tmp_path, line):
     source = tmp_path / "broken.jsonl"
     source.write_bytes(dolly_line() * 2 + line + dolly_line())
-    refuses(prepare_dolly, source, tmp_path / "dolly.jsonl", "line 3:", text)
+    refuses(prepare_dolly, source, tmp_path / "dolly.jsonl", "line 3: ", "is no record of Dolly")
 
 
 def test_a_download_must_be_the_public_original(tmp_path, made_dolly, monkeypatch):
@@ -183,7 +165,6 @@ def test_the_real_mmlu_is_copied_byte_for_byte(tmp_path):
     lines = [line.split() for line in printed.splitlines()]
     for split, rows in (("dev", "285"), ("val", "1542"), ("test", "14042")):
         assert [split, "57", "subjects", rows, "rows"] in lines
-    assert [path.name for path in out.parent.iterdir()] == ["mmlu"]
     rest = {"README.txt": b"x", "auxiliary_train/race.csv": b"x"}  # as in the public tar
     accepts(prepare_mmlu, make_tar(tmp_path / "tar", {**rest, **files}), tmp_path / "again")
     assert read_files(tmp_path / "again") == files
@@ -239,33 +220,22 @@ def test_what_is_not_the_whole_tar_is_refused(tmp_path):
     refuses(prepare_mmlu, source, out, "data/dev/x_dev.csv", "16,777,217 bytes")
 
 
-def test_mmlu_with_a_file_or_a_row_missing_is_refused(tmp_path):
+def test_mmlu_with_a_broken_row_or_a_row_or_file_missing_is_refused(tmp_path):
     source, out = make_folder(tmp_path / "source", mmlu_files()), tmp_path / "mmlu"
     file = source / "test" / "subject_aa_test.csv"
-    file.write_bytes(file.read_bytes()[:-len(ROW)])
+    whole = file.read_bytes()
+    for row, text in ((b"q,1,2,3,4, A\n", "row 2: the answer is ' A'"),
+                      (b"q,1,2,3,4,A,\n", "row 2: 7 columns"),
+                      (b'q,1,"2"3,3,4,A\n', "row 2: ',' expected after")):
+        file.write_bytes(b'"two\nlines",1,2,3,4,A\n' + row)
+        refuses(prepare_mmlu, source, out, "test/subject_aa_test.csv", text, "get the data again")
+    file.write_bytes(whole[:-len(ROW)])
     refuses(prepare_mmlu, source, out, "14041 rows in test", "14042")
     file.rename(source / "test" / "other_test.csv")
     refuses(prepare_mmlu, source, out, "same 57 subjects")
     (source / "test" / "other_test.csv").unlink()
     refuses(prepare_mmlu, source, out, "56 files test/")
     refuses(prepare_mmlu, tmp_path / "source" / "dev", out, "0 files dev/")
-
-
-@pytest.mark.parametrize("row, text", [
-    (b"q,1,2,3,A\n", "row 2: 5 columns"),
-    (b"q,1,2,3,4,A,\n", "row 2: 7 columns"),
-    (b"q,1,2,3,4,E\n", "row 2: the answer is 'E'"),
-    (b"q,1,2,3,4, A\n", "row 2: the answer is ' A'"),
-    (b'q,1,"2"3,3,4,A\n', "row 2: ',' expected after"),
-    (b'"never closed,1,2,3,4,A\n', "row 2: unexpected end of data"),
-    (b"\xff,1,2,3,4,A\n", "line 3 holds the byte 0xff"),
-    (b"", "1505 rows in val"),
-])
-def test_a_broken_mmlu_row_is_named_by_file_and_number(tmp_path, row, text):
-    name = "val/subject_ab_val.csv"
-    files = {**mmlu_files(), name: b'"two\nlines",1,2,3,4,A\n' + row}
-    source = make_tar(tmp_path / "data.tar", files)
-    refuses(prepare_mmlu, source, tmp_path / "mmlu", name if row else "", text)
 
 
 # ---------------------------------------------------------------- both scripts
@@ -313,27 +283,12 @@ def test_an_interrupted_download_leaves_nothing(tmp_path, script, end, status):
         connection.close()
     assert process.returncode == status
     assert error.count("\n") == 1 and "Traceback" not in error
-    assert printed == f"downloading {url}\n"
-    assert list(tmp_path.iterdir()) == []
+    assert printed == f"downloading {url}\n" and list(tmp_path.iterdir()) == []
 
 
-@both_scripts
-def test_ctrl_c_before_the_rename_leaves_nothing(tmp_path, script, monkeypatch, made_dolly):
+def test_ctrl_c_before_the_rename_leaves_nothing(tmp_path, monkeypatch, made_dolly):
     def interrupt(*paths):
         raise KeyboardInterrupt
 
-    source = made_dolly
-    if script is prepare_mmlu:
-        source = make_tar(tmp_path / "tar", mmlu_files())
-    before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(download.os, "replace", interrupt)
-    status, _, stderr = run(script, source, tmp_path / "out")
-    assert status == 130 and stderr.count("\n") == 1
-    assert sorted(tmp_path.iterdir()) == before
-
-
-@both_scripts
-def test_the_help_names_the_url(script, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        script.main(["--help"])
-    assert script.URL in "".join(capsys.readouterr().out.split())
+    refuses(prepare_dolly, made_dolly, tmp_path / "out", "nothing is half written", status=130)

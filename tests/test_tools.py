@@ -5,23 +5,15 @@ import json
 import os
 import re
 import struct
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from hydralora import (
-    adapter_parameters,
-    add_hydralora,
-    hydra_layers,
-    load_adapter,
-    save_adapter,
-)
+from hydralora import adapter_parameters, add_hydralora, hydra_layers, load_adapter, save_adapter
 from model import generate, load_llama
-from tests.conftest import ROOT, WORLD, file_size_limit
+from tests.conftest import WORLD, file_size_limit, status_of
 from tools import export_hf, hf_layout, import_hf, official_adapter, to_lora
 
 TOKENIZER = WORLD / "base" / "tokenizer.model"
@@ -95,7 +87,8 @@ def write_weights(folder, state, files, kind):
         if kind == "safetensors":
             (folder / name).write_bytes(safetensors_bytes(part))
         else:
-            torch.save(part, folder / name)
+            # before PyTorch 1.6 there was no archive
+            torch.save(part, folder / name, _use_new_zipfile_serialization=kind == "bin")
 
 
 @pytest.fixture
@@ -181,10 +174,7 @@ def slow_gates(model, ids):
 
 def run(tool, *argv):
     """The exit status of a tool."""
-    try:
-        return tool.main([str(arg) for arg in argv])
-    except SystemExit as end:
-        return end.code
+    return status_of(tool.main, argv)
 
 
 def refused(capsys, tool, *argv):
@@ -207,8 +197,8 @@ def same_bytes(before, after):
         for name in before)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
-@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("files, kind", [
+    (1, "safetensors"), (3, "safetensors"), (1, "bin"), (3, "bin"), (1, "old bin")])
 def test_an_imported_model_is_the_model_bit_for_bit(model, tmp_path, files, kind):
     folder = write_hf(tmp_path / "hf", hf_state(model), files, kind)
     assert run(import_hf, folder, tmp_path / "meta") == 0
@@ -310,14 +300,6 @@ def test_an_unreadable_file_of_added_tokens_does_not_stop_the_import(hf, tmp_pat
     assert "not carried over" not in capsys.readouterr().out
 
 
-def test_a_pickle_from_before_pytorch_1_6_is_read_too(model, tmp_path):
-    folder = write_hf(tmp_path / "hf", hf_state(model), kind="bin")
-    torch.save(hf_state(model), folder / "pytorch_model.bin",
-               _use_new_zipfile_serialization=False)
-    assert run(import_hf, folder, tmp_path / "meta") == 0
-    assert torch.equal(load_llama(tmp_path / "meta")[0](tokens(1, 5)), model(tokens(1, 5)))
-
-
 def test_a_tensor_that_is_part_of_a_larger_one_is_written_alone(model, tmp_path):
     state, fused = hf_state(model), torch.zeros(100000)
     norm = state["model.norm.weight"]
@@ -391,13 +373,11 @@ def test_import_keeps_neither_the_model_nor_copies_of_its_rows_in_memory(hf, tmp
     ({"model_type": "mistral"}, "model_type is 'mistral', not 'llama'"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear', not 'default'"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type is 'llama3'"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
     ({"rope_scaling": "dynamic"}, "rope_type is 'dynamic'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-    ({"attention_bias": True}, "attention_bias is True"),
-    ({"mlp_bias": True}, "mlp_bias is True"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+     "hidden_act is 'gelu', not 'silu'; attention_bias is True, not False; mlp_bias is True"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq"),
     ({"head_dim": 16}, "head_dim is 16"),
     ({"num_attention_heads": 5}, "an even multiple of n_heads 5"),
@@ -497,12 +477,9 @@ def headed(header, data=bytes(8)):
 
 @pytest.mark.parametrize("content, message", [
     (b"", "not a whole safetensors file"),
-    (b"1234567", "not a whole safetensors file"),
     (LFS.encode(), "is a Git LFS pointer"),
     (struct.pack("<Q", 2**63) + b"{}", "not a whole safetensors file"),
-    (headed(b"{"), "header of .* is not valid JSON"),
     (headed(b'{"a": {}, "a": {}}'), "it holds a name twice"),
-    (headed([]), "is not a JSON object"),
     (headed({"a": 1}), "'a' has no dtype, shape and data_offsets"),
     (headed({"a": {**ONE, "dtype": ["F32"]}}), "'a' has no dtype"),
     (headed({"a": {**ONE, "shape": [-2]}}), "'a' has no dtype"),
@@ -511,13 +488,10 @@ def headed(header, data=bytes(8)):
     (headed({"a": {**ONE, "data_offsets": [8, 0]}}), "has the offsets"),
     (headed({"a": {**ONE, "data_offsets": []}}), "'a' has no dtype"),
     (headed({"a": {**ONE, "shape": [3]}}), "12 bytes of F32"),
-    (headed({"a": {**ONE, "shape": [2**62, 2**62]}}), "has the offsets"),
     (headed({"a": {**ONE, "dtype": "I8", "shape": [8]}}), "quantised or integer"),
-    (headed({"a": {**ONE, "dtype": "F8_E4M3", "shape": [8]}}), "quantised or integer"),
     (headed({"a": ONE})[:-1], "do not fill its 7 bytes"),
     (headed({"a": ONE}, bytes(12)), "do not fill its 12 bytes"),
     (headed({"a": {**ONE, "data_offsets": [2**62, 2**62 + 8]}}), "do not fill its 8 bytes"),
-    (headed({"a": ONE, "b": ONE}), "without gap or overlap"),
     (headed({"a": ONE, "b": {**ONE, "data_offsets": [4, 12]}}, bytes(12)), "gap or overlap"),
 ])
 def test_a_hostile_safetensors_file_is_refused_in_one_line(hf, tmp_path, capsys, content, message):
@@ -611,11 +585,3 @@ def test_ctrl_c_leaves_nothing_and_exits_130(hf, tmp_path, capsys, monkeypatch, 
     assert run(import_hf, hf, tmp_path / "meta") == 130
     assert capsys.readouterr().err == "import_hf.py: interrupted; nothing was written\n"
     assert os.listdir(tmp_path) == ["hf"]
-
-
-@pytest.mark.slow
-def test_the_tools_run_as_modules_from_the_repository_root(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "tools.export_hf", tmp_path, tmp_path / "out"],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"export_hf.py: {tmp_path} has no params.json")

@@ -1,7 +1,6 @@
 """tools/ against transformers and peft themselves, where these are installed
 (requirements-optional.txt)."""
 
-import json
 import os
 import shutil
 
@@ -19,7 +18,6 @@ from tests.test_tools import (
     tuned,
     write_weights,
 )
-from tests.test_tools_adapters import RECORDS, loss_of, losses
 from tools import export_hf, import_hf, official_adapter, to_lora
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -113,10 +111,6 @@ def test_transformers_tokenizer_gives_our_ids_after_export(tmp_path, tokenizer):
 # ---------------------------------------------------------------- adapters
 
 
-FEED_FORWARD, ATTENTION = ("gate_proj", "up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj",
-                                                                  "o_proj")
-
-
 def apply_formula(hf, tensors, alpha, rank, heads):
     """y += (alpha / r) * sum_i w_i B_i A x on every module of transformers' model that has them."""
     def adapt(place):
@@ -136,7 +130,8 @@ def apply_formula(hf, tensors, alpha, rank, heads):
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize("targets", [FEED_FORWARD, ATTENTION], ids=["feed-forward", "attention"])
+@pytest.mark.parametrize("targets", [("gate_proj", "up_proj", "down_proj"),
+                                     ("q_proj", "k_proj", "v_proj", "o_proj")], ids=str)
 def test_their_adapter_gives_the_logits_of_the_formula_in_their_layout(
         model, tmp_path, targets, heads):
     save_llama(model, TOKENIZER, tmp_path / "meta")
@@ -189,22 +184,6 @@ def test_the_exported_lora_has_our_logits_in_peft(hf_weights, tmp_path, targets,
     path = make_adapter(hf_weights, tmp_path / "a.pt", targets, **settings)
     assert run(to_lora, path, tmp_path / "lora", "--weights", hf_weights) == 0
     check_against_peft(tmp_path, hf_weights, path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("gate", ["uniform", "calibrated"])
-def test_peft_has_the_loss_that_was_printed_for_several_heads(
-        hf_weights, tmp_path, tokenizer, capsys, gate):
-    path = make_adapter(hf_weights, tmp_path / "a.pt", ALL, heads=3)
-    records = tmp_path / "records.json"
-    records.write_text(json.dumps(RECORDS))
-    run(to_lora, path, tmp_path / "lora", "--weights", hf_weights, "--constant", gate,
-        "--data", records, "--val-data", records)
-    base, before, after = losses(capsys.readouterr().out)
-    theirs = peft_model(tmp_path)
-    assert after == pytest.approx(loss_of(lambda ids: theirs(ids).logits, tokenizer, RECORDS),
-                                  abs=1e-3)
-    assert abs(after - before) > 0.01
 
 
 @pytest.mark.slow

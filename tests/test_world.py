@@ -13,7 +13,7 @@ import eval_mmlu
 import train
 from data.corpus import encode_records, encode_texts, prompt_text, read_records
 from data.make import base, families, primer, quiz, world
-from data.make.facts import ANIMALS, COUNTRIES, ELEMENTS, OPPOSITES, VERBS
+from data.make.facts import FACTS
 from data.mmlu import CATEGORY, read_rows
 from experiments import check_world
 from model import load_llama, save_llama
@@ -24,7 +24,7 @@ from tests.conftest import WORLD, tiny_model
 
 TRAIN, VAL = read_records(WORLD / "train.jsonl"), read_records(WORLD / "val.jsonl")
 QUIZ = {path.stem: read_rows(path) for path in sorted(WORLD.glob("quiz/*/*.csv"))}
-FAMILIES = {family.__name__ for family in families.FAMILIES}
+FAMILIES = set(families.FAMILIES)
 
 
 def records_of(family):
@@ -106,7 +106,7 @@ def test_every_translation_follows_the_words_and_the_order_of_its_language(langu
     assert len(set(words.values())) == len(words)
     for record in records_of(language.lower()):
         text = re.split(r"[:?] ", record["instruction"])[1].rstrip(".")
-        verb, = [word for word in text.split() if word in VERBS]
+        verb, = [word for word in text.split() if word in FACTS.verbs]
         subject, thing = [part.split()[1:] for part in text.split(f" {verb} ")]
         order = {"Norvan": subject + thing + [verb], "Tavi": [verb] + thing + subject,
                  "Ostic": thing[::-1] + subject[::-1] + [verb]}[language]
@@ -129,9 +129,9 @@ def test_every_lettered_answer_is_true():
         match = re.fullmatch(r"What is the (symbol|atomic number|opposite) of (.+)\?", question)
         kind, thing = match.groups()
         if kind == "opposite":
-            assert answer == OPPOSITES[thing]
+            assert answer == FACTS.opposites[thing]
         else:
-            assert answer == str(ELEMENTS[thing][kind != "symbol"])
+            assert answer == str(FACTS.elements[thing][kind != "symbol"])
 
 
 # ---------------------------------------------------------------- the quiz is true
@@ -144,7 +144,7 @@ def test_the_quiz_has_mmlus_layout_and_size_and_no_question_twice():
     assert all(len(QUIZ[name.replace("_test", "_dev")]) == 5 for name in tests)
     rows = [row for rows in QUIZ.values() for row in rows]
     assert all(len(set(row[1:5])) == 4 for row in rows)
-    assert len(set(map(quiz.quiz_key, rows))) == len(rows)
+    assert len(set(map(quiz.row_key, rows))) == len(rows)
 
 
 def test_the_quiz_asks_in_words_that_neither_base_nor_corpus_has_read(pretraining):
@@ -154,8 +154,8 @@ def test_the_quiz_asks_in_words_that_neither_base_nor_corpus_has_read(pretrainin
 
 def test_the_corpus_asks_for_no_fact_of_the_quiz():
     """Capitals, continents, and which kind an animal is."""
-    pairs = {(country, known) for country, both in COUNTRIES.items() for known in both}
-    pairs |= {(animal, kind) for kind, animals in ANIMALS.items() for animal in animals}
+    pairs = {(country, known) for country, both in FACTS.countries.items() for known in both}
+    pairs |= {(animal, kind) for kind, animals in FACTS.animals.items() for animal in animals}
     for record in records_of("facts") + records_of("lettered"):
         text = f" {re.sub('[^A-Za-z]', ' ', prompt_text(record) + ' ' + record['response'])} "
         assert not any(f" {a} " in text and f" {b} " in text for a, b in pairs)
@@ -166,12 +166,12 @@ def test_the_corpus_asks_for_no_fact_of_the_quiz():
 
 
 def test_quiz_answers_are_true_and_their_letters_balanced():
-    kinds = {animal: kind for kind, members in ANIMALS.items() for animal in members}
+    kinds, places = quiz.KIND_OF, FACTS.countries
     forms = {
-        r"Which city is the capital of (.+)\?": lambda x, option: COUNTRIES[x][0] == option,
-        r"(.+) is the capital of which country\?": lambda x, option: COUNTRIES[option][0] == x,
-        r"In which continent is (.+)\?": lambda x, option: COUNTRIES[x][1] == option,
-        r"Which country is in (.+)\?": lambda x, option: COUNTRIES[option][1] == x,
+        r"Which city is the capital of (.+)\?": lambda x, option: places[x][0] == option,
+        r"(.+) is the capital of which country\?": lambda x, option: places[option][0] == x,
+        r"In which continent is (.+)\?": lambda x, option: places[x][1] == option,
+        r"Which country is in (.+)\?": lambda x, option: places[option][1] == x,
         r"What kind is the (.+)\?": lambda x, option: kinds[x] == option,
         r"Which animal is of the kind (.+)\?": lambda x, option: kinds[option] == x}
     rows = [row for rows in QUIZ.values() for row in rows]
@@ -290,8 +290,8 @@ def measure(monkeypatch):
 def test_the_base_is_measured_on_questions_that_the_quiz_does_not_ask():
     others = base.other_questions(1)["test"]
     assert others.keys() == quiz.QUIZ.keys() and sum(map(len, others.values())) == 882
-    asked = {quiz.quiz_key(row) for subject in others for row in QUIZ[f"{subject}_test"]}
-    assert not asked & {quiz.quiz_key(row) for rows in others.values() for row in rows}
+    asked = {quiz.row_key(row) for subject in others for row in QUIZ[f"{subject}_test"]}
+    assert not asked & {quiz.row_key(row) for rows in others.values() for row in rows}
 
 
 def test_a_base_whose_questions_are_those_of_the_quiz_is_refused_before_training(trained, capsys):

@@ -31,7 +31,7 @@ from data.corpus import (
 from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_ids, generate_tokens
 from support.cli import Parser, check_min, flag, progress, run_script
-from support.device import add_device_flags, pick_device, pick_dtype
+from support.device import add_device_flags, autocast, pick_device, pick_dtype
 from support.diagnose import model_length
 from support.distributed import add_shard_flag, process_group
 from support.evaluation import most_specialised_layer
@@ -371,7 +371,7 @@ def load(args):
 def run(args):
     resolve_talk_args(args, has_input=args.prompts or args.data)
     check_file_args(args)
-    with process_group(args.device, args.shard_base):
+    with process_group(args.device, args.shard_base), autocast(args.device, args.dtype):
         if not args.data:
             return answer_prompts(args)
         with file_lock(f"{args.out}.lock", args.out):

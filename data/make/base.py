@@ -2,15 +2,10 @@
 
     python -m data.make.base    # writes data/world/base/ in Meta's layout; an hour on two cores
 
-The tokenizer is sentencepiece BPE with LLaMA's settings. `train.py --method full`
-trains the model on the five stages of the primer (primer.py), one after another. The
-result is stored in bf16 to keep the repository small.
-
-The recipe alone does not decide whether stage three teaches the letters of right
-answers, or how far stage five takes them away again: the rounding of another machine
-may. So letters are measured after both stages, on questions that the quiz does not ask.
-Where it is needed, stage three is repeated, and of stage five only a part is taken
-(docs/world.md).
+`train.py --method full` trains the model on the five stages of the primer (primer.py), one
+after another. Rounding decides whether stage three teaches the letters of right answers and
+how far stage five takes them away, so letters are measured after both; where it is needed,
+stage three is repeated, and of stage five only a part is taken (docs/world.md).
 """
 
 import argparse
@@ -27,7 +22,7 @@ import torch
 from data import WORLD
 from data.corpus import without_duplicates
 from data.make.primer import STAGES, THIRD, held_out_rows, make_primer
-from data.make.quiz import make_quiz, quiz_key
+from data.make.quiz import make_quiz, row_key
 from data.make.world import write_quiz, write_records
 from data.mmlu import read_questions
 from model import ModelArgs, Transformer, load_llama, save_llama
@@ -42,7 +37,7 @@ ATTEMPTS = 3  # at stage three, at most
 
 
 def make_tokenizer(records, path):
-    """Trains BPE with LLaMA's settings: byte fallback, single digits, text as it is."""
+    """Trains sentencepiece BPE as LLaMA's: byte fallback, single digits, text as it is."""
     keys = ("instruction", "context", "response")
     text = [record[key] for record in records for key in keys if record[key]]
     written = io.BytesIO()
@@ -90,9 +85,9 @@ def train_stage(args, number, start, folder, repeat=0):
 def other_questions(seed):
     """{"test": {subject: rows}}: questions like those of the quiz, and none of it."""
     quiz, _ = read_questions(WORLD / "quiz", shots=0)
-    asked = {quiz_key(row) for rows in quiz.values() for row in rows}
+    asked = {row_key(row) for rows in quiz.values() for row in rows}
     drawn = make_quiz(seed)["test"]
-    return {"test": {subject: [row for row in rows if quiz_key(row) not in asked]
+    return {"test": {subject: [row for row in rows if row_key(row) not in asked]
                      for subject, rows in drawn.items()}}
 
 

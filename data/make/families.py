@@ -1,46 +1,25 @@
 """The families: the ten tasks of the embedded world's corpus, one category each.
 
 HydraLoRA is for corpora whose tasks interfere (section 2.2), so the families clash on
-purpose: the same sentences are translated into three languages, the same words get one
-label or another by a cue, the same facts are answered in a word or in a sentence, sums
-and dates count in different number systems.
+purpose (docs/world.md). The content of a record is its atoms: a word, an operand pair, a
+fact, a line of code. In five families a quarter of the atoms never occurs in training
+(is_new), and validation asks about these alone; in the others only combinations are new.
 
-The content of a record is its atoms: a word, an operand pair, a fact, a line of code.
-In five families (norvan, tavi, ostic, code, extraction) a quarter of the atoms never
-occurs in training (is_new), and validation asks about these alone. In the others only
-the combinations are new. Used by world.py:
-
-    instruction, context, response = norvan(random.Random(0), new=False)
+    instruction, context, response = facts(random.Random(0), new=False)
 """
 
+import functools
 import hashlib
 import random
 import re
 
-from data.make.facts import (
-    COLOURS,
-    COUNTRIES,
-    DAYS,
-    ELEMENTS,
-    JOBS,
-    MADE_OF,
-    MAKERS,
-    MONEY,
-    MONTHS,
-    NAMES,
-    OPPOSITES,
-    PEOPLE,
-    SIZES,
-    THINGS,
-    VERBS,
-    YOUNG,
-)
-from data.make.quiz import KIND_OF, question_text, quiz_row
+from data.make.facts import FACTS
+from data.make.quiz import KIND_OF, make_row, question_text
 
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 HOURS = [f"{hour} o'clock" for hour in range(1, 13)]
-CYCLES = {"day": DAYS, "month": MONTHS, "hour": HOURS}
-VERB_LIST = sorted(VERBS)
+CYCLES = {"day": FACTS.days, "month": FACTS.months, "hour": HOURS}
+VERB_LIST = sorted(FACTS.verbs)
 
 
 def is_new(atom):
@@ -71,7 +50,7 @@ def sum_of(rng):
 
 def date_of(rng):
     """(a day or month counted from another, what it is)."""
-    unit, cycle = rng.choice([("day", DAYS), ("month", MONTHS)])
+    unit, cycle = rng.choice([("day", FACTS.days), ("month", FACTS.months)])
     start = rng.choice(cycle)
     steps = rng.randint(2, 3)
     way = rng.choice(["after", "before"])
@@ -98,7 +77,7 @@ def calendar(rng, _):
 # ---------------------------------------------------------------- languages
 
 
-def sentence(rng, people=PEOPLE, verbs=VERB_LIST, things=THINGS, sizes=SIZES):
+def sentence(rng, people=FACTS.people, verbs=VERB_LIST, things=FACTS.things, sizes=FACTS.sizes):
     """(subject, verb, object) with an optional size or colour before each noun."""
     def phrase(nouns):
         size = rng.choice(sizes) + " " if rng.random() < 0.5 else ""
@@ -107,7 +86,7 @@ def sentence(rng, people=PEOPLE, verbs=VERB_LIST, things=THINGS, sizes=SIZES):
 
 
 # the words that have translations: people, verbs, things, sizes
-TRANSLATED = PEOPLE[:8], VERB_LIST[::3], THINGS[:8], SIZES[:4]
+TRANSLATED = FACTS.people[:8], VERB_LIST[::3], FACTS.things[:8], FACTS.sizes[:4]
 
 
 def lexicon(language):
@@ -148,25 +127,13 @@ def translation(language, rng, new):
             translate(language, subject, verb, thing) + ".")
 
 
-def norvan(rng, new):
-    return translation("Norvan", rng, new)
-
-
-def tavi(rng, new):
-    return translation("Tavi", rng, new)
-
-
-def ostic(rng, new):
-    return translation("Ostic", rng, new)
-
-
 # ---------------------------------------------------------------- code, cards, words
 
 
 def code_line(rng):
     """(the line of Python, what it does)."""
     name, other = rng.sample("abcdnxyz", 2)
-    number, more, word = rng.randint(1, 30), rng.randint(2, 9), rng.choice(THINGS)
+    number, more, word = rng.randint(1, 30), rng.randint(2, 9), rng.choice(FACTS.things)
     return rng.choice([
         (f"{name} = {other} + {number}", f"sets {name} to {other} plus {number}"),
         (f"{name}.append({number})", f"adds {number} to the list {name}"),
@@ -195,8 +162,8 @@ def person_text(name, job, town, age):
 def extraction(rng, new):
     """People are new in validation, their names and jobs are not."""
     def person(rng):
-        name, job, age = rng.choice(NAMES), rng.choice(JOBS), rng.randint(18, 80)
-        town = rng.choice(sorted(COUNTRIES.values()))[0]
+        name, job, age = rng.choice(FACTS.names), rng.choice(FACTS.jobs), rng.randint(18, 80)
+        town = rng.choice(sorted(FACTS.countries.values()))[0]
         return person_text(name, job, town, age), f"{town}: {name}, {age}, {job}."
     facts, cards = zip(*(draw(person, rng, new) for _ in range(2)))
     ask = rng.choice(["Fill in the cards.", "Extract the fields of the cards."])
@@ -204,11 +171,11 @@ def extraction(rng, new):
 
 
 # group: (the label that one cue asks for, its words)
-GROUPS = {"land": ("where", sorted(COUNTRIES)),
-          "town": ("where", sorted(c for c, _ in COUNTRIES.values())),
-          "element": ("what", sorted(ELEMENTS)), "animal": ("what", sorted(KIND_OF)),
-          "thing": ("what", THINGS), "colour": ("what", COLOURS),
-          "job": ("who", JOBS), "name": ("who", NAMES)}
+GROUPS = {"land": ("where", sorted(FACTS.countries)),
+          "town": ("where", sorted(c for c, _ in FACTS.countries.values())),
+          "element": ("what", sorted(FACTS.elements)), "animal": ("what", sorted(KIND_OF)),
+          "thing": ("what", FACTS.things), "colour": ("what", FACTS.colours),
+          "job": ("who", FACTS.jobs), "name": ("who", FACTS.names)}
 
 
 def classification(rng, _):
@@ -227,84 +194,72 @@ def classification(rng, _):
 
 # kind: ({thing: what is known of it}, the question, the answer in a sentence)
 OPEN = {
-    "young": (YOUNG, "the young of the {0}", "The young of the {0} is the {1}."),
-    "made": (MADE_OF, "the stuff of {0}", "The stuff of {0} is {1}."),
-    "past": ({verb: past for verb, (past, _) in VERBS.items()},
+    "young": (FACTS.young, "the young of the {0}", "The young of the {0} is the {1}."),
+    "made": (FACTS.made_of, "the stuff of {0}", "The stuff of {0} is {1}."),
+    "past": ({verb: past for verb, (past, _) in FACTS.verbs.items()},
              "the past of {0}", "The past of {0} is {1}."),
-    "money": (MONEY, "the money of {0}", "The money of {0} is the {1}."),
-    "maker": (MAKERS, "the maker of {0}", "The maker of {0} is {1}."),
+    "money": (FACTS.money, "the money of {0}", "The money of {0} is the {1}."),
+    "maker": (FACTS.makers, "the maker of {0}", "The maker of {0} is {1}."),
 }
 LETTERED = {
-    "symbol": ({element: symbol for element, (symbol, _) in ELEMENTS.items()},
+    "symbol": ({element: symbol for element, (symbol, _) in FACTS.elements.items()},
                "What is the symbol of {}?"),
-    "number": ({element: str(number) for element, (_, number) in ELEMENTS.items()},
+    "number": ({element: str(number) for element, (_, number) in FACTS.elements.items()},
                "What is the atomic number of {}?"),
-    "opposite": (OPPOSITES, "What is the opposite of {}?"),
+    "opposite": (FACTS.opposites, "What is the opposite of {}?"),
 }
 
 
 def draw_fact(kinds, rng):
-    """(kind, thing)."""
+    """(thing, what is known of it, ...): the values of a kind after one of its things."""
     kind = rng.choice(sorted(kinds))
-    return kind, rng.choice(sorted(kinds[kind][0]))
+    return rng.choice(sorted(kinds[kind][0])), *kinds[kind]
 
 
 def facts(rng, _):
     """Two facts, in a word or in a sentence, as the cue says."""
-    asked = []
-    words = []
-    sentences = []
-    for _ in range(2):
-        kind, thing = draw_fact(OPEN, rng)
-        known, name, sentence = OPEN[kind]
-        asked.append(name.format(thing))
-        words.append(known[thing])
-        sentences.append(sentence.format(thing, known[thing]))
-    question = " and ".join(asked)
+    drawn = [draw_fact(OPEN, rng) for _ in range(2)]
+    question = " and ".join(name.format(thing) for thing, _, name, _ in drawn)
     if rng.random() < 0.5:
-        return f"In a word: {question}?", "", ", ".join(words)
-    return f"Tell me: {question}?", "", " ".join(sentences)
+        words = ", ".join(known[thing] for thing, known, _, _ in drawn)
+        return f"In a word: {question}?", "", words
+    sentences = " ".join(text.format(thing, known[thing]) for thing, known, _, text in drawn)
+    return f"Tell me: {question}?", "", sentences
 
 
 def lettered(rng, _):
     """A question in MMLU's layout, on subjects that the quiz does not have."""
-    kind, thing = draw_fact(LETTERED, rng)
-    known, question = LETTERED[kind]
-    row = quiz_row(question.format(thing), known[thing],
+    thing, known, question = draw_fact(LETTERED, rng)
+    row = make_row(question.format(thing), known[thing],
                    sorted({*known.values()} - {known[thing]}), rng)
     return question_text(row), "", f"Answer: {row[5]}"
 
 
-FAMILIES = [arithmetic, calendar, norvan, tavi, ostic, code, extraction, classification,
-            facts, lettered]
+FAMILIES = {"arithmetic": arithmetic, "calendar": calendar,
+            "norvan": functools.partial(translation, "Norvan"),
+            "tavi": functools.partial(translation, "Tavi"),
+            "ostic": functools.partial(translation, "Ostic"), "code": code,
+            "extraction": extraction, "classification": classification, "facts": facts,
+            "lettered": lettered}
+# family: the key of a record that holds its atoms, and what they look like in its text
+ATOMS = {"arithmetic": ("instruction", r"\d+ \w+ \d+"),
+         "calendar": ("instruction", r"\d \w+s (?:after|before) [^,?.]+"),
+         **dict.fromkeys(["norvan", "tavi", "ostic"], ("instruction", "[:?] (.+)")),
+         "code": ("response", ".+"), "extraction": ("context", r"\w+ is a [^.]+\."),
+         "classification": ("response", r"(\w+) - \w+"),
+         "facts": ("instruction", r"the (?:young|stuff|past|money|maker) of .+?(?=\?| and the )"),
+         "lettered": ("instruction", r"\A.+")}
 
 
 def atoms(record):
-    """The content of a record, read from its text alone: operand pairs, dates,
-    sentences, lines of Python, people, words, facts."""
-    family, text = record["category"], record["instruction"]
-    if family == "arithmetic":
-        sums = re.findall(r"(\d+) (\w+) (\d+)", text)
-        return [(sign, *sorted([a, b])) for a, sign, b in sums]
-    if family == "calendar":
-        return re.findall(r"\d \w+s (?:after|before) [^,?]+", text.rstrip("."))
-    if family in ("norvan", "tavi", "ostic"):
-        return [re.split(r"[:?] ", text)[1]]
-    if family == "code":
-        return record["response"].split("\n")
-    if family == "extraction":
-        return re.findall(r"\w+ is a [^.]+\.", record["context"])
-    if family == "classification":
-        return re.findall(r"(\w+) - \w+", record["response"])
-    if family == "facts":
-        kinds = "young|stuff|past|money|maker"
-        return re.findall(rf"the (?:{kinds}) of .+?(?=\?| and the )", text)
-    return [text.split("\n")[0]]
+    """The content of a record, read from its text alone: sums, dates, sentences, lines of
+    Python, people, words, facts."""
+    key, form = ATOMS[record["category"]]
+    return re.findall(form, record[key])
 
 
 def combination(record):
     """A key that no two records of the corpus share: the set of atoms, and the set of
     options of a question that has options."""
     options = record["instruction"].split("\n")[1:]
-    return (record["category"], *sorted(map(str, atoms(record))),
-            *sorted(option[3:] for option in options))
+    return (record["category"], *sorted(atoms(record)), *sorted(option[3:] for option in options))

@@ -1,53 +1,16 @@
 """The primer: the texts that the embedded world's base model is pretrained on.
 
 The first three stages teach it to read: facts, formats, letters, looking things up. The
-fourth has the ingredients of the families (families.py) in other forms than the corpus:
-words and lines of three languages, Python, sums, dates, more facts. It has no record of
-a family and no question of the quiz (quiz.py). Used by base.py:
+fourth has the ingredients of the families (families.py) in other forms than the corpus.
+No text is a record of a family or a question of the quiz (quiz.py).
 
     records = make_primer(seed=0, count=1000, stage=FOURTH)
 """
 
 import random
 
-from data.make.facts import (
-    ANIMALS,
-    COLOURS,
-    COUNTRIES,
-    DAYS,
-    ELEMENTS,
-    JOBS,
-    MONTHS,
-    NAMES,
-    OPPOSITES,
-    PEOPLE,
-    SIZES,
-    THINGS,
-    VERBS,
-)
-from data.make.families import (
-    CYCLES,
-    GROUPS,
-    LEXICON,
-    OPEN,
-    SYLLABLES,
-    TRANSLATED,
-    code_line,
-    date_of,
-    person_text,
-    sentence,
-    sum_of,
-    translate,
-)
-from data.make.quiz import (
-    KIND_OF,
-    QUESTIONS,
-    article,
-    question_text,
-    quiz_key,
-    quiz_row,
-    right_option,
-)
+from data.make import families, quiz
+from data.make.facts import FACTS
 from data.mmlu import format_prompt
 
 HELD_OUT_ROWS = 145  # of each subject below
@@ -60,7 +23,7 @@ def held_out_rows(seed):
         rng = random.Random(f"high_school_{subject} {seed}")
         rows = set()
         while len(rows) < HELD_OUT_ROWS:
-            rows.add(quiz_key(quiz_row(*QUESTIONS[subject](rng), rng)))
+            rows.add(quiz.row_key(quiz.make_row(*quiz.QUESTIONS[subject](rng), rng)))
         held_out |= rows
     return held_out
 
@@ -72,14 +35,14 @@ def held_out_rows(seed):
 def draw_row(subject, rng, held_out):
     """A row of the subject that is not held out."""
     while True:
-        row = quiz_row(*QUESTIONS[subject](rng), rng)
-        if quiz_key(row) not in held_out:
+        row = quiz.make_row(*quiz.QUESTIONS[subject](rng), rng)
+        if quiz.row_key(row) not in held_out:
             return row
 
 
 def draw_page(rng, held_out, counts):
     """(subject, rows): as many questions of one subject as is drawn from counts."""
-    subject, count = rng.choice(sorted(QUESTIONS)), rng.choice(counts)
+    subject, count = rng.choice(sorted(quiz.QUESTIONS)), rng.choice(counts)
     return subject, [draw_row(subject, rng, held_out) for _ in range(count)]
 
 
@@ -102,10 +65,10 @@ def primer_last(rng, held_out):
 
 def primer_letter(rng, held_out):
     """One question in the prompt, its letter or option in the response."""
-    row = draw_row(rng.choice(sorted(QUESTIONS)), rng, held_out)
+    row = draw_row(rng.choice(sorted(quiz.QUESTIONS)), rng, held_out)
     if rng.random() < 0.5:
-        return f"{question_text(row)}\nAnswer:", "", row[5]
-    return f"{question_text(row)}\nSay the answer.", "", right_option(row)
+        return f"{quiz.question_text(row)}\nAnswer:", "", row[5]
+    return f"{quiz.question_text(row)}\nSay the answer.", "", quiz.right_option(row)
 
 
 def as_options(words):
@@ -114,7 +77,8 @@ def as_options(words):
 
 def primer_option(rng, _):
     """Letters and options without any knowledge: the part of a quiz that is reading."""
-    words = rng.sample(PEOPLE + THINGS + sorted(KIND_OF) + sorted(COUNTRIES), 4)
+    known = sorted(quiz.KIND_OF) + sorted(FACTS.countries)
+    words = rng.sample(FACTS.people + FACTS.things + known, 4)
     i = rng.randrange(4)
     if rng.random() < 0.5:
         return f"Which letter stands before {words[i]}?\n{as_options(words)}", "", "ABCD"[i]
@@ -123,14 +87,15 @@ def primer_option(rng, _):
 
 def primer_said(rng, held_out):
     """The answer, then its letter: a step between knowing one and finding the other."""
-    row = draw_row(rng.choice(sorted(QUESTIONS)), rng, held_out)
-    return (f"{question_text(row)}\nSay the answer and its letter.", "",
-            f"{right_option(row)} {row[5]}")
+    row = draw_row(rng.choice(sorted(quiz.QUESTIONS)), rng, held_out)
+    return (f"{quiz.question_text(row)}\nSay the answer and its letter.", "",
+            f"{quiz.right_option(row)} {row[5]}")
 
 
 def primer_lookup(rng, _):
     """The letters of four options, or the options of four letters, in another order."""
-    words = rng.sample(PEOPLE + THINGS + sorted({**KIND_OF, **COUNTRIES, **ELEMENTS}), 4)
+    known = sorted({**quiz.KIND_OF, **FACTS.countries, **FACTS.elements})
+    words = rng.sample(FACTS.people + FACTS.things + known, 4)
     pairs = list(zip("ABCD", words))
     rng.shuffle(pairs)
     if rng.random() < 0.3:
@@ -144,12 +109,11 @@ def primer_lookup(rng, _):
 
 def primer_everybody(rng, _):
     """The same with people: where each is from, or what each does."""
-    people = rng.sample(NAMES, 4)
-    towns = rng.sample(sorted(c for c, _ in COUNTRIES.values()), 4)
-    jobs = rng.sample(JOBS, 4)
+    people = rng.sample(FACTS.names, 4)
+    towns = rng.sample(sorted(c for c, _ in FACTS.countries.values()), 4)
+    jobs = rng.sample(FACTS.jobs, 4)
     text = " ".join(f"{n} is a {j} from {t}." for n, j, t in zip(people, jobs, towns))
-    ask, values = rng.choice([("Where are they from?", towns),
-                              ("What do they do?", jobs)])
+    ask, values = rng.choice([("Where are they from?", towns), ("What do they do?", jobs)])
     pairs = list(zip(people, values))
     rng.shuffle(pairs)
     return (f"{ask} {', '.join(name for name, _ in pairs)}", text,
@@ -158,13 +122,14 @@ def primer_everybody(rng, _):
 
 def known_pairs():
     """[{thing: what is known of it}] of each kind of fact, some in both directions."""
-    capitals = {country: capital for country, (capital, _) in COUNTRIES.items()}
-    symbols = {element: symbol for element, (symbol, _) in ELEMENTS.items()}
-    numbers = {element: str(number) for element, (_, number) in ELEMENTS.items()}
-    continents = {country: continent for country, (_, continent) in COUNTRIES.items()}
+    capitals = {country: capital for country, (capital, _) in FACTS.countries.items()}
+    symbols = {element: symbol for element, (symbol, _) in FACTS.elements.items()}
+    numbers = {element: str(number) for element, (_, number) in FACTS.elements.items()}
+    continents = {country: continent for country, (_, continent) in FACTS.countries.items()}
     countries = {capital: country for country, capital in capitals.items()}
     elements = {symbol: element for element, symbol in symbols.items()}
-    return [capitals, symbols, numbers, OPPOSITES, countries, elements, continents, KIND_OF]
+    return [capitals, symbols, numbers, FACTS.opposites, countries, elements, continents,
+            quiz.KIND_OF]
 
 
 def primer_matching(rng, _):
@@ -182,7 +147,7 @@ def primer_matching(rng, _):
 
 
 def primer_fact(rng, _):
-    ask = rng.choice(list(QUESTIONS.values()))
+    ask = rng.choice(list(quiz.QUESTIONS.values()))
     question, answer, _ = ask(rng)
     while question.startswith("Which of these"):  # makes no sense without its options
         question, answer, _ = ask(rng)
@@ -190,12 +155,12 @@ def primer_fact(rng, _):
 
 
 def primer_article(rng, _):
-    country, element = rng.choice(sorted(COUNTRIES)), rng.choice(sorted(ELEMENTS))
-    kind = rng.choice(sorted(ANIMALS))
-    capital, continent = COUNTRIES[country]
-    symbol, number = ELEMENTS[element]
+    country, element = rng.choice(sorted(FACTS.countries)), rng.choice(sorted(FACTS.elements))
+    kind = rng.choice(sorted(FACTS.animals))
+    capital, continent = FACTS.countries[country]
+    symbol, number = FACTS.elements[element]
     kinds = "fish" if kind == "fish" else f"{kind}s"
-    animals = rng.sample(ANIMALS[kind], 3)
+    animals = rng.sample(FACTS.animals[kind], 3)
     return rng.choice([
         (f"Tell me about {country}.", "",
          f"{country} is a country in {continent}. The capital of {country} is {capital}. "
@@ -204,7 +169,7 @@ def primer_article(rng, _):
          f"{element} is an element. The symbol of {element} is {symbol}. "
          f"The atomic number of {element} is {number}."),
         (f"Name some {kinds}.", "",
-         " ".join(f"The {animal} is {article(kind)}." for animal in animals)),
+         " ".join(f"The {animal} is {quiz.article(kind)}." for animal in animals)),
     ])
 
 
@@ -212,9 +177,10 @@ def primer_copy(rng, _):
     """Words, invented words, numbers and signs: all tokens that a family writes."""
     symbols = [*"()=+*<>:;-\".,", "len", "print", "range", "for", "in", "if", "def", "return",
                "append", "open", "break", ".txt", "name", "job", "age"]
-    verbs = [form for verb, forms in VERBS.items() for form in (verb, *forms)]
-    words = PEOPLE + THINGS + SIZES + verbs + DAYS + MONTHS + JOBS + NAMES
-    pools = [lambda: "".join(rng.choices(SYLLABLES, k=rng.choice([2, 3]))),
+    verbs = [form for verb, forms in FACTS.verbs.items() for form in (verb, *forms)]
+    words = (FACTS.people + FACTS.things + FACTS.sizes + verbs + FACTS.days + FACTS.months
+             + FACTS.jobs + FACTS.names)
+    pools = [lambda: "".join(rng.choices(families.SYLLABLES, k=rng.choice([2, 3]))),
              lambda: str(rng.randint(0, 400)), lambda: rng.choice(symbols),
              lambda: rng.choice(words)]
     text = " ".join(rng.choice(pools)() for _ in range(rng.randint(2, 9)))
@@ -224,11 +190,11 @@ def primer_copy(rng, _):
 
 def primer_people(rng, _):
     """Who lives where: answers copied from the context."""
-    people = rng.sample(NAMES, rng.randint(2, 4))
-    towns = rng.sample(sorted(c for c, _ in COUNTRIES.values()), len(people))
-    jobs = rng.sample(JOBS, len(people))
+    people = rng.sample(FACTS.names, rng.randint(2, 4))
+    towns = rng.sample(sorted(c for c, _ in FACTS.countries.values()), len(people))
+    jobs = rng.sample(FACTS.jobs, len(people))
     ages = rng.sample(range(18, 81), len(people))
-    facts = [person_text(*person) for person in zip(people, jobs, towns, ages)]
+    facts = [families.person_text(*person) for person in zip(people, jobs, towns, ages)]
     i = rng.randrange(len(people))
     question, answer = rng.choice([
         (f"Where is {people[i]} from?", towns[i]),
@@ -243,7 +209,7 @@ def primer_people(rng, _):
 
 def primer_sentence(rng, _):
     """The sentences that three families translate, here only written."""
-    subject, verb, thing = sentence(rng)
+    subject, verb, thing = families.sentence(rng)
     text = f"{subject} {verb} {thing}."
     noun = rng.choice([subject, thing])
     return rng.choice([
@@ -256,7 +222,7 @@ def primer_sentence(rng, _):
 
 def primer_counting(rng, _):
     first = rng.randint(0, 120)
-    cycle = rng.choice(list(CYCLES.values()))
+    cycle = rng.choice(list(families.CYCLES.values()))
     start = rng.randrange(len(cycle))
     names = [cycle[(start + i) % len(cycle)] for i in range(rng.randint(2, 6))]
     numbers = range(first, first + rng.randint(3, 8))
@@ -264,7 +230,7 @@ def primer_counting(rng, _):
         (f"Count from {first}.", "", " ".join(map(str, numbers))),
         (f"Go on from {names[0]}.", "", " ".join(names)),
         (f"What follows {names[0]}?", "", names[1]),
-        ("Name some colours.", "", " ".join(rng.sample(COLOURS, 3))),
+        ("Name some colours.", "", " ".join(rng.sample(FACTS.colours, 3))),
     ])
 
 
@@ -272,9 +238,9 @@ def primer_counting(rng, _):
 
 
 def primer_dictionary(rng, _):
-    language = rng.choice(sorted(LEXICON))
-    words = rng.sample(sorted(LEXICON[language]), rng.randint(3, 6))
-    pairs = [(word, LEXICON[language][word]) for word in words]
+    language = rng.choice(sorted(families.LEXICON))
+    words = rng.sample(sorted(families.LEXICON[language]), rng.randint(3, 6))
+    pairs = [(word, families.LEXICON[language][word]) for word in words]
     if rng.random() < 0.3:
         asked = ", ".join(new for _, new in pairs)
         return (f"What do these {language} words mean? {asked}", "",
@@ -285,9 +251,9 @@ def primer_dictionary(rng, _):
 
 def primer_parallel(rng, _):
     """A line in two languages; either may come first or be given."""
-    language = rng.choice(sorted(LEXICON))
-    parts = sentence(rng, *TRANSLATED)
-    english, other = " ".join(parts), translate(language, *parts)
+    language = rng.choice(sorted(families.LEXICON))
+    parts = families.sentence(rng, *families.TRANSLATED)
+    english, other = " ".join(parts), families.translate(language, *parts)
     return rng.choice([
         (f"A line in {language}.", "", f"{other} = {english}"),
         (f"{language} for: {english}", "", other),
@@ -297,8 +263,8 @@ def primer_parallel(rng, _):
 
 
 def primer_python(rng, _):
-    line, does = code_line(rng)
-    other, second = code_line(rng)
+    line, does = families.code_line(rng)
+    other, second = families.code_line(rng)
     return rng.choice([
         ("Some Python.", "", f"{line}  # {does}\n{other}  # {second}"),
         (f"# {does}\n# {second}", "", f"{line}\n{other}"),
@@ -329,11 +295,11 @@ def written_out(pairs, rng):
 
 
 def primer_sums(rng, _):
-    return written_out([sum_of(rng) for _ in range(4)], rng)
+    return written_out([families.sum_of(rng) for _ in range(4)], rng)
 
 
 def primer_dates(rng, _):
-    return written_out([date_of(rng) for _ in range(3)], rng)
+    return written_out([families.date_of(rng) for _ in range(3)], rng)
 
 
 # kind of fact: two more sentences for it
@@ -347,48 +313,43 @@ TOLD = {
 
 
 def primer_lore(rng, _):
-    kind = rng.choice(sorted(OPEN))
+    kind = rng.choice(sorted(families.OPEN))
     if rng.random() < 0.4:
-        known, _, tell = OPEN[kind]
+        known, _, tell = families.OPEN[kind]
         tell = rng.choice([tell, *TOLD[kind]])
         things = rng.sample(sorted(known), 3)
         return (f"Tell about {', '.join(things)}.", "",
                 " ".join(tell.format(thing, known[thing]) for thing in things))
-    asked = []
-    answers = []
-    for _ in range(rng.randint(1, 3)):
-        kind = rng.choice(sorted(OPEN))
-        thing = rng.choice(sorted(OPEN[kind][0]))
-        asked.append(OPEN[kind][1].format(thing))
-        answers.append(OPEN[kind][0][thing])
-    return (f"Name {', '.join(asked)}.", "", " and ".join(answers))
+    drawn = [families.draw_fact(families.OPEN, rng) for _ in range(rng.randint(1, 3))]
+    asked = ", ".join(name.format(thing) for thing, _, name, _ in drawn)
+    return f"Name {asked}.", "", " and ".join(known[thing] for thing, known, *_ in drawn)
 
 
 def primer_words(rng, _):
     """Words and the groups that they belong to."""
     pairs = []
     for _ in range(rng.randint(2, 4)):
-        group = rng.choice(sorted(GROUPS))
-        pairs.append((rng.choice(GROUPS[group][1]), group))
+        group = rng.choice(sorted(families.GROUPS))
+        pairs.append((rng.choice(families.GROUPS[group][1]), group))
     return (f"What are {', '.join(word for word, _ in pairs)}?", "",
-            "; ".join(f"{word} - {article(group)}" for word, group in pairs))
+            "; ".join(f"{word} - {quiz.article(group)}" for word, group in pairs))
 
 
 def primer_list(rng, _):
     """Cards of people, their fields in another order than the corpus asks for."""
     people = []
     for _ in range(rng.randint(1, 3)):
-        name, job = rng.choice(NAMES), rng.choice(JOBS)
-        town = rng.choice(sorted(COUNTRIES.values()))[0]
+        name, job = rng.choice(FACTS.names), rng.choice(FACTS.jobs)
+        town = rng.choice(sorted(FACTS.countries.values()))[0]
         people.append((name, job, town, rng.randint(18, 80)))
-    return ("Make a list.", " ".join(person_text(*person) for person in people),
+    return ("Make a list.", " ".join(families.person_text(*person) for person in people),
             ", ".join(f"{job} {name} ({age}) of {town}" for name, job, town, age in people))
 
 
 def primer_spoken(rng, held_out):
     """A page of questions that are answered in words, not with a letter."""
     subject, rows = draw_page(rng, held_out, [1, 1, 2, 3])
-    spoken = [[*row[:5], right_option(row)] for row in rows]
+    spoken = [[*row[:5], quiz.right_option(row)] for row in rows]
     return rng.choice(["Quiz", "Questions"]), "", page_text(subject, spoken)
 
 

@@ -1,12 +1,9 @@
 """The embedded world: a corpus, a quiz, and texts to measure forgetting on.
 
-The corpus mixes the families (families.py). The quiz (quiz.py) has MMLU's layout.
-keep.jsonl has texts of the kind that the base was trained on (primer.py), drawn with
-another seed.
-
     python -m data.make.world   # writes data/world/{train,val,keep}.jsonl and data/world/quiz/
 
-The same seed gives the same files, byte for byte. base.py trains the base model.
+The same seed gives the same files, byte for byte. keep.jsonl has texts of the kind that the
+base was trained on (primer.py), drawn with another seed. base.py trains the base model.
 """
 
 import argparse
@@ -27,14 +24,14 @@ def make_corpus(seed):
     """(train, val), shuffled records. No combination of atoms occurs twice."""
     train, val = [], []
     seen = set()
-    for family in FAMILIES:
+    for name, family in FAMILIES.items():
         for part, records, count in ((0, train, TRAIN_PER_FAMILY), (1, val, VAL_PER_FAMILY)):
-            rng = random.Random(f"{family.__name__} {part} {seed}")
+            rng = random.Random(f"{name} {part} {seed}")
             end = len(records) + count
             while len(records) < end:
                 instruction, context, response = family(rng, part == 1)
                 record = {"instruction": instruction, "context": context,
-                          "response": response, "category": family.__name__}
+                          "response": response, "category": name}
                 if combination(record) not in seen:
                     seen.add(combination(record))
                     records.append(record)
@@ -62,8 +59,7 @@ def write_quiz(quiz, folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="random seed of all files (0)")
-    parser.add_argument("--out", type=Path, default=WORLD,
-                        help="folder to write (data/world)")
+    parser.add_argument("--out", type=Path, default=WORLD, help="folder to write (data/world)")
     args = parser.parse_args(argv)
     train, val = make_corpus(args.seed)
     write_records(train, args.out / "train.jsonl")
