@@ -40,6 +40,7 @@ from support.device import DTYPES, pick_device, pick_dtype
 from support.diagnose import print_default_length
 from support.distributed import add_shard_flag, load_model, process_group, run_on_rank0
 from support.files import check_tensors, read_torch, write_file, write_text
+from support.quantize import add_quantize_flag
 
 MAX_PIECES = 4096  # TF-IDF columns: 15,000 records stay below 250 MB
 DRAWS = 4  # k-means: per new centroid; the record that lowers the inertia most is taken
@@ -284,7 +285,10 @@ def prompt_features(sequences, model, vocab_size, *, features="hidden", layer=No
         x = cached(cache, [features, ids], lambda: tfidf_features(sequences, vocab_size))
         return x, None
     layer = math.ceil(2 * len(model.layers) / 3) if layer is None else layer
-    x = cached(cache, [features, layer, ids, base_fingerprint(model)], lambda:
+    key = [features, layer, ids, base_fingerprint(model)]
+    if hasattr(model, "quantized"):  # it has the base's fingerprint and other states
+        key.append(model.quantized)
+    x = cached(cache, key, lambda:
                hidden_features(model, sequences, layer=layer, batch_size=batch_size))
     return normalise(x), layer
 
@@ -368,7 +372,8 @@ def run(args):
         if args.features == "hidden":
             dtype = DTYPES[pick_dtype(None, args.device)]
             model, tokenizer = load_model(args.weights, device=args.device, dtype=dtype,
-                                          max_seq_len=max_seq_len, shard_base=args.shard_base)
+                                          max_seq_len=max_seq_len, shard_base=args.shard_base,
+                                          quantize=args.quantize)
         else:
             model = None
             tokenizer = Tokenizer(Path(args.weights) / "tokenizer.model")
@@ -378,7 +383,8 @@ def run(args):
                               layer=args.layer, batch_size=args.batch_size,
                               cache=args.cache)
         result["settings"].update(weights=args.weights, data=args.data, device=args.device,
-                                  batch_size=args.batch_size, cache=args.cache)
+                                  batch_size=args.batch_size, cache=args.cache,
+                                  quantize=args.quantize or "none")
         result.update(records.report)
         print_report(result)
         write_text(args.out, json.dumps(result))
@@ -407,6 +413,7 @@ def parse_args(argv):
                    help="tokens per prompt, a longer one loses its end (the model's)")
     p.add_argument("--device",
                    help="cpu, mps (in fp32), cuda (in bf16) (cuda if there is one)")
+    add_quantize_flag(p)
     add_shard_flag(p)
     p.add_argument("--cache", help="file that keeps the features for the next run (none)")
     p.add_argument("--out", default="clusters.json", help="file to write (clusters.json)")

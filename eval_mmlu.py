@@ -24,15 +24,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import WORLD
 from data.mmlu import CATEGORY, LETTERS, encode_prompt, letter_ids, read_questions
-from hydralora import base_fingerprint
+from hydralora import HydraLinear
 from support.cli import Parser, check_min, progress, run_script
-from support.device import add_device_flags, pick_device, pick_dtype
+from support.device import add_device_flags, autocast, pick_device, pick_dtype
 from support.diagnose import print_default_length, stated_length
 from support.distributed import add_shard_flag, process_group
 from support.files import digest, read_json, write_json
 from support.jsonl_resume import append_row, open_partial, read_partial, remove_partial
 from support.lock import file_lock
-from support.run_folder import load_model_and_adapter
+from support.quantize import add_quantize_flag
+from support.run_folder import base_digest, load_model_and_adapter
 
 QUESTION = {"subject": str, "index": int, "prediction": str, "answer": str, "logprobs": list}
 Z = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
@@ -69,7 +70,20 @@ def letter_logprobs(model, rows, letters, prefix=None):
     else:
         h = model.hidden_states(tokens)
     h = h[torch.arange(len(rows), device=device), ends]  # (B, T, D) -> (B, D): the last token's
-    return model.output(h).float().log_softmax(-1)[:, letters].tolist()
+    total = model.output(h).float().logsumexp(-1, keepdim=True)  # (B, 1)
+    return (letter_logits(model, h, letters) - total).tolist()
+
+
+def letter_logits(model, h, letters):
+    """The letters' logits (B, 4) of hidden states h (B, D) in fp32, whatever the model's dtype:
+    in bf16 the two best letters are equal in one question of a hundred."""
+    head = model.output  # with --targets output, a HydraLinear
+    weight = getattr(head, "base", head).weight[letters]
+    with torch.autocast(h.device.type, enabled=False):
+        logits = F.linear(h.float(), weight.float())
+        if isinstance(head, HydraLinear):
+            logits += head.update(h.float())[:, letters]
+    return logits
 
 
 def score_prompts(model, prompts, letters, *, batch_size, done=(), share_prefix=True):
@@ -272,16 +286,16 @@ def score_questions(args):
                                          limit=args.limit)
     model, tokenizer = load_model_and_adapter(
         args.weights, args.adapter, device=args.device, dtype=args.dtype,
-        max_seq_len=args.max_seq_len, shard_base=args.shard_base)
+        max_seq_len=args.max_seq_len, shard_base=args.shard_base, quantize=args.quantize)
     # what the answers depend on: a stopped run is continued only if all of it is the same
     cache_key = {
-        "weights_digest": digest(base_fingerprint(model)),
+        "weights_digest": base_digest(model),
         "adapter_digest": digest(args.adapter.read_bytes()) if args.adapter else None,
         "data_digest": digest(questions, examples), "shots": args.shots, "limit": args.limit,
         "subjects": len(questions), "max_seq_len": model.args.max_seq_len, "dtype": args.dtype}
     settings = {"weights": str(args.weights), "adapter": args.adapter and str(args.adapter),
                 "data": str(args.data), "device": args.device, "batch_size": args.batch_size,
-                **cache_key}
+                "quantize": getattr(model, "quantized", "none"), **cache_key}
     print("\n".join(f"{key:16}{value}" for key, value in settings.items()))
     print_default_length(args.weights, model.args.max_seq_len, args.max_seq_len)
     partial = Path(f"{args.out}.partial")
@@ -312,7 +326,8 @@ def run(args):
     if args.compare:
         compare(*args.compare)
         return
-    with process_group(args.device, args.shard_base), file_lock(f"{args.out}.lock", args.out):
+    with (process_group(args.device, args.shard_base), file_lock(f"{args.out}.lock", args.out),
+          autocast(args.device, args.dtype)):  # products as in training
         score_questions(args)
 
 
@@ -329,6 +344,7 @@ def parse_args(argv):
     p.add_argument("--max-seq-len", type=int, help="tokens per prompt (the checkpoint's)")
     p.add_argument("--batch-size", type=int, default=8, help="questions per forward pass (8)")
     add_device_flags(p)
+    add_quantize_flag(p)
     add_shard_flag(p)
     p.add_argument("--out", type=Path, help="result (mmlu.json beside the adapter, or in runs/)")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), type=Path,

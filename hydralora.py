@@ -11,12 +11,8 @@ Shapes: N heads, R rank, I width in, O width out; "..." as in x: (batch, tokens)
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +24,7 @@ GATES = ("learned", "uniform")
 
 @dataclass
 class HydraSettings:
-    """Adapter hyper-parameters: the single source for the layer, the saved file,
-    train.py's flags and the memory estimate."""
+    """The one list of settings, for the layer, the file, flags and memory sums."""
     rank: int = 8
     heads: int = 3  # number of B matrices; a single one has the weight 1, which is LoRA
     alpha: float = 32.0  # the update is scaled by alpha / rank
@@ -45,14 +40,9 @@ class HydraSettings:
 
 
 class HydraLinear(nn.Module):
-    """A frozen nn.Linear W0, with A, the B_i and the router Wr. As a loop over heads:
-
-        y, w = W0 @ x, softmax(Wr @ x)
-        for i in range(N):
-            y += alpha / R * w[i] * (B[i] @ (A @ x))
-
-    x is (..., I), y (..., O) in the base's dtype. A, B, Wr and the softmax are always
-    fp32; under autocast the products run in its dtype."""
+    """y = W0 x + (alpha / R) * sum_i w_i(x) * B_i A x of a frozen nn.Linear W0, with
+    x (..., I) and y (..., O) in the base's dtype. A, the B_i, the router Wr and the
+    softmax are always fp32; under autocast the products run in its dtype."""
 
     def __init__(self, base: nn.Linear, **settings):
         super().__init__()
@@ -62,7 +52,8 @@ class HydraLinear(nn.Module):
         # identity; a forward hook on it reads the gate (record_gates), or replaces it
         self.gate_out = nn.Identity()
         width = base.in_features
-        fp32 = dict(dtype=torch.float32, device=base.weight.device)
+        frozen = [*base.parameters(), *base.buffers()]  # buffers: of a quantised layer
+        fp32 = dict(dtype=torch.float32, device=frozen[0].device)
 
         def random(*shape):  # U(-1/sqrt(I), 1/sqrt(I)), Kaiming-uniform with a = sqrt(5)
             values = torch.empty(shape, **fp32)
@@ -70,25 +61,25 @@ class HydraLinear(nn.Module):
 
         self.lora_A = random(s.rank, width) if s.share_a else random(s.heads, s.rank, width)
         # B starts at zero, so only the random router breaks the symmetry between heads:
-        # it scales each head's first gradient. With a zero router all heads would stay
-        # identical.
+        # it scales each head's first gradient. With a zero router all heads stay equal.
         self.lora_B = nn.Parameter(torch.zeros(s.heads, base.out_features, s.rank, **fp32))
         routed = s.gate == "learned" and s.heads > 1
         self.router = random(s.heads, width) if routed else None
         self.train(base.training)  # added to a model in eval mode, it has no dropout
+        # state_dict names the base's tensors as before; load_state_dict takes both names
+        self.register_state_dict_post_hook(HydraLinear.hide_base)
+        self.register_load_state_dict_pre_hook(HydraLinear.find_base)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A x (..., R), or (..., N * R) for N matrices A, and the scores Wr x (..., N);
-        without a router zeros, whose softmax is the uniform gate. One product for both,
-        so that x is read, and its gradient written, once."""
+        """A x (..., R), or (..., N * R) for N matrices A, and the scores Wr x (..., N):
+        one product, so x is read once. Without a router zeros: their softmax is 1 / N."""
         a = self.lora_A.flatten(0, -2)
-        heads = self.settings.heads
         if self.router is None:
             z = F.linear(x, a)
-            scores = x.new_zeros(*x.shape[:-1], heads)
+            scores = x.new_zeros(*x.shape[:-1], self.settings.heads)
         else:
             both = F.linear(x, torch.cat([a, self.router]))
-            z, scores = both.split([len(a), heads], -1)
+            z, scores = both.split([len(a), len(self.router)], -1)
         # deviation: dropout on A x, one mask for all heads; released code: on x, per head
         return F.dropout(z, self.settings.dropout, self.training), scores
 
@@ -96,8 +87,8 @@ class HydraLinear(nn.Module):
         """The heads' weights (..., N) in fp32, summing to 1, from Wr x (..., N)."""
         return scores.float().softmax(-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)  # W0 x
+    def update(self, x: Tensor) -> Tensor:
+        """What is added to W0 x (..., O), in fp32; under autocast in its dtype."""
         kind = x.device.type
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             x = x.to(self.lora_A.dtype)  # outside autocast an fp32 adapter needs fp32 input
@@ -108,10 +99,31 @@ class HydraLinear(nn.Module):
         z = z.unflatten(-1, (-1, self.settings.rank))  # (..., 1, R), or (..., N, R)
         u = (self.scale * w[..., None] * z).flatten(-2)  # (alpha / R) w_i A x, (..., N * R)
         b = self.lora_B.transpose(0, 1).flatten(1)  # [B_1 .. B_N], (O, N * R)
-        # the sum over i: y + s * einsum("...n,nor,...r->...o", w, B, A x), s = alpha / R. In
-        # place, since base(x) made y and nothing else reads it: 3 % of a small model's step
-        y += F.linear(u, b).to(y.dtype)
-        return y
+        return F.linear(u, b)  # scale * einsum("...n,nor,...r->...o", w, B, A x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.lora_A.is_meta and not x.is_meta:
+            raise ValueError("the adapter is on the meta device: load the base before adding")
+        y = self.base(x)  # W0 x
+        return y + self.update(x).to(y.dtype)
+
+    def hide_base(self, state, prefix, metadata):
+        for name in self.base.state_dict():
+            state[prefix + name] = state.pop(f"{prefix}base.{name}")
+
+    def find_base(self, state, prefix, *_):
+        for name in self.base.state_dict():
+            if prefix + name in state:
+                state[f"{prefix}base.{name}"] = state.pop(prefix + name)
+
+    def _apply(self, fn, recurse=True):
+        """.to(), .half(), .cuda(): A, B and Wr follow the device, never the dtype."""
+        def move(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        self.base._apply(fn, recurse)
+        return super()._apply(move, recurse=False)
 
 
 def hydra_layers(model: nn.Module) -> dict[str, HydraLinear]:
@@ -120,38 +132,38 @@ def hydra_layers(model: nn.Module) -> dict[str, HydraLinear]:
             if isinstance(m, HydraLinear)}
 
 
-def new_layers(model, targets, settings, meta=False):
-    """{name: HydraLinear} to replace every nn.Linear whose last name is exactly one of
-    targets. With meta they are on the meta device, where they take no memory."""
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter} of every lora_A, lora_B and router of the model."""
+    return {f"{name}.{key}": parameter for name, layer in hydra_layers(model).items()
+            for key, parameter in layer.named_parameters(recurse=False)}
+
+
+def target_layers(model, targets):
+    """{name: nn.Linear} of the layers whose last name is exactly one of targets."""
     if hydra_layers(model):
         raise ValueError("the model already has adapters")
-    if not targets:
-        raise ValueError("targets is empty: name at least one linear layer")
-    linears = {name.replace("_orig_mod.", ""): m for name, m in model.named_modules()
-               if isinstance(m, nn.Linear)}
-    names = {name.split(".")[-1] for name in linears}
-    unknown = sorted(set(targets) - names)
-    if unknown:
-        raise ValueError(f"no linear layer is called {unknown}; there are {sorted(names)}")
-    layers = {}
-    for name, base in linears.items():
-        if name.split(".")[-1] in targets:
-            if meta:
-                base = nn.Linear(base.in_features, base.out_features, device="meta")
-            layers[name] = HydraLinear(base, **settings)
-    return layers
+    parts = [*model.named_modules(), *model.named_parameters()]
+    parts = {name.replace("_orig_mod.", ""): part for name, part in parts}
+    linears = {name: part for name, part in parts.items() if isinstance(part, nn.Linear)}
+    found = [name for name in parts if name.split(".")[-1] in targets]
+    wrong = [name for name in found if name not in linears]
+    wrong += sorted(set(targets) - {name.split(".")[-1] for name in found})
+    if wrong or not targets:
+        raise ValueError(f"no linear layer is called {wrong[:3]}; there are "
+                         f"{sorted({name.split('.')[-1] for name in linears})}")
+    return {name: linears[name] for name in found}
 
 
-def add_hydralora(model: nn.Module, *, targets: Sequence[str] = TARGETS, **settings) -> int:
+def add_hydralora(model: nn.Module, *, targets=TARGETS, **settings) -> int:
     """Freezes the model, wraps every nn.Linear whose last name is exactly one of targets,
-    and returns the number of trainable parameters, router included. Raises ValueError if
-    a target matches nothing or the model already has adapters."""
-    layers = new_layers(model, targets, settings)
+    and returns the number of trainable parameters, router included. Raises ValueError
+    for a target that names nothing or another kind of layer, and if there are adapters."""
+    layers = {name: HydraLinear(base, **settings)
+              for name, base in target_layers(model, targets).items()}
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    config = asdict(HydraSettings(**settings))
-    model.hydralora_config = {"targets": list(targets), **config}
+    model.hydralora_config = {"targets": list(targets), **asdict(layer.settings)}
     return sum(p.numel() for p in adapter_parameters(model).values())
 
 
@@ -163,73 +175,65 @@ def remove_adapters(model: nn.Module) -> None:
         del model.hydralora_config
 
 
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: parameter} of every lora_A, lora_B and router of the model."""
-    return {f"{name}.{key}": parameter for name, layer in hydra_layers(model).items()
-            for key, parameter in layer.named_parameters(recurse=False)}
-
-
 @contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within this context every adapted layer is replaced by its base layer, so outputs
-    are exactly the base model's."""
-    layers = hydra_layers(model)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.base)
-    try:
+def adapters_disabled(model: nn.Module):
+    """Within this context every layer is its base: outputs are exactly the base model's."""
+    with ExitStack() as after:
+        for name, layer in hydra_layers(model).items():
+            model.set_submodule(name, layer.base)
+            after.callback(model.set_submodule, name, layer)
         yield model
-    finally:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
 
 
 @contextmanager
-def record_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def record_gates(model: nn.Module):
     """Yields {layer name: gate (..., N)} of the latest forward pass: the tensors that
     acted, with their gradient, so that a loss on them can join the training loss."""
+    names = {layer.gate_out: name for name, layer in hydra_layers(model).items()}
     gates = {}
 
-    def record(name, module, inputs, gate):
-        gates[name] = gate
+    def record(module, inputs, gate):
+        gates[names[module]] = gate
 
-    hooks = [layer.gate_out.register_forward_hook(partial(record, name))
-             for name, layer in hydra_layers(model).items()]
-    try:
+    with ExitStack() as hooks:  # removes them at the end
+        for module in names:
+            hooks.enter_context(module.register_forward_hook(record))
         yield gates
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, list]:
     """{tensor name: [shape, 16 evenly spaced values]} of the frozen weights, used to check
-    that an adapter is loaded on the base it was trained on."""
-    adapter = set(adapter_parameters(model).values())
+    that an adapter is loaded on its base. Packed (quantised) weights are left out."""
     found = {}
-    for name, weight in model.named_parameters():
-        if weight not in adapter:
-            if hasattr(weight, "full_tensor"):  # a DTensor
-                weight = weight.full_tensor()
-            values = weight.detach().flatten()[::max(1, weight.numel() // 16)][:16]
-            name = name.replace("_orig_mod.", "").replace(".base.", ".")
-            found[name] = [list(weight.shape), values.float().tolist()]
-    return found
+    for name, layer in model.named_modules():
+        if hasattr(layer, "dense_fingerprint"):  # its dense weight's, kept when packing
+            found[f"{name}.weight"] = layer.dense_fingerprint
+    adapter = set(adapter_parameters(model).values())
+    for name, weight in model.named_parameters(remove_duplicate=False):  # tied: both names
+        if weight.is_meta:
+            raise ValueError(f"{name} is on the meta device or offloaded: load it first")
+        value = weight.full_tensor() if hasattr(weight, "full_tensor") else weight.data
+        packed = type(value) is not Tensor or not value.is_floating_point()
+        if weight not in adapter and not packed:
+            sample = value.flatten()[::max(1, value.numel() // 16)][:16]
+            found[name] = [list(value.shape), sample.float().tolist()]
+    return {name.replace("_orig_mod.", "").replace(".base.", "."): entry
+            for name, entry in found.items()}
 
 
-def check_adapter(model, config, base, tensors):
-    """Raises ValueError unless config adds exactly these tensors to this base model."""
+def check_adapter(model, base, tensors, targets, **settings):
+    """Raises ValueError unless this is the base and the settings ask for these tensors."""
     now = base_fingerprint(model)
-    same = {name for name, (shape, values) in now.items() if name in base
-            and shape == base[name][0] and torch.allclose(  # to the rounding of bf16, fp16
-                torch.tensor(values), torch.tensor(base[name][1]), rtol=2**-8, atol=1e-7)}
-    other = sorted((base.keys() | now.keys()) - same)
-    if other:
-        raise ValueError(f"it was trained on another base model ({other[0]} differs): pass "
-                         "that model")
-    settings = dict(config)
-    layers = new_layers(model, settings.pop("targets"), settings, meta=True)
-    shapes = {f"{name}.{key}": parameter.shape for name, layer in layers.items()
-              for key, parameter in layer.named_parameters(recurse=False)}
+    for name in sorted(base.keys() & now.keys()):  # a packed weight is in one alone
+        before, here = torch.tensor(base[name][1]), torch.tensor(now[name][1])
+        if not torch.allclose(before, here, rtol=2**-8, atol=1e-7):  # bf16 rounds so far
+            raise ValueError(f"it was trained on another base model ({name} differs)")
+    shapes = {}
+    for name, layer in target_layers(model, targets).items():
+        layer = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        layer = HydraLinear(layer, **settings)  # takes no memory
+        for key, parameter in layer.named_parameters(recurse=False):
+            shapes[f"{name}.{key}"] = parameter.shape
     good = {name for name, t in tensors.items() if t.shape == shapes.get(name)
             and t.is_floating_point() and t.layout == torch.strided and t.isfinite().all()}
     wrong = sorted((shapes.keys() | tensors.keys()) - good)
@@ -238,25 +242,27 @@ def check_adapter(model, config, base, tensors):
                          f"shape or not finite): {', '.join(wrong[:4])}")
 
 
-def save_adapter(model: nn.Module, file: str | Path | BinaryIO) -> None:
+def save_adapter(model: nn.Module, file) -> None:
     """Writes config, base_fingerprint and tensors to a path or an open binary file.
     Raises ValueError, with nothing written, without an adapter or if it is not finite."""
+    base = base_fingerprint(model)
     tensors = {name: p.detach().cpu() for name, p in adapter_parameters(model).items()}
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad or not tensors:
-        raise ValueError(f"{file}: refusing to save an empty or non-finite adapter: {len(bad)} "
-                         f"of {len(tensors)} tensors are not finite {' '.join(bad[:1])}")
-    torch.save({"config": model.hydralora_config, "base": base_fingerprint(model),
-                "tensors": tensors}, file)
+        raise ValueError(f"{file}: no adapter to save, or not a finite one {bad[:1]}")
+    content = {"config": model.hydralora_config, "base": base, "tensors": tensors}
+    if hasattr(model, "quantized"):  # older code refuses the key, so it is only here
+        content["quantized"] = model.quantized
+    torch.save(content, file)
 
 
-def load_adapter(model: nn.Module, path: str | Path) -> dict:
+def load_adapter(model: nn.Module, path) -> dict:
     """Adds the layers that the file's config describes, loads every tensor and returns the
     config. A setting that the file lacks has its default. Raises ValueError, with the
     model as it was, if the file is no adapter or does not fit this model."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        check_adapter(model, **content)
+        check_adapter(model, content["base"], content["tensors"], **content["config"])
     except Exception as error:  # a damaged file raises almost anything
         reason = "it holds something else, or is damaged"
         if isinstance(error, (OSError, RuntimeError, ValueError)):

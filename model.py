@@ -314,11 +314,11 @@ def empty_model(args, tensors, directory):
 
 def load_llama(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None,
                max_seq_len: int | None = None,
-               shard: Callable | None = None) -> tuple[Transformer, "Tokenizer"]:
+               on_load: Callable | None = None) -> tuple[Transformer, "Tokenizer"]:
     """(Transformer, Tokenizer) of a folder in Meta's layout. Shards are merged tensor by
     tensor, so peak memory is one copy of the model plus one tensor. dtype=None keeps the
-    stored dtype. shard(model, copy) may return cut(name, tensor), which keeps a part.
-    Raises ValueError if config, tensors and tokenizer do not match."""
+    stored dtype. on_load(model, copy) may return keep(name, tensor) -> {name: tensor}, what
+    is kept of a tensor. Raises ValueError if config, tensors and tokenizer do not match."""
     args = read_params(directory, max_seq_len)
     tokenizer = Tokenizer(f"{directory}/tokenizer.model")
     shards = read_shards(directory)
@@ -328,18 +328,18 @@ def load_llama(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype
                          f"the embedding {args.vocab_size} rows: they do not belong "
                          "together, copy the model's own tokenizer.model there")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    cut = shard(model, len(shards) > 1) if shard else None
+    keep = on_load(model, len(shards) > 1) if on_load else None
     state = {}
     for name, shape in shapes.items():
         tensor = merge_shards(shards, name)
         if tensor.shape != shape:
             raise ValueError(f"{name} in {directory} is {tuple(tensor.shape)}, "
                              f"its params.json asks for {tuple(shape)}")
-        if cut:
-            tensor = cut(name, tensor)
-        state[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        for part, kept in (keep(name, tensor) if keep else {name: tensor}).items():
+            floats = dtype if kept.is_floating_point() else None  # codes stay integers
+            state[part] = kept.to(device=device, dtype=floats or kept.dtype)
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(shard is None), tokenizer
+    return model.requires_grad_(on_load is None), tokenizer
 
 
 def save_llama(model: Transformer, tokenizer_path: str | Path, directory: str | Path,

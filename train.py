@@ -50,6 +50,7 @@ from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick
 from support.diagnose import model_length, print_default_length, warn_of_spare_rows
 from support.evaluation import evaluate, target_logits
 from support.lock import file_lock
+from support.quantize import KINDS, add_quantize_flag
 from support.run_folder import Log, catch_signals, save_adapter_file, save_checkpoint
 
 # without --weights: the embedded world
@@ -149,7 +150,7 @@ def load_base(args):
     # full: the weights that train are fp32, only their products are in --dtype
     dtype = torch.float32 if args.method == "full" else DTYPES[args.dtype]
     model, tokenizer = distributed.load_model(args.weights, device=args.device, dtype=dtype,
-                                              shard_base=args.shard_base)
+                                              shard_base=args.shard_base, quantize=args.quantize)
     warn_of_spare_rows(model, tokenizer, args.weights)
     validate_for_model(args, model)
     model.checkpoint_activations = args.checkpoint_activations
@@ -215,12 +216,15 @@ class Setup:
 
 
 def set_up(args):
-    """Loads the base and the data, chooses the heads, adds the adapters. Fills in the two settings
-    that only the model and the clustering know: max_seq_len, and heads if they are auto."""
+    """Loads the base and the data, chooses the heads, adds the adapters. Fills in the settings
+    that only the checkpoint, the model and the clustering know: quantize, max_seq_len, and heads
+    if they are auto."""
     if args.resume:  # an older run keeps its own order of records
-        checkpoint = run_folder.read_checkpoint(Path(args.out) / "checkpoint.pt")
-        args.order = checkpoint["settings"].get("order", 1)
+        recorded = run_folder.read_checkpoint(Path(args.out) / "checkpoint.pt")["settings"]
+        args.order = recorded.get("order", 1)
         args.micro_tokens = args.micro_tokens if args.order > 1 else 0
+        args.quantize = args.quantize or recorded.get("quantize")
+    args.quantize = args.quantize or "none"
     model, tokenizer = load_base(args)
     records, val = load_train_val(args.data, args.val_data, share=VAL_SHARE, seed=args.seed,
                                   strict=args.strict)
@@ -257,10 +261,9 @@ def start_or_resume(args, setup, optimizer, scaler):
             losses["before"] = evaluate_sets(setup.model, setup.eval_sets, args, "adapter")
         return 0, losses
     recipe = WORLD_RECIPE if args.weights == WORLD_RECIPE["weights"] else PAPER_RECIPE
-    start, losses = run_folder.restore(
-        Path(args.out) / "checkpoint.pt", setup.facts,
-        {**default_settings(args.method, recipe), "micro_tokens": 0},
-        setup.model, optimizer, scaler)
+    defaults = {**default_settings(args.method, recipe), "micro_tokens": 0, "quantize": "none"}
+    start, losses = run_folder.restore(Path(args.out) / "checkpoint.pt", setup.facts, defaults,
+                                       setup.model, optimizer, scaler)
     print(f"resumed after step {start}")
     return start, losses
 
@@ -326,7 +329,8 @@ def measure_memory(args, shape, length, checkpoint):
                    precision=autocast("cpu", args.dtype))
     return measure_step(shape, adapter_settings(args), step=step, dtype=args.dtype,
                         make_optimizer=partial(make_optimizer, lr=args.lr), gpus=args.gpus or 1,
-                        batch_size=args.batch_size, length=length, checkpoint=checkpoint)
+                        batch_size=args.batch_size, length=length, checkpoint=checkpoint,
+                        quantize=args.quantize)
 
 
 def dry_run(args):
@@ -334,8 +338,9 @@ def dry_run(args):
     from support.memory import print_needs, read_shape
     shape = read_shape(args.weights)
     length = args.max_seq_len or min(MAX_SEQ_LEN, shape.max_seq_len)
-    print(f"{args.method}, base and products in {args.dtype}, batches of {args.batch_size} x "
-          f"{length} tokens")
+    quantized = f", linear layers of the base in {args.quantize}" if args.quantize in KINDS else ""
+    print(f"{args.method}, base and products in {args.dtype}{quantized}, batches of "
+          f"{args.batch_size} x {length} tokens")
     if args.gpus:
         print(f"each of {args.gpus} GPUs with --shard-base: 1 / {args.gpus} of every block; "
               "embedding, head and adapters whole")
@@ -416,6 +421,7 @@ def make_parser():
                    help="random seed for initial weights, data order and validation split (0)")
     # machine
     add_device_flags(p, dtype_help="dtype of base and products")
+    add_quantize_flag(p)
     distributed.add_shard_flag(p)
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute activations in the backward pass: less memory, more time (off)")
@@ -484,8 +490,10 @@ def parse_args(argv=None):
 
 
 def take_settings(args):
-    """Fills in the method and the settings of --init-adapter. Raises ValueError for a flag that
-    contradicts them."""
+    """Fills in the method and the settings of --init-adapter, and --quantize as it was trained
+    with. Raises ValueError for a flag that contradicts the settings."""
+    if not args.resume:  # else the checkpoint says it
+        args.quantize = args.quantize or run_folder.trained_with(args.init_adapter)
     settings = run_folder.read_adapter_config(args.init_adapter)
     settings["method"] = method_of(settings)
     settings["targets"] = ",".join(settings["targets"])
@@ -527,6 +535,9 @@ def validate_args(args):
          f"--gate uniform requires several heads: --method {args.method} has none"),
         ((args.shard_base or args.gpus) and args.method == "full",
          "--shard-base and --gpus shard a base that is frozen: --method full trains it"),
+        (args.quantize in KINDS and (args.method == "full" or args.gpus),
+         f"--quantize {args.quantize} holds a frozen base whole: --method full trains the base, "
+         "and --gpus shards it"),
         (args.init_adapter and Path(args.init_adapter).resolve().parent == Path(args.out).resolve(),
          f"--init-adapter {args.init_adapter} is in --out {args.out}: name another --out"),
         (args.dry_run and args.heads == "auto",

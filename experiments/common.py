@@ -35,6 +35,7 @@ from hydralora import add_hydralora, load_adapter
 from model import Transformer, load_llama, read_params
 from support import files
 from support.cli import Parser, check_min, flag, one_line, run_script
+from support.distributed import load_model
 from support.lock import file_lock
 from support.run_folder import RESUME_MAY_DIFFER, fingerprints
 
@@ -243,7 +244,7 @@ def run_settings(args, config, *, rate, seed, data, val, epochs=None, keep=False
 
 def run_folder(settings, runs):
     """Where a run is cached. The files that it reads count by their content, not their path."""
-    defaults = train.default_settings(settings.method, train.PAPER_RECIPE)
+    defaults = {**train.default_settings(settings.method, train.PAPER_RECIPE), "micro_tokens": 0}
     named = {name: value for name, value in sorted(vars(settings).items()) if name in NAMED
              or name not in RESUME_MAY_DIFFER and value != defaults[name]}
     read = fingerprints(settings.weights, data=settings.data, val_data=settings.val_data,
@@ -278,7 +279,7 @@ def train_once(settings, folder):
                 raise KeyboardInterrupt(status - 128)
 
 
-def quiz_accuracy(weights, adapter, quiz, cache):
+def quiz_accuracy(weights, adapter, quiz, cache, quantize=None):
     """The share of the quiz's questions that the model answers correctly."""
     asked = [(path.name, files.file_fingerprint(path))
              for path in sorted(Path(quiz).glob("*/*.csv"))]
@@ -287,7 +288,8 @@ def quiz_accuracy(weights, adapter, quiz, cache):
 
     def answer():
         questions, examples = read_questions(Path(quiz), shots=QUIZ_SHOTS)
-        model, tokenizer = load_llama(weights, dtype=torch.float32)
+        model, tokenizer = load_model(weights, device="cpu", dtype=torch.float32,
+                                      quantize=quantize)
         if adapter:
             load_adapter(model, adapter)
         answers = {}
@@ -303,7 +305,7 @@ def run_accuracy(settings, folder, quiz):
     """quiz_accuracy of a finished run: of its adapter, or of the weights that it wrote."""
     adapter = folder / "adapter.pt"
     tuned = (settings.weights, adapter) if adapter.exists() else (folder, None)
-    return quiz_accuracy(*tuned, quiz, folder / "quiz.json")
+    return quiz_accuracy(*tuned, quiz, folder / "quiz.json", settings.quantize)
 
 
 def compute(job):

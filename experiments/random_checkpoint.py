@@ -5,15 +5,19 @@
     python -m experiments.random_checkpoint step --weights random-7b     # of one HydraLoRA step
 
 Under torchrun `load` and `step` take --shard-base, and print the peak of each process.
+With --quantize they hold the base in int8 or NF4.
 
 Writes bf16 in Meta's layout, split over --shards files as Meta splits it, one tensor in
 memory at a time: torch.save is given maps of a file that was filled tensor by tensor.
-Peaks are this process's resident memory, pages of mapped files included (ru_maxrss).
+Peaks are this process's resident memory, pages of mapped files included (ru_maxrss), and
+on Linux its private memory (RssAnon, read every 5 ms), less what it had before loading.
+malloc keeps freed memory unless MALLOC_MMAP_THRESHOLD_=100000 is set: set it.
 """
 
 import json
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +31,7 @@ from model import SPLIT_DIM, ModelArgs, Tokenizer, Transformer
 from support import distributed
 from support.cli import Parser, run_script
 from support.device import peak_resident
+from support.quantize import add_quantize_flag
 
 
 def part_shape(name, shape, shards):
@@ -74,8 +79,30 @@ def take_steps(model, tokens):
               f"{time.perf_counter() - started:.1f} s", flush=True)
 
 
-def print_peaks(command, weights):
-    """The peak of each process."""
+class PrivateMemory(threading.Thread):
+    """From start() on, reads this process's private memory; None where /proc is not."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.first = self.peak = self.read()
+
+    def read(self):
+        status = Path("/proc/self/status")
+        lines = status.read_text().splitlines() if status.exists() else []
+        return next((1024 * int(line.split()[1]) for line in lines
+                     if line.startswith("RssAnon")), None)
+
+    def run(self):
+        while self.first is not None:
+            self.peak = max(self.peak, self.read())
+            time.sleep(0.005)
+
+
+def print_peaks(command, weights, private):
+    """The peak of each process; of this one also the private memory."""
+    if private.first is not None:
+        print(f"{command}: peak private memory {(private.peak - private.first) / 1e9:.3f} GB, "
+              f"{(private.read() - private.first) / 1e9:.3f} GB at the end")
     shards = list(Path(weights).glob("consolidated.*.pth"))
     size, peaks = sum(path.stat().st_size for path in shards), [peak_resident()]
     if distributed.under_torchrun():
@@ -97,6 +124,7 @@ def parse_args(argv):
                    help="write: width, a multiple of 128 (4096)")
     p.add_argument("--weights", help="load, step: the folder")
     p.add_argument("--shard-base", action="store_true", help="load, step: shard the base (off)")
+    add_quantize_flag(p)
     p.add_argument("--tokens", type=int, default=64, help="step: tokens of the sequence (64)")
     return p.parse_args(argv)
 
@@ -107,11 +135,13 @@ def run(args):
         write(args.out, args.tokenizer, shards=args.shards, layers=args.layers, dim=args.dim)
     else:
         with distributed.process_group("cpu", shard_base=args.shard_base):
+            private = PrivateMemory()
+            private.start()
             model, _ = distributed.load_model(args.weights, device="cpu",
-                                              shard_base=args.shard_base)
+                                              shard_base=args.shard_base, quantize=args.quantize)
             if args.command == "step":
                 take_steps(model, args.tokens)
-            print_peaks(args.command, args.weights)
+            print_peaks(args.command, args.weights, private)
     if distributed.rank() == 0:
         print(f"{args.command}: {time.perf_counter() - started:.1f} s in all")
 

@@ -205,9 +205,12 @@ def on_base(base, checkpoint=False):
 
 def ours(base, *, rank, heads, checkpoint=False):
     """HydraLoRA, or with one head LoRA, as hydralora.py and train.py have it."""
-    model = on_base(base, checkpoint)
+    return adapted(on_base(base, checkpoint), rank=rank, heads=heads)
+
+
+def adapted(model, *, rank, heads):
     add_hydralora(model, rank=rank, heads=heads, alpha=ALPHA, dropout=DROPOUT)
-    return Method(model, train.make_optimizer(model, lr=LR))
+    return Method(model.train(), train.make_optimizer(model, lr=LR))
 
 
 def floor(base, checkpoint=False):

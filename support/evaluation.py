@@ -18,6 +18,7 @@ from data.corpus import collate, cut_by_tokens
 from hydralora import adapter_parameters, hydra_layers, record_gates
 from support.cli import progress
 from support.distributed import map_across_ranks
+from support.quantize import QuantizedLinear
 
 EVAL_TOKENS = 2048  # positions per forward pass, whatever the micro-batches of training are
 TOTAL = ""  # the key of all categories together
@@ -159,6 +160,8 @@ def count_parameters(model):
     router = sum(p.numel() for name, p in adapter.items() if name.endswith(".router"))
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in adapter.values())
+    base += sum(layer.in_features * layer.out_features for layer in model.modules()
+                if isinstance(layer, QuantizedLinear))
     return {"trainable": total, "trainable_without_router": total - router, "base": base}
 
 

@@ -23,6 +23,7 @@ from data.corpus import Sequence
 from hydralora import add_hydralora
 from model import Tokenizer, Transformer, read_params
 from support.device import DTYPES
+from support.quantize import KINDS, quantize_blocks
 
 GIB = 2**30
 # Assumed, not measured:
@@ -105,8 +106,8 @@ ROWS = {  # of the printed table; what is 0 is left out
 }
 
 
-def measure_step(shape, settings, *, make_optimizer, step, dtype, batch_size, length,
-                 checkpoint, gpus=1):
+def measure_step(shape, settings, *, make_optimizer, step, dtype, quantize, batch_size,
+                 length, checkpoint, gpus=1):
     """The Need of a training step on batch_size x length tokens, each of them a target.
 
     shape is a ModelArgs, settings are the arguments of add_hydralora (None: the whole
@@ -123,6 +124,8 @@ def measure_step(shape, settings, *, make_optimizer, step, dtype, batch_size, le
         if settings is not None:
             for weight in model.parameters():
                 weight.data = weight.data.to(DTYPES[dtype])
+        if quantize in KINDS:
+            quantize_blocks(model, quantize)
         mark()  # base weights
         if settings is not None:
             add_hydralora(model, **settings)

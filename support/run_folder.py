@@ -26,7 +26,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-from hydralora import HydraSettings, load_adapter, save_adapter
+from hydralora import HydraSettings, base_fingerprint, load_adapter, save_adapter
 from support.device import DTYPES, get_rng_state, set_rng_state
 from support.diagnose import stated_length, warn_of_spare_rows
 from support.distributed import ignore_signals, load_model, rank
@@ -34,6 +34,7 @@ from support.evaluation import TOTAL
 from support.files import (
     check_finite,
     check_tensors,
+    digest,
     file_fingerprint,
     read_json,
     read_torch,
@@ -152,13 +153,39 @@ def check_against_run(weights, adapter):
               "with the same weights as far as load_adapter compares them")
 
 
-def load_model_and_adapter(weights, adapter, *, device, dtype, max_seq_len=None, shard_base=False):
+def trained_with(adapter):
+    """--quantize of the run that an adapter comes from."""
+    content = read_torch(adapter, "an adapter of this project")
+    return content.get("quantized", "none") if isinstance(content, dict) else "none"
+
+
+def base_digest(model):
+    """A short key of a model's frozen weights, and of how they are quantised."""
+    quantized = [model.quantized] if hasattr(model, "quantized") else []
+    return digest(base_fingerprint(model), *quantized)
+
+
+def print_quantize(adapter, now):
+    """Prints how the base was quantised in training, and how it is now, if it is or was."""
+    before = trained_with(adapter)
+    if not before == now == "none":
+        print(f"{adapter} was trained with --quantize {before}; the base here is loaded with "
+              f"--quantize {now}")
+
+
+def load_model_and_adapter(weights, adapter, *, device, dtype, max_seq_len=None, shard_base=False,
+                           quantize=None):
     """(model in eval mode, with its adapter if one is given; tokenizer). Each is compared with the
-    run.json that describes it. weights and adapter are Paths, dtype is a name such as "bf16"."""
+    run.json that describes it. weights and adapter are Paths, dtype is a name such as "bf16".
+    quantize None: as the adapter's base was."""
+    if quantize is None:
+        quantize = trained_with(adapter) if adapter else "none"
     model, tokenizer = load_model(weights, device=device, dtype=DTYPES[dtype],
-                                  max_seq_len=max_seq_len, shard_base=shard_base)
+                                  max_seq_len=max_seq_len, shard_base=shard_base,
+                                  quantize=quantize)
     if adapter:
         load_adapter(model, adapter)
+        print_quantize(adapter, quantize)
     warn_of_spare_rows(model, tokenizer, weights)
     check_against_run(weights, adapter)
     return model.eval(), tokenizer

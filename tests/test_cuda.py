@@ -379,9 +379,9 @@ def test_losses_and_routing_are_the_cpus(adapter, records, device, dtype):
     for place, kind in (("cpu", "fp32"), (device, dtype)):
         model, tokenizer = tuned(adapter, place, kind)
         sequences = encode_records(read_records(records[1]), tokenizer, 128)[0]
-        settings = dict(batch_size=8, precision=autocast(place, kind))
-        found.append((evaluation.evaluate(model, sequences, **settings)[""]["loss"],
-                      evaluation.routing_report(model, sequences, **settings)))
+        precision = autocast(place, kind)
+        found.append((evaluation.evaluate(model, sequences, precision=precision)[""]["loss"],
+                      evaluation.routing_report(model, sequences, precision=precision)))
     (want, routing), (got, other) = found
     assert got == pytest.approx(want, abs=near)
     for name, by_category in routing["gate"].items():

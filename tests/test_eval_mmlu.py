@@ -29,7 +29,7 @@ from eval_mmlu import (
     summarise,
     wilson,
 )
-from hydralora import add_hydralora, load_adapter, save_adapter
+from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
 from model import load_llama, save_llama
 from tests.conftest import ROOT, WORLD, asset, status_of, tiny_model
 
@@ -244,6 +244,24 @@ def test_the_switch_off_gives_the_same_values(weights, quiz):
     for (batch, got), (other_batch, want) in zip(with_it, without, strict=True):
         assert batch == other_batch
         torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("targets", [("w1",), ("w1", "output")])
+def test_the_letters_are_told_apart_in_fp32_although_the_model_is_bf16(weights, quiz, targets):
+    """Also with an adapter on the head. The twin is the model in fp32, whose last step it is."""
+    model, tokenizer = load_llama(weights)
+    add_hydralora(model, targets=targets)
+    for layer in hydra_layers(model).values():
+        layer.lora_B.data.normal_(std=0.1)
+    letters, h = letter_ids(tokenizer), torch.randn(8, 32)
+    want = model.output(h)[:, letters]
+    model.bfloat16()
+    rounded = h.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        got = eval_mmlu.letter_logits(model, rounded, letters)
+    assert got.dtype == torch.float32
+    assert (got != got.bfloat16()).any()  # a bf16 product would have rounded them
+    assert torch.allclose(got, want, atol=0.05 * want.abs().max().item())
 
 
 def test_logits_that_are_not_finite_are_refused(evaluate, monkeypatch, capsys):

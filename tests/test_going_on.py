@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+import cluster
 import train
 from data.corpus import length_batches
 from hydralora import add_hydralora, save_adapter
@@ -224,6 +225,24 @@ def test_a_mixture_has_its_weights_fingerprints_and_categories_in_run_json(place
     steps = list(csv.DictReader(open(tmp_path / "run" / "log.csv")))
     assert len(steps) == 2 * -(-(38 + 19 + 10) // 8)
     assert result["data"]["train"]["records"] == 76
+
+
+def test_the_heads_are_counted_over_every_record_once_in_the_order_of_files(
+        place, tmp_path, capsys):
+    data = flags(place, "tavi:3", "classification:0.5")
+    paths = data[data.index("--data"):]
+    assert cluster.main([*paths, "--features", "tfidf", "--k-max", "5", "--weights",
+                         str(place / "weights"), "--out", str(tmp_path / "c.json")]) == 0
+    content = json.loads((tmp_path / "c.json").read_text())
+    labels = content["labels"]
+    assert len(labels) == content["records"] == 80 and content["k"] > 1
+    assert set(labels[:40]).isdisjoint(labels[40:])  # the families have no words in common
+    assert content["settings"]["data"] == [str(place / f"{name}.jsonl") for name in FAMILIES]
+    assert train.main([*data, "--heads", "auto", "--rank", "2", "--max-steps", "1",
+                       "--out", str(tmp_path / "run")]) == 0
+    assert len(run_json(tmp_path / "run")["clusters"]["labels"]) == 76  # without validation
+    assert cluster.main([*paths[:2], "absent.jsonl:2"]) == 2
+    assert "no data file at absent.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("data, message", [

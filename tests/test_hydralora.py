@@ -1,5 +1,7 @@
 """hydralora.py: the layer against its looped twin, what trains, what is saved."""
 
+import copy
+import io
 import math
 
 import pytest
@@ -12,6 +14,7 @@ from hydralora import (
     adapter_parameters,
     adapters_disabled,
     add_hydralora,
+    base_fingerprint,
     hydra_layers,
     load_adapter,
     record_gates,
@@ -152,6 +155,40 @@ def test_adapters_stay_fp32_over_any_base_with_and_without_autocast(dtype, autoc
         assert parameter.dtype == parameter.grad.dtype == torch.float32, name
 
 
+def test_the_update_is_all_that_the_layer_adds_and_is_fp32_over_a_bf16_base():
+    layer, x = hydra(), torch.randn(3, 12)
+    want = looped(layer, x) - layer.base(x)
+    assert torch.allclose(layer.update(x), want, atol=1e-5)
+    layer.base.bfloat16()
+    update = layer.update(x.bfloat16())
+    assert update.dtype == torch.float32
+    assert torch.equal(layer(x.bfloat16()), layer.base(x.bfloat16()) + update.bfloat16())
+
+
+@pytest.mark.parametrize("cast", [nn.Module.bfloat16, nn.Module.half, nn.Module.double,
+                                  lambda model: model.to("cpu", torch.bfloat16)])
+def test_casts_change_the_base_and_leave_the_adapter_fp32_to_the_last_bit(model, cast):
+    adapted(model)
+    before = copy.deepcopy(adapter_parameters(model))
+    cast(model)
+    dtype = model.output.weight.dtype
+    assert dtype != torch.float32
+    assert all(layer.base.weight.dtype == dtype for layer in hydra_layers(model).values())
+    for name, parameter in adapter_parameters(model).items():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, before[name]), name
+    layer = hydra_layers(model)["layers.0.feed_forward.w1"]
+    assert layer(torch.ones(2, 32, dtype=dtype)).dtype == dtype
+
+
+def test_the_adapter_follows_its_base_to_another_device(model):
+    adapted(model).to("meta")
+    assert all(p.is_meta for p in model.parameters())
+    model.half().to_empty(device="cpu")
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
+    assert all(p.is_shared() for p in model.share_memory().parameters())
+
+
 @pytest.mark.parametrize("settings, message", [
     (dict(rank=0), "rank"), (dict(heads=0), "heads"), (dict(dropout=1.0), "dropout"),
     (dict(gate="top1"), "gate")])
@@ -185,10 +222,24 @@ def test_injection_wraps_exactly_the_layers_that_are_named(model):
 @pytest.mark.parametrize("targets, message", [
     (("w",), r"no linear layer is called \['w'\]"), (("feed_forward.w1",), "no linear layer"),
     (("w1", "gate_proj"), r"called \['gate_proj'\]; there are \['output', 'w1'"),
-    ((), "targets is empty")])
+    ((), r"called \[\]; there are")])
 def test_targets_that_are_no_whole_name_of_a_linear_layer_are_refused(model, targets, message):
     with pytest.raises(ValueError, match=message):
         add_hydralora(model, targets=targets)
+    assert not hydra_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+class Conv1D(nn.Module):
+    """A layer that is linear, and no nn.Linear."""
+
+
+@pytest.mark.parametrize("other", [Conv1D(), nn.Embedding(3, 4), nn.Parameter(torch.zeros(2, 3))],
+                         ids=["Conv1D", "Embedding", "fused experts"])
+def test_a_target_that_names_another_kind_of_layer_is_refused_where_others_match(model, other):
+    model.layers[1].feed_forward.experts = nn.Module()
+    model.layers[1].feed_forward.experts.w1 = other
+    with pytest.raises(ValueError, match=r"called \['layers.1.feed_forward.experts.w1'\]"):
+        add_hydralora(model)
     assert not hydra_layers(model) and all(p.requires_grad for p in model.parameters())
 
 
@@ -288,7 +339,117 @@ def test_7b_has_the_papers_number_of_trainable_parameters(targets, count):
     assert add_hydralora(model, targets=targets, rank=8, heads=3) == count
 
 
+def test_a_model_without_values_takes_adapters_but_neither_computes_nor_saves_nor_loads(tmp_path):
+    save_adapter(adapted(tiny_model()), tmp_path / "a.pt")
+    with torch.device("meta"):
+        model, other = tiny_model(), tiny_model()
+    assert add_hydralora(model) > 0
+    with pytest.raises(ValueError, match="the adapter is on the meta device"):
+        hydra_layers(model)["layers.0.feed_forward.w1"](torch.ones(2, 32))
+    for attempt in (lambda: save_adapter(model, io.BytesIO()),
+                    lambda: load_adapter(other, tmp_path / "a.pt")):
+        with pytest.raises(ValueError, match="tok_embeddings.weight is on the meta device"):
+            attempt()
+
+
+# ---------------------------------------------------------------- quantised layers
+
+
+class Packed(torch.autograd.Function):
+    """A quantised layer's product, whose output is a view, as those of some libraries."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return F.linear(x.flatten(0, -2), layer.dense()).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.layer.dense(), None
+
+
+class PackedLinear(nn.Linear):
+    """int8, with one scale per layer. in_buffers: the layer has no parameter at all."""
+
+    def __init__(self, linear, in_buffers):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = linear.weight.shape
+        self.scale = linear.weight.detach().abs().max() / 127
+        codes = (linear.weight / self.scale).round().to(torch.int8)
+        if in_buffers:
+            self.register_buffer("codes", codes)
+            self.dense_fingerprint = base_fingerprint(linear)["weight"]
+        else:
+            self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def dense(self):
+        return (self.codes if hasattr(self, "codes") else self.weight) * self.scale
+
+    def forward(self, x):
+        return Packed.apply(x, self)
+
+
+def packed_model(in_buffers, **changes):
+    model = tiny_model(**changes)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "output":
+            model.set_submodule(name, PackedLinear(layer, in_buffers))
+    return model
+
+
+@pytest.mark.parametrize("in_buffers", [False, True])
+def test_quantised_layers_train_and_their_adapters_move_to_the_dense_base_and_back(
+        tmp_path, in_buffers):
+    x = torch.randint(768, (2, 9))
+    model = adapted(packed_model(in_buffers))
+    model(x).square().mean().backward()
+    assert all(p.grad.any() for p in adapter_parameters(model).values())
+    save_adapter(model, tmp_path / "packed.pt")
+    again = packed_model(in_buffers)
+    load_adapter(again, tmp_path / "packed.pt")
+    assert torch.equal(again(x), model(x))
+    load_adapter(tiny_model(), tmp_path / "packed.pt")
+    save_adapter(adapted(tiny_model()), tmp_path / "dense.pt")
+    load_adapter(packed_model(in_buffers), tmp_path / "dense.pt")
+    for name in ("packed.pt", "dense.pt"):
+        with pytest.raises(ValueError, match="another base model"):
+            load_adapter(packed_model(in_buffers, seed=1), tmp_path / name)
+
+
+def test_a_layer_that_kept_its_dense_fingerprint_is_compared_by_it(tmp_path):
+    save_adapter(adapted(packed_model(True)), tmp_path / "a.pt")
+    model = tiny_model()
+    with torch.no_grad():
+        model.layers[1].attention.wo.weight.mul_(1.1)  # norms and embedding are the same
+    with pytest.raises(ValueError, match="layers.1.attention.wo.weight differs"):
+        load_adapter(model, tmp_path / "a.pt")
+
+
 # ---------------------------------------------------------------- saving and loading
+
+
+def test_state_dict_has_the_bases_names_and_both_spellings_load(model):
+    before = model.state_dict()
+    adapted(model)
+    state = model.state_dict()
+    assert state.keys() == before.keys() | adapter_parameters(model).keys()
+    assert all(torch.equal(state[name], before[name]) for name in before)
+    tiny_model(seed=1).load_state_dict({name: state[name] for name in before})
+    for names in (state, dict(model.named_parameters())):  # w1.weight, and w1.base.weight
+        other, x = adapted(tiny_model(seed=1)), torch.randint(768, (2, 9))
+        other.load_state_dict({name: tensor.detach() for name, tensor in names.items()})
+        assert torch.equal(other(x), model(x))
+    with pytest.raises(RuntimeError, match="w1.weigth"):
+        model.load_state_dict({**state, "layers.0.feed_forward.w1.weigth": torch.zeros(1)})
+
+
+def test_a_copied_and_a_pickled_model_keep_these_names(model):
+    file = io.BytesIO()
+    torch.save(adapted(model), file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert other.state_dict().keys() == model.state_dict().keys()
+        other.load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(share_a=False, heads=2, rank=3, alpha=6.0,
@@ -344,6 +505,43 @@ def test_an_adapter_passes_between_compiled_and_plain_models(tmp_path, compiled)
     save_adapter(compiled(adapted(tiny_model())), tmp_path / "a.pt")
     load_adapter(tiny_model(), tmp_path / "a.pt")
     load_adapter(compiled(tiny_model()), tmp_path / "a.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [compiled_whole, compiled_by_block])
+def test_a_compiled_model_that_has_run_takes_adapters_and_gives_them_up(compiled, tmp_path):
+    save_adapter(adapted(tiny_model()), tmp_path / "a.pt")
+    model, plain, x = compiled(tiny_model()), tiny_model(), torch.randint(768, (2, 9))
+    base = model(x)
+    load_adapter(model, tmp_path / "a.pt")
+    load_adapter(plain, tmp_path / "a.pt")
+    assert torch.equal(model(x), plain(x)) and not torch.allclose(model(x), base)
+    with adapters_disabled(model):
+        assert torch.equal(model(x), base)
+    remove_adapters(model)
+    assert torch.equal(model(x), base)
+
+
+@pytest.mark.slow
+def test_an_exported_layer_computes_the_same():
+    layer, x = hydra().eval(), torch.randn(2, 5, 12)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: batch}})
+    assert torch.allclose(program.module()(x[:1]), layer(x[:1]), atol=1e-6)
+
+
+def test_a_base_is_the_same_with_tied_and_untied_weights(tmp_path):
+    def model(tied):
+        other = tiny_model()
+        weight = other.tok_embeddings.weight
+        other.output.weight = weight if tied else nn.Parameter(weight.detach().clone())
+        return other
+
+    for tied in (True, False):
+        save_adapter(adapted(model(tied)), tmp_path / "a.pt")
+        load_adapter(model(not tied), tmp_path / "a.pt")
+        with pytest.raises(ValueError, match="another base model"):
+            load_adapter(tiny_model(), tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -14,6 +14,7 @@ from model import SPLIT_DIM, ModelArgs, Transformer, load_llama, save_llama
 from support.device import DTYPES, autocast
 from support.evaluation import target_logits
 from support.memory import CONTEXT, GIB, NCCL, Need, Watch, longest_sequence
+from support.quantize import quantize_blocks
 from tests.conftest import WORLD, tiny_model
 
 SHAPE = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=768, multiple_of=32,
@@ -29,6 +30,8 @@ def prepared(*flags, **shape):
     model.init_weights(0)
     if args.method != "full":
         model.to(DTYPES[args.dtype])
+        if args.quantize:
+            quantize_blocks(model, args.quantize)
         add_hydralora(model, **train.adapter_settings(args))
     model.checkpoint_activations = args.checkpoint_activations
     return model.train(), args
@@ -91,7 +94,9 @@ FLAGS = {
     "hydralora": ["--dtype", "bf16"], "lora": ["--method", "lora", "--dtype", "fp32"],
     "split": ["--method", "lora-split", "--dtype", "fp16", "--dropout", "0"],
     "uniform": ["--gate", "uniform", "--targets", "wq,wo,output", "--dtype", "bf16"],
-    "full": ["--method", "full", "--dtype", "bf16"]}
+    "full": ["--method", "full", "--dtype", "bf16"],
+    "int8": ["--quantize", "int8", "--dtype", "bf16"],
+    "nf4": ["--quantize", "nf4", "--targets", "w2,wk,output", "--dtype", "fp32"]}
 
 
 @pytest.mark.parametrize("checkpoint", [[], ["--checkpoint-activations"]], ids=["kept", "again"])
@@ -102,7 +107,7 @@ def test_what_is_measured_without_values_is_alive_in_a_real_step(flags, checkpoi
     optimizer = train.make_optimizer(model, lr=args.lr)
     take_step(model, args, optimizer, [batch_of(2, 8)])
     states = optimizer.state.values()
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
     assert need.weights + need.adapter == weights
     assert need.gradients == sum(p.nbytes for p in model.parameters() if p.requires_grad)
     assert need.optimizer == sum(value.nbytes for state in states for value in state.values())

@@ -28,17 +28,18 @@ from data.corpus import (
     read_records,
     turns_of,
 )
-from hydralora import adapters_disabled, base_fingerprint, hydra_layers, record_gates
+from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_ids, generate_tokens
 from support.cli import Parser, check_min, flag, progress, run_script
-from support.device import add_device_flags, pick_device, pick_dtype
+from support.device import add_device_flags, autocast, pick_device, pick_dtype
 from support.diagnose import model_length
 from support.distributed import add_shard_flag, process_group
 from support.evaluation import most_specialised_layer
 from support.files import digest, write_text
 from support.jsonl_resume import append_row, open_partial, read_partial, remove_partial
 from support.lock import file_lock
-from support.run_folder import load_model_and_adapter
+from support.quantize import add_quantize_flag
+from support.run_folder import base_digest, load_model_and_adapter
 
 ADAPTER = Path("runs/hydralora/adapter.pt")  # of the README's first command
 FAMILIES_SHOWN = 8  # of the embedded world: a record of each is answered without prompts
@@ -262,7 +263,7 @@ def answer_file(args):
     records.print_remarks(args.data)
     sequences = encode_file(model, tokenizer, records, args)
     settings = {  # all that the answers depend on; the batch size is not among it
-        "weights_digest": digest(base_fingerprint(model)),
+        "weights_digest": base_digest(model),
         "adapter_digest": digest(args.adapter.read_bytes()) if args.adapter else None,
         "data_digest": digest([*map(dict, records)]), "dtype": args.dtype,
         "raw": args.raw, "compare": args.compare, **sampling(args)}
@@ -306,6 +307,7 @@ def add_talk_flags(p):
     p.add_argument("--seed", type=int, default=0, help="random seed of sampling (0)")
     p.add_argument("--max-seq-len", type=int, help="tokens of context (the checkpoint's)")
     add_device_flags(p)
+    add_quantize_flag(p)
     add_shard_flag(p)
 
 
@@ -362,13 +364,14 @@ def parse_args(argv):
 def load(args):
     """(model with its adapter, tokenizer) that the flags name."""
     return load_model_and_adapter(args.weights, args.adapter, device=args.device, dtype=args.dtype,
-                                  max_seq_len=args.max_seq_len, shard_base=args.shard_base)
+                                  max_seq_len=args.max_seq_len, shard_base=args.shard_base,
+                                  quantize=args.quantize)
 
 
 def run(args):
     resolve_talk_args(args, has_input=args.prompts or args.data)
     check_file_args(args)
-    with process_group(args.device, args.shard_base):
+    with process_group(args.device, args.shard_base), autocast(args.device, args.dtype):
         if not args.data:
             return answer_prompts(args)
         with file_lock(f"{args.out}.lock", args.out):

@@ -21,6 +21,7 @@ from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
 from model import load_llama
 from support.cli import Parser, run_script
 from support.files import atomic_dir, read_json, write_file, write_json
+from support.run_folder import print_quantize
 from tools.hf_layout import (
     TARGETS,
     check_settings,
@@ -130,6 +131,7 @@ def to_official(adapter, out, weights, base):
     with atomic_dir(out) as folder:
         model, _ = load_llama(weights)
         config = load_adapter(model, adapter)
+        print_quantize(adapter, "none")
         check_settings(config, SUPPORTED, "the authors' format, without an A for every head,")
         tensors = official_tensors(model)
         write_file(folder / "adapter_model.bin", lambda file: torch.save(tensors, file))

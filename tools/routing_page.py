@@ -18,6 +18,7 @@ import torch
 
 from model import generate_ids
 from support.cli import Parser, run_script
+from support.device import autocast
 from support.distributed import process_group
 from support.evaluation import most_specialised_layer
 from support.files import read_json, write_text
@@ -111,7 +112,7 @@ def parse_args(argv):
 
 def run(args):
     generate.resolve_talk_args(args, has_input=args.prompts)
-    with process_group(args.device, args.shard_base):
+    with process_group(args.device, args.shard_base), autocast(args.device, args.dtype):
         write_page(args)
 
 

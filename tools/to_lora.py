@@ -23,7 +23,7 @@ from support.cli import Parser, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
 from support.evaluation import TOTAL, evaluate, routing_report
 from support.files import atomic_dir, write_json
-from support.run_folder import load_model_and_adapter
+from support.run_folder import load_model_and_adapter, print_quantize
 from tools.generate import has_router
 from tools.hf_layout import check_settings, write_safetensors
 from tools.official_adapter import add_base_flags, official_tensors, peft_config
@@ -122,6 +122,7 @@ def run(args):
                                  "calibrated --data FILE, which print what the difference costs")
             model, report = approximate(args)
         else:
+            print_quantize(args.adapter, "none")
             flatten(model, {})
             report = f"exact: {'one head' if config['heads'] == 1 else 'its gate is uniform'}"
         write_lora(model, folder, base)
