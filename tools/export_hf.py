@@ -46,8 +46,7 @@ def tokenizer_config_of(tokenizer):
 
 
 def export_folder(source, out):
-    """Writes the checkpoint in `source` to the new folder `out`, every number in its
-    dtype. Raises ValueError or OSError and then leaves nothing behind."""
+    """Writes the checkpoint `source` to the new folder `out`, or raises and leaves nothing."""
     with atomic_dir(out) as folder:
         model, tokenizer = load_llama(source)
         state = dict(model.named_parameters())
