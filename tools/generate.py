@@ -66,8 +66,7 @@ def encode_prompt(model, tokenizer, prompt, args, place="", before=()):
 
 def text_of(tokenizer, tokens, before=()):
     """The text that tokens add to those before them, up to the last whole character."""
-    before = list(before)
-    text = tokenizer.decode(before + tokens)
+    text = tokenizer.decode([*before, *tokens])
     return text[len(tokenizer.decode(before)):].rstrip("\ufffd")
 
 
@@ -216,16 +215,15 @@ def answer_missing(model, tokenizer, sequences, args, done, file):
         for batch in length_batches(sequences, args.batch_size):
             if all(s.record in done for s in batch):
                 continue
-            answers = batch_answers(model, tokenizer, batch, args)
-            rows = [{"index": s.record, "answer": text} for s, text in zip(batch, answers)]
+            texts = {"answer": batch_answers(model, tokenizer, batch, args)}
             if args.compare:
                 with adapters_disabled(model):
-                    answers = batch_answers(model, tokenizer, batch, args)
-                rows = [{**row, "base_answer": text} for row, text in zip(rows, answers)]
-            for row in rows:
-                if row["index"] not in done:
-                    append_row(file, row)
-                    done[row["index"]] = row
+                    texts["base_answer"] = batch_answers(model, tokenizer, batch, args)
+            for i, s in enumerate(batch):
+                if s.record not in done:
+                    answers = {name: column[i] for name, column in texts.items()}
+                    done[s.record] = {"index": s.record, **answers}
+                    append_row(file, done[s.record])
             file.flush()
             bar.update(len(done) - bar.n)
 

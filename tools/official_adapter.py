@@ -145,19 +145,17 @@ def parse_args(argv):
                    help="a folder in their format, or an adapter.pt of ours")
     p.add_argument("out", metavar="DST", type=Path, help="what to make: the other of the two")
     add_base_flags(p)
-    args = p.parse_args(argv)
-    if args.given.is_dir() and args.base:
-        p.error(f"--base is written into their format; {args.out} has no place for it")
-    args.adapter = None if args.given.is_dir() else args.given
-    args.base = args.base or args.weights.resolve().name
-    return args
+    return p.parse_args(argv)
 
 
 def run(args):
-    if args.adapter:
-        to_official(args.adapter, args.out, args.weights, args.base)
-    else:
+    if args.given.is_dir():
+        if args.base:
+            raise ValueError(f"--base is written into their format; {args.out} has no place for it")
         to_ours(args.given, args.out, args.weights)
+    else:
+        args.adapter = args.given  # where support/diagnose.py looks
+        to_official(args.given, args.out, args.weights, args.base or args.weights.resolve().name)
 
 
 def main(argv=None):
