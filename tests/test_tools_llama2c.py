@@ -119,14 +119,9 @@ def test_stories260k_as_published_tells_its_story(tmp_path, form):
     assert model.args.max_seq_len == 512
 
 
-def of_pt(**changes):
-    return lambda path: write_pt(tied_model(), path.with_suffix(".pt"),
-                                 shape={**SHAPE, **changes})
-
-
-def of_state(change):
+def of_pt(change=lambda state: None, **shape):
     def write(path):
-        path = write_pt(tied_model(), path.with_suffix(".pt"))
+        path = write_pt(tied_model(), path.with_suffix(".pt"), shape={**SHAPE, **shape})
         content = torch.load(path, weights_only=True)
         change(content["model"])
         torch.save(content, path)
@@ -160,8 +155,8 @@ def of_content(content):
     (of_pt(n_heads=5), "an even multiple of n_heads 5"), (of_pt(n_kv_heads=3), "of n_kv_heads 3"),
     (of_pt(vocab_size=769), "is (768, 32), its config asks for (769, 32)"),
     (of_pt(vocab_size=None), "vocab_size is None"),
-    (of_state(lambda s: s.pop("norm.weight")), "missing ['norm.weight'], extra []"),
-    (of_state(lambda s: s.update(more=torch.ones(1))), "missing [], extra ['more']"),
+    (of_pt(lambda s: s.pop("norm.weight")), "missing ['norm.weight'], extra []"),
+    (of_pt(lambda s: s.update(more=torch.ones(1))), "missing [], extra ['more']"),
     (of_bin(lambda b: b[:-1]), "ends before freqs_sin: it is cut short"),
     (of_bin(lambda b: b[:1000]), "ends before tok_embeddings.weight"),
     (of_bin(lambda b: b + b"\0\0"), "2 bytes after its last tensor"),
