@@ -565,12 +565,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(hf, weights, tmp_path, capsy
         assert sorted(os.listdir(tmp_path)) == names
 
 
-@pytest.mark.parametrize("place", ["write_safetensors", "save_llama"])
-def test_ctrl_c_leaves_nothing_and_exits_130(hf, tmp_path, capsys, monkeypatch, place):
+@pytest.mark.parametrize("module, place", [
+    (hf_layout, "write_safetensors"), (import_hf, "save_llama")])
+def test_ctrl_c_leaves_nothing_and_exits_130(hf, tmp_path, capsys, monkeypatch, module, place):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(import_hf, place, interrupted)
+    monkeypatch.setattr(module, place, interrupted)
     assert run(import_hf, hf, tmp_path / "meta") == 130
     assert capsys.readouterr().err == "import_hf.py: interrupted; nothing was written\n"
     assert os.listdir(tmp_path) == ["hf"]
