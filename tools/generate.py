@@ -19,15 +19,7 @@ from pathlib import Path
 
 import torch
 
-from data import WORLD
-from data.corpus import (
-    Sequence,
-    encode_turns,
-    length_batches,
-    prompt_text,
-    read_records,
-    turns_of,
-)
+from data import WORLD, corpus
 from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_ids, generate_tokens
 from support.cli import Parser, check_min, flag, progress, run_script
@@ -91,9 +83,10 @@ def prompts_of(args, families=None):
     if args.prompts:
         return [(prompt, None, f"prompt {i}") for i, prompt in enumerate(args.prompts, start=1)]
     first = {}
-    for record in read_records(WORLD / "val.jsonl"):
+    for record in corpus.read_records(WORLD / "val.jsonl"):
         first.setdefault(record["category"], record)
-    return [(prompt_text(r), r["response"], r["category"]) for r in [*first.values()][:families]]
+    records = [*first.values()][:families]
+    return [(corpus.prompt_text(r), r["response"], r["category"]) for r in records]
 
 
 def stream_answer(model, tokenizer, ids, args):
@@ -192,11 +185,11 @@ def encode_file(model, tokenizer, records, args):
     """A Sequence of every record's prompt, or ValueError before the first answer."""
     sequences = []
     for index, record in enumerate(records):
-        turns = turns_of(record)
-        ids, prompts = encode_turns(turns, tokenizer)
+        turns = corpus.turns_of(record)
+        ids, prompts = corpus.encode_turns(turns, tokenizer)
         ids = encode_prompt(model, tokenizer, turns[-1][0], args,
                             before=ids[:prompts[-1][0]], place=f"{args.data}, {record.place}: ")
-        sequences.append(Sequence(ids, len(ids), index, record["category"], record.place))
+        sequences.append(corpus.Sequence(ids, len(ids), index, record["category"], record.place))
     return sequences
 
 
@@ -212,7 +205,7 @@ def answer_missing(model, tokenizer, sequences, args, done, file):
     """Adds the missing rows to `done`, {record's index: row}, and to the file. A
     resumed run has the batches of a whole one, so that sums are rounded alike."""
     with progress(total=len(sequences), initial=len(done), unit=" records") as bar:
-        for batch in length_batches(sequences, args.batch_size):
+        for batch in corpus.length_batches(sequences, args.batch_size):
             if all(s.record in done for s in batch):
                 continue
             texts = {"answer": batch_answers(model, tokenizer, batch, args)}
@@ -252,7 +245,7 @@ def print_exact(lines):
 def answer_file(args):
     """Answers every record of --data and writes --out, or resumes that."""
     model, tokenizer = load(args)
-    records = read_records(args.data)
+    records = corpus.read_records(args.data)
     records.print_remarks(args.data)
     sequences = encode_file(model, tokenizer, records, args)
     settings = {  # all that the answers depend on; the batch size is not among it
