@@ -106,8 +106,8 @@ ROWS = {  # of the printed table; what is 0 is left out
 }
 
 
-def measure_step(shape, settings, *, make_optimizer, step, dtype, quantize, batch_size,
-                 length, checkpoint, gpus=1):
+def measure_step(shape, settings, *, make_optimizer, step, dtype, batch_size, length,
+                 checkpoint, gpus=1, quantize=None):
     """The Need of a training step on batch_size x length tokens, each of them a target.
 
     shape is a ModelArgs, settings are the arguments of add_hydralora (None: the whole

@@ -27,9 +27,9 @@ from support.distributed import load_model
 from support.evaluation import count_parameters
 from support.memory import Watch
 from support.quantize import KINDS, QuantizedLinear, normal_levels, quantize_blocks
-from support.run_folder import load_model_and_adapter
+from support.run_folder import load_model_and_adapter, trained_with
 from tests.conftest import WORLD, in_step, interrupt, status_of, tiny_model
-from tools import generate, official_adapter, to_lora
+from tools import generate, official_adapter, to_lora, to_transformers
 
 # Dettmers et al. 2023, appendix E
 PAPER = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -282,6 +282,16 @@ def test_an_export_says_what_the_adapter_was_trained_on(tool, place, tmp_path, c
     assert tool.main([str(tmp_path / "lora" / "adapter.pt"), str(tmp_path / "out"), "--weights",
                       str(place / "weights")]) == 0
     assert "was trained with --quantize int8" in capsys.readouterr().out
+
+
+def test_an_adapter_for_transformers_and_back_keeps_what_it_was_trained_on(place, tmp_path,
+                                                                           capsys):
+    weights = ["--weights", str(place / "weights")]
+    there, back = str(tmp_path / "there.pt"), str(tmp_path / "back.pt")
+    assert to_transformers.main([str(place / "run" / "adapter.pt"), there, *weights]) == 0
+    assert to_transformers.main([there, back, *weights, "--back"]) == 0
+    assert capsys.readouterr().out.count("was trained with --quantize nf4") == 2
+    assert trained_with(there) == trained_with(back) == "nf4"
 
 
 def test_cluster_reads_the_states_of_the_quantised_base(place, tmp_path, capsys):

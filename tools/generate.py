@@ -65,10 +65,8 @@ def encode_prompt(model, tokenizer, prompt, args, place="", before=()):
 
 
 def text_of(tokenizer, tokens, before=()):
-    """The text that tokens add to the tokens before them, without a last character that
-    still lacks some of its bytes."""
-    before = list(before)
-    text = tokenizer.decode(before + tokens)
+    """The text that tokens add to those before them, up to the last whole character."""
+    text = tokenizer.decode([*before, *tokens])
     return text[len(tokenizer.decode(before)):].rstrip("\ufffd")
 
 
@@ -112,8 +110,7 @@ def stream_answer(model, tokenizer, ids, args):
 
 
 def answer_prompts(args):
-    """Prints the answer to each prompt, with --compare the base's before it, and with
-    --show-routing the gates after it."""
+    """Prints the answer to each prompt, and what --compare and --show-routing ask for."""
     model, tokenizer = load(args)
     if args.show_routing and not has_router(model):
         raise ValueError(f"--show-routing: {args.adapter} {NO_ROUTER}")
@@ -160,10 +157,9 @@ def paint(head, text, coloured):
 
 
 def show_routing(model, tokenizer, prompt, new):
-    """Prints the text with every token marked by its strongest head in one layer, and
-    the mean gate of each layer. Head 1 of one layer has nothing to do with head 1 of
-    another, so it is the layer whose gates differ most between these tokens. A token's
-    gate is the one computed from it."""
+    """Prints the text with every token marked by its strongest head in the layer whose gates
+    differ most between these tokens, and the mean gate of each layer. A token's gate is the
+    one computed from it."""
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     gates = gates_of(model, prompt + new)
     name = most_specialised_layer(gates)
@@ -193,8 +189,7 @@ def show_routing(model, tokenizer, prompt, new):
 
 
 def encode_file(model, tokenizer, records, args):
-    """A Sequence of every record's prompt; one that is too long is refused before the
-    first answer."""
+    """A Sequence of every record's prompt, or ValueError before the first answer."""
     sequences = []
     for index, record in enumerate(records):
         turns = turns_of(record)
@@ -220,23 +215,21 @@ def answer_missing(model, tokenizer, sequences, args, done, file):
         for batch in length_batches(sequences, args.batch_size):
             if all(s.record in done for s in batch):
                 continue
-            answers = batch_answers(model, tokenizer, batch, args)
-            rows = [{"index": s.record, "answer": text} for s, text in zip(batch, answers)]
+            texts = {"answer": batch_answers(model, tokenizer, batch, args)}
             if args.compare:
                 with adapters_disabled(model):
-                    answers = batch_answers(model, tokenizer, batch, args)
-                rows = [{**row, "base_answer": text} for row, text in zip(rows, answers)]
-            for row in rows:
-                if row["index"] not in done:
-                    append_row(file, row)
-                    done[row["index"]] = row
+                    texts["base_answer"] = batch_answers(model, tokenizer, batch, args)
+            for i, s in enumerate(batch):
+                if s.record not in done:
+                    answers = {name: column[i] for name, column in texts.items()}
+                    done[s.record] = {"index": s.record, **answers}
+                    append_row(file, done[s.record])
             file.flush()
             bar.update(len(done) - bar.n)
 
 
 def scored(record, row):
-    """A line of the output: the record, the answers, and which of them equal the response
-    word for word; space around the whole does not count."""
+    """A line of the output: the record, the answers, and which equal the response."""
     line = dict(record)
     for base in ("", "base_"):
         if f"{base}answer" in row:
@@ -312,8 +305,7 @@ def add_talk_flags(p):
 
 
 def resolve_talk_args(args, has_input):
-    """Fills in adapter, weights, device and dtype. Raises ValueError for impossible
-    values. has_input: whether there are prompts or a file."""
+    """Fills in adapter, weights, device and dtype, or raises ValueError."""
     check_min(args, max_new_tokens=1, temperature=0)
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1, got {args.top_p}")

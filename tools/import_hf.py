@@ -54,8 +54,7 @@ ALLOWED = {  # values of settings that other architectures have
 
 
 def read_config(path):
-    """(ModelArgs, whether the output layer is the embedding) of a config.json. Raises
-    ValueError, by name, for a setting that this model does not have."""
+    """(ModelArgs, whether the output layer is the embedding) of a config.json."""
     config = {key: value for key, value in read_json(path).items() if value is not None}
     # the rotary part is rope_parameters since transformers 5, before that rope_scaling
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -142,8 +141,7 @@ def in_meta_order(state, args, tied, scratch):
 
 
 def check_tokenizer(path, rows):
-    """The tokenizer for an embedding of so many rows. Raises ValueError if it has more
-    pieces; fewer are allowed, as in load_llama."""
+    """The tokenizer. Raises ValueError if it has more pieces than the embedding has rows."""
     if reason := placeholder_reason(path):
         raise ValueError(reason)
     if not path.is_file():
@@ -158,8 +156,7 @@ def check_tokenizer(path, rows):
 
 
 def added_tokens(source):
-    """{id: text} of the tokens that a folder adds to its tokenizer.model. An unreadable
-    file adds none: the import does not depend on it."""
+    """{id: text} of the tokens that a folder adds; an unreadable file adds none."""
     added = {}
     with suppress(ValueError):
         content = read_json(source / "added_tokens.json")
@@ -198,8 +195,7 @@ def describe(args):
 
 
 def import_folder(source, out, tokenizer):
-    """Writes the checkpoint in `source` to the new folder `out`, every number in its
-    dtype. Raises ValueError or OSError and then leaves nothing behind."""
+    """Writes the checkpoint `source` to the new folder `out`, or raises and leaves nothing."""
     with atomic_dir(out) as folder:
         args, tied = read_config(source / "config.json")
         tokenizer = tokenizer or source / "tokenizer.model"

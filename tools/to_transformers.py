@@ -20,6 +20,7 @@ from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
 from model import load_llama
 from support.cli import Parser, run_script
 from support.files import write_file
+from support.run_folder import print_quantize, trained_with
 from tools.hf_layout import TARGETS, hf_name, hf_rows, meta_rows, rotary_heads
 
 
@@ -55,6 +56,9 @@ def convert(adapter, out, weights, back):
     source, target = (hf, meta) if back else (meta, hf)
     names = {theirs: ours for ours, theirs in TARGETS.items()} if back else TARGETS
     config = load_adapter(source, adapter)
+    print_quantize(adapter, "none")
+    if trained_with(adapter) != "none":
+        target.quantized = trained_with(adapter)  # nothing is; the new file says it as well
     targets = [names[name] for name in config["targets"]]
     add_hydralora(target, **{**config, "targets": targets})
     hf_layers = hydra_layers(hf)
