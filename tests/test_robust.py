@@ -145,11 +145,11 @@ def test_full_fine_tuning_resumes_bit_for_bit_and_names_its_original_base(
 def test_a_signal_at_any_moment_loses_nothing(command, out, uninterrupted, monkeypatch, capsys,
                                               moment, number):
     with monkeypatch.context() as patched:
-        def interrupt_call(module, name, wanted=lambda *arguments: True):
+        def interrupt_call(module, name, wanted=lambda settings: True):
             original = getattr(module, name)
 
             def call(*arguments, **settings):
-                if wanted(*arguments):
+                if wanted(settings):
                     os.kill(os.getpid(), number)
                 return original(*arguments, **settings)
 
@@ -158,7 +158,7 @@ def test_a_signal_at_any_moment_loses_nothing(command, out, uninterrupted, monke
         if moment in ("first", "last"):
             at_step(patched, 1 if moment == "first" else 12, stop(number))
         elif moment in ("base", "tuned"):
-            interrupt_call(evaluation, "evaluate", lambda *arguments: arguments[-1] == moment)
+            interrupt_call(train, "evaluate", lambda settings: settings["name"] == moment)
         elif moment == "routing":
             interrupt_call(evaluation, "routing_report")
         elif moment == "saving":
@@ -173,8 +173,8 @@ def test_a_signal_at_any_moment_loses_nothing(command, out, uninterrupted, monke
         assert not out.exists() and "stopped before training" in printed.err
         assert train.main(command) == 0
     else:
-        assert f"of step {1 if moment == 'first' else 12}; the same command with --resume" in (
-            printed.out)
+        step = 1 if moment == "first" else 12
+        assert f"of step {step}; rerun the same command with --resume" in printed.out + printed.err
         assert train.main(command + ["--resume"]) == 0
     assert final(out) == uninterrupted
     assert sorted(path.name for path in out.iterdir()) == ["adapter.pt", "log.csv", "run.json"]
