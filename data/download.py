@@ -36,8 +36,7 @@ def is_url(source):
 
 
 def open_source(source):
-    """An open binary file of a path or a URL. Raises ValueError, one line that says
-    what failed and what to do."""
+    """An open binary file of a path or a URL. Raises ValueError that says what to do."""
     if not is_url(source):
         if not Path(source).is_file():
             raise ValueError(f"there is no file {source}: correct --source, or leave it out to "

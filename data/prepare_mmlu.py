@@ -63,10 +63,7 @@ def count_rows(files):
             raise ValueError(f"found {len(names)} files {split}/SUBJECT_{split}.csv, expected "
                              f"the same {SUBJECTS} subjects in dev, val and test: --source must "
                              "be MMLU's data.tar or its folder")
-        try:
-            counts[split] = sum(len(parse_rows(files[name], name)) for name in names)
-        except ValueError as error:
-            raise ValueError(f"{error}; get the data again") from None
+        counts[split] = sum(len(parse_rows(files[name], name)) for name in names)
         if counts[split] not in expected:
             raise ValueError(f"found {counts[split]} rows in {split}, expected "
                              f"{' or '.join(map(str, expected))}; get the data again")

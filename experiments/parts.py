@@ -507,9 +507,10 @@ def measure_memory(report, scale, device):
     cases = [(size, shape, kind) for size, shape in (("7B", scale.seven), ("13B", scale.thirteen))
              for kind in CHECKPOINT]
     for size, shape, kind in cases:
-        need = memory.measure_step(ModelArgs(**shape), settings, batch_size=1, length=scale.tokens,
-                                   make_optimizer=partial(train.make_optimizer, lr=steps.LR),
-                                   step=steps.take_step, dtype="bf16", checkpoint=CHECKPOINT[kind])
+        need = memory.measure_step(
+            ModelArgs(**shape), settings, dtype="bf16", quantize="none", batch_size=1,
+            length=scale.tokens, checkpoint=CHECKPOINT[kind], step=steps.take_step,
+            make_optimizer=partial(train.make_optimizer, lr=steps.LR))
         computed, wanted = need.total / GIB, need.gpu / GIB
         if need.gpu > total_memory(device):
             report.note(f"{size}, {kind}: skipped, too little memory on the card ({wanted:.1f} GiB "

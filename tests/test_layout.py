@@ -20,6 +20,7 @@ MAY_IMPORT = {
     # cluster only inside the function that --heads auto reaches
     "train": METHOD | {"data", "support", "cluster"},
     "cluster": METHOD | {"data", "support"}, "eval_mmlu": METHOD | {"data", "support"},
+    "docs": METHOD | {"data"},
     "tools": METHOD | {"data", "support", "train", "cluster", "eval_mmlu"},
     "experiments": METHOD | {"data", "support", "train", "cluster", "eval_mmlu", "tools"}}
 ONLY_ON_DEMAND = {("train", "cluster"), ("train", "support.memory")}

@@ -112,13 +112,6 @@ def test_evaluations_during_a_run_are_points_over_its_loss_and_a_panel_of_exact_
     assert "exact match by step" not in drawn(b)[0]
 
 
-def test_a_log_from_before_evaluations_is_drawn(tmp_path):
-    folder, _, losses = write_run(tmp_path / "a")
-    rows = [line.split(",")[:5] for line in (folder / "log.csv").read_text().splitlines()]
-    (folder / "log.csv").write_text("\n".join(map(",".join, rows)) + "\n")
-    assert list(drawn(folder)[0]["training loss"][0].get_lines()[0].get_ydata()) == losses
-
-
 def test_a_run_that_has_not_ended_is_drawn_from_log_csv_alone(tmp_path):
     ended, _, _ = write_run(tmp_path / "a", every=50)
     going_on, _, losses = write_run(tmp_path / "b", steps=120, every=50)
@@ -280,29 +273,26 @@ function look() {
           bands: tokens().map(node => getComputedStyle(node.lastChild).backgroundImage),
           labels: tokens().map(node => node.ariaLabel),
           cells: texts("#tables td"), rows: texts("#tables tbody th"),
-          captions: texts("#tables caption"), panel: document.getElementById("panel").innerText,
           content: document.documentElement.scrollWidth};
 }
 function turnTo(value) {
-  const select = document.getElementById("layer");
-  select.value = value;
-  select.dispatchEvent(new Event("change"));
+  at("layer").value = value;
+  at("layer").dispatchEvent(new Event("change"));
 }
 function press(key) {
   document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
 }
-seen.start = document.getElementById("layer").value;
 const options = [...document.querySelectorAll("#layer option")];
 seen.options = options.map(option => option.textContent);
 for (const option of options) { turnTo(option.value); seen.views[option.value] = look(); }
-document.getElementById("after").click();
-seen.wrapped = document.getElementById("layer").value;
-document.getElementById("before").click();
-seen.back = document.getElementById("layer").value;
+at("after").click();
+seen.wrapped = at("layer").value;
+at("before").click();
+seen.back = at("layer").value;
 turnTo(0);
 seen.pieces = [...document.querySelectorAll(".token:not(.mark) span")].map(n => n.textContent);
 tokens()[2].dispatchEvent(new MouseEvent("mouseover", {bubbles: true}));
-seen.hovered = document.getElementById("panel").innerText;
+seen.hovered = at("panel").innerText;
 tokens()[0].focus();
 press("ArrowRight"); press("ArrowRight"); press("ArrowRight"); press("ArrowLeft");
 seen.focused = tokens().indexOf(document.activeElement);

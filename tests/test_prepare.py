@@ -228,7 +228,7 @@ def test_mmlu_with_a_broken_row_or_a_row_or_file_missing_is_refused(tmp_path):
                       (b"q,1,2,3,4,A,\n", "row 2: 7 columns"),
                       (b'q,1,"2"3,3,4,A\n', "row 2: ',' expected after")):
         file.write_bytes(b'"two\nlines",1,2,3,4,A\n' + row)
-        refuses(prepare_mmlu, source, out, "test/subject_aa_test.csv", text, "get the data again")
+        refuses(prepare_mmlu, source, out, "test/subject_aa_test.csv", text)
     file.write_bytes(whole[:-len(ROW)])
     refuses(prepare_mmlu, source, out, "14041 rows in test", "14042")
     file.rename(source / "test" / "other_test.csv")

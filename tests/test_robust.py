@@ -477,7 +477,7 @@ def test_what_is_not_finite_is_never_written_nor_loaded(model, tmp_path):
     whole = (tmp_path / "a.pt").read_bytes()
     with torch.no_grad():
         model.layers[1].feed_forward.w2.router[0, 0] = math.inf
-    with pytest.raises(ValueError, match=r"a.pt: .* 1 of 18 .* layers.1.feed_forward.w2.router"):
+    with pytest.raises(ValueError, match=r"a.pt: .*not a finite one .*w2.router"):
         save_adapter(model, tmp_path / "a.pt")
     assert (tmp_path / "a.pt").read_bytes() == whole
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])

@@ -166,7 +166,8 @@ def test_the_corpus_asks_for_no_fact_of_the_quiz():
 
 
 def test_quiz_answers_are_true_and_their_letters_balanced():
-    kinds, places = quiz.KIND_OF, FACTS.countries
+    kinds = {animal: kind for kind, members in FACTS.animals.items() for animal in members}
+    places = FACTS.countries
     forms = {
         r"Which city is the capital of (.+)\?": lambda x, option: places[x][0] == option,
         r"(.+) is the capital of which country\?": lambda x, option: places[option][0] == x,
@@ -313,17 +314,6 @@ def test_the_accuracy_is_that_of_eval_mmlu(tmp_path, monkeypatch):
     assert result["settings"]["shots"] == 0
 
 
-@pytest.mark.parametrize("shares, stages", [
-    ([0.74], [(2, "start", 0)]),
-    ([0.26, 0.74], [(2, "start", 0), (2, "end of 2-0", 1)]),
-    ([0.26, 0.3, 0.59], [(2, "start", 0), (2, "end of 2-0", 1), (2, "end of 2-1", 2)])])
-def test_a_stage_is_repeated_until_letters_are_known_or_three_times(shares, stages, trained,
-                                                                    measure, tmp_path):
-    measure(*shares)
-    end = base.train_until_known(None, 2, "start", tmp_path)
-    assert trained == stages and end == f"end of 2-{len(shares) - 1}"
-
-
 def test_a_script_that_fails_ends_the_command_with_its_status():
     assert base.TRAIN.is_file() and base.EVAL.is_file()
     base.run("-c", "pass")
@@ -343,28 +333,26 @@ def test_each_repeat_of_a_stage_has_other_texts(monkeypatch, tmp_path):
     assert sum(record in texts[0] for record in texts[1]) < 8 and len(texts[1]) == 160
 
 
-@pytest.mark.parametrize("share", [0.26, 0.37, 0.58])
-def test_the_third_stage_and_the_last_are_checked(share, trained, measure, monkeypatch, tmp_path):
-    """A base that names too few letters is stored all the same: it took an hour."""
-    def train_until_known(args, number, start, folder):
-        trained.append(("until known", start))
-        return "known"
-
+@pytest.mark.parametrize("shares", [[0.74, 0.37], [0.26, 0.74, 0.26], [0.26, 0.3, 0.59, 0.58]])
+def test_stage_three_is_repeated_until_letters_are_known_and_the_last_one_is_weakened(
+        shares, trained, measure, monkeypatch, tmp_path):
+    """Three times at most. A base that names too few letters is stored: it took an hour."""
     def weaken_letters(before, after, folder):
         trained.append(("weaken", before, after))
         return WORLD / "base"
 
-    monkeypatch.setattr(base, "train_until_known", train_until_known)
     monkeypatch.setattr(base, "weaken_letters", weaken_letters)
-    measure(share)
+    measure(*shares)
     flags = ["--records", *5 * ["160"], "--out", str(tmp_path / "b")]
-    if share == 0.37:
+    if shares[-1] == 0.37:
         assert base.main(flags) == 0
     else:
         with pytest.raises(SystemExit, match="36% to 50% are wanted: take another --seed"):
             base.main(flags)
-    assert trained[1:] == [(1, "end of 0-0", 0), ("until known", "end of 1-0"), (3, "known", 0),
-                           (4, "end of 3-0", 0), ("weaken", "end of 3-0", "end of 4-0")]
+    starts = ["end of 1-0", "end of 2-0", "end of 2-1"][:len(shares) - 1]
+    assert trained[1:] == [(1, "end of 0-0", 0), *((2, start, i) for i, start in enumerate(starts)),
+                           (3, f"end of 2-{len(starts) - 1}", 0), (4, "end of 3-0", 0),
+                           ("weaken", "end of 3-0", "end of 4-0")]
     assert weights_fingerprint(tmp_path / "b") == weights_fingerprint(WORLD / "base")
 
 

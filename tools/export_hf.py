@@ -2,12 +2,10 @@
 
     python -m tools.export_hf runs/full my-llama       # what train.py --method full wrote
 
-The same model (Touvron et al. 2023, section 2.2) for everything that reads
-transformers' layout. Tensors are written one at a time; what import_hf.py took from a
-folder comes back byte for byte. An output layer that equals the embedding is left out
-and tied, as Hugging Face does. A checkpoint in several shards is merged in memory
-first. tokenizer_config.json makes AutoTokenizer (which needs protobuf to read a
-tokenizer.model) put BOS in front; without that file it leaves BOS out silently.
+The same model (Touvron et al. 2023, section 2.2) for everything that reads transformers'
+layout. Tensors are written one at a time; what import_hf.py took from a folder comes back
+byte for byte. An output layer that equals the embedding is left out and tied, as Hugging
+Face does. Without tokenizer_config.json AutoTokenizer would leave BOS out silently.
 """
 
 import shutil
@@ -46,8 +44,7 @@ def tokenizer_config_of(tokenizer):
 
 
 def export_folder(source, out):
-    """Writes the checkpoint in `source` to the new folder `out`, every number in its
-    dtype. Raises ValueError or OSError and then leaves nothing behind."""
+    """Writes the checkpoint `source` to the new folder `out`, or raises and leaves nothing."""
     with atomic_dir(out) as folder:
         model, tokenizer = load_llama(source)
         state = dict(model.named_parameters())

@@ -19,15 +19,7 @@ from pathlib import Path
 
 import torch
 
-from data import WORLD
-from data.corpus import (
-    Sequence,
-    encode_turns,
-    length_batches,
-    prompt_text,
-    read_records,
-    turns_of,
-)
+from data import WORLD, corpus
 from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_ids, generate_tokens
 from support.cli import Parser, check_min, flag, progress, run_script
@@ -65,10 +57,8 @@ def encode_prompt(model, tokenizer, prompt, args, place="", before=()):
 
 
 def text_of(tokenizer, tokens, before=()):
-    """The text that tokens add to the tokens before them, without a last character that
-    still lacks some of its bytes."""
-    before = list(before)
-    text = tokenizer.decode(before + tokens)
+    """The text that tokens add to those before them, up to the last whole character."""
+    text = tokenizer.decode([*before, *tokens])
     return text[len(tokenizer.decode(before)):].rstrip("\ufffd")
 
 
@@ -93,9 +83,10 @@ def prompts_of(args, families=None):
     if args.prompts:
         return [(prompt, None, f"prompt {i}") for i, prompt in enumerate(args.prompts, start=1)]
     first = {}
-    for record in read_records(WORLD / "val.jsonl"):
+    for record in corpus.read_records(WORLD / "val.jsonl"):
         first.setdefault(record["category"], record)
-    return [(prompt_text(r), r["response"], r["category"]) for r in [*first.values()][:families]]
+    records = [*first.values()][:families]
+    return [(corpus.prompt_text(r), r["response"], r["category"]) for r in records]
 
 
 def stream_answer(model, tokenizer, ids, args):
@@ -112,8 +103,7 @@ def stream_answer(model, tokenizer, ids, args):
 
 
 def answer_prompts(args):
-    """Prints the answer to each prompt, with --compare the base's before it, and with
-    --show-routing the gates after it."""
+    """Prints the answer to each prompt, and what --compare and --show-routing ask for."""
     model, tokenizer = load(args)
     if args.show_routing and not has_router(model):
         raise ValueError(f"--show-routing: {args.adapter} {NO_ROUTER}")
@@ -160,10 +150,9 @@ def paint(head, text, coloured):
 
 
 def show_routing(model, tokenizer, prompt, new):
-    """Prints the text with every token marked by its strongest head in one layer, and
-    the mean gate of each layer. Head 1 of one layer has nothing to do with head 1 of
-    another, so it is the layer whose gates differ most between these tokens. A token's
-    gate is the one computed from it."""
+    """Prints the text with every token marked by its strongest head in the layer whose gates
+    differ most between these tokens, and the mean gate of each layer. A token's gate is the
+    one computed from it."""
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     gates = gates_of(model, prompt + new)
     name = most_specialised_layer(gates)
@@ -193,15 +182,14 @@ def show_routing(model, tokenizer, prompt, new):
 
 
 def encode_file(model, tokenizer, records, args):
-    """A Sequence of every record's prompt; one that is too long is refused before the
-    first answer."""
+    """A Sequence of every record's prompt, or ValueError before the first answer."""
     sequences = []
     for index, record in enumerate(records):
-        turns = turns_of(record)
-        ids, prompts = encode_turns(turns, tokenizer)
+        turns = corpus.turns_of(record)
+        ids, prompts = corpus.encode_turns(turns, tokenizer)
         ids = encode_prompt(model, tokenizer, turns[-1][0], args,
                             before=ids[:prompts[-1][0]], place=f"{args.data}, {record.place}: ")
-        sequences.append(Sequence(ids, len(ids), index, record["category"], record.place))
+        sequences.append(corpus.Sequence(ids, len(ids), index, record["category"], record.place))
     return sequences
 
 
@@ -217,26 +205,24 @@ def answer_missing(model, tokenizer, sequences, args, done, file):
     """Adds the missing rows to `done`, {record's index: row}, and to the file. A
     resumed run has the batches of a whole one, so that sums are rounded alike."""
     with progress(total=len(sequences), initial=len(done), unit=" records") as bar:
-        for batch in length_batches(sequences, args.batch_size):
+        for batch in corpus.length_batches(sequences, args.batch_size):
             if all(s.record in done for s in batch):
                 continue
-            answers = batch_answers(model, tokenizer, batch, args)
-            rows = [{"index": s.record, "answer": text} for s, text in zip(batch, answers)]
+            texts = {"answer": batch_answers(model, tokenizer, batch, args)}
             if args.compare:
                 with adapters_disabled(model):
-                    answers = batch_answers(model, tokenizer, batch, args)
-                rows = [{**row, "base_answer": text} for row, text in zip(rows, answers)]
-            for row in rows:
-                if row["index"] not in done:
-                    append_row(file, row)
-                    done[row["index"]] = row
+                    texts["base_answer"] = batch_answers(model, tokenizer, batch, args)
+            for i, s in enumerate(batch):
+                if s.record not in done:
+                    answers = {name: column[i] for name, column in texts.items()}
+                    done[s.record] = {"index": s.record, **answers}
+                    append_row(file, done[s.record])
             file.flush()
             bar.update(len(done) - bar.n)
 
 
 def scored(record, row):
-    """A line of the output: the record, the answers, and which of them equal the response
-    word for word; space around the whole does not count."""
+    """A line of the output: the record, the answers, and which equal the response."""
     line = dict(record)
     for base in ("", "base_"):
         if f"{base}answer" in row:
@@ -259,7 +245,7 @@ def print_exact(lines):
 def answer_file(args):
     """Answers every record of --data and writes --out, or resumes that."""
     model, tokenizer = load(args)
-    records = read_records(args.data)
+    records = corpus.read_records(args.data)
     records.print_remarks(args.data)
     sequences = encode_file(model, tokenizer, records, args)
     settings = {  # all that the answers depend on; the batch size is not among it
@@ -312,8 +298,7 @@ def add_talk_flags(p):
 
 
 def resolve_talk_args(args, has_input):
-    """Fills in adapter, weights, device and dtype. Raises ValueError for impossible
-    values. has_input: whether there are prompts or a file."""
+    """Fills in adapter, weights, device and dtype, or raises ValueError."""
     check_min(args, max_new_tokens=1, temperature=0)
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1, got {args.top_p}")

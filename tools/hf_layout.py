@@ -34,8 +34,7 @@ TARGETS["output"] = OUTER["output"]
 
 
 def hf_name(name):
-    """Hugging Face's name of a module: model.layers.0.self_attn.q_proj for Meta's
-    layers.0.attention.wq."""
+    """model.layers.0.self_attn.q_proj for Meta's layers.0.attention.wq."""
     if not name.startswith("layers."):
         return OUTER[name]
     _, layer, rest = name.split(".", 2)
@@ -76,8 +75,7 @@ def hf_rows(rows, heads):
 
 
 def read_number(config, key, path, *, default=None, whole=True):
-    """A positive number of a config, or the default if the config has none. Raises
-    ValueError for anything else, and for a number that no LLaMA has."""
+    """A positive number of a config, or the default. Raises ValueError for anything else."""
     value = default if config.get(key) is None else config[key]
     kinds, limit = ((int,), 2**24) if whole else ((int, float), 2**40)
     if type(value) not in kinds or not 0 < value < limit:
@@ -136,8 +134,7 @@ def check_shapes(wanted, tensors, source):
 
 
 def check_settings(config, supported, form):
-    """Raises ValueError for an adapter's setting that a format cannot hold: one that is
-    not among the supported names and differs from its default."""
+    """Raises ValueError if a setting that a format cannot hold differs from its default."""
     for name, value in config.items():
         if name not in supported and value != getattr(HydraSettings, name, None):
             raise ValueError(f"{name} is {value!r}, which {form} cannot hold; it holds "
@@ -184,8 +181,7 @@ def read_safetensors(path):
 
 
 def parse_entry(name, entry, path):
-    """(first byte, last byte, name, dtype, shape) of a tensor, from its entry in a
-    safetensors header. Raises ValueError for an entry that contradicts itself."""
+    """(first byte, last byte, name, dtype, shape) of a tensor, from its entry in a header."""
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)
@@ -203,8 +199,7 @@ def parse_entry(name, entry, path):
 
 
 def write_safetensors(path, tensors, convert=lambda name, tensor: tensor):
-    """Writes convert(name, tensor) of every tensor, of the same shape and dtype, as a
-    safetensors file. Only one converted copy exists at a time."""
+    """Writes convert(name, tensor) of every tensor, one converted copy at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),

@@ -26,17 +26,7 @@ from support.files import (
     read_torch,
     wrap_disk_errors,
 )
-from tools.hf_layout import (
-    check_shapes,
-    check_values,
-    meta_rows,
-    model_without_storage,
-    read_args,
-    read_safetensors,
-    rotary_heads,
-    tensor_names,
-    write_safetensors,
-)
+from tools import hf_layout
 
 # buffers of old checkpoints, computed here
 DROPPED = tuple(f"rotary_emb.{name}" for name in ("inv_freq", "cos_cached", "sin_cached"))
@@ -54,16 +44,15 @@ ALLOWED = {  # values of settings that other architectures have
 
 
 def read_config(path):
-    """(ModelArgs, whether the output layer is the embedding) of a config.json. Raises
-    ValueError, by name, for a setting that this model does not have."""
+    """(ModelArgs, whether the output layer is the embedding) of a config.json."""
     config = {key: value for key, value in read_json(path).items() if value is not None}
     # the rotary part is rope_parameters since transformers 5, before that rope_scaling
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = rope if isinstance(rope, dict) else {"type": rope}
     config = {"rms_norm_eps": 1e-6, "rope_type": rope.get("type"),
               "max_position_embeddings": config.get("max_sequence_length", 2048), **rope, **config}
-    check_values(config, ALLOWED, path)
-    args = read_args(config, KEYS, path)
+    hf_layout.check_values(config, ALLOWED, path)
+    args = hf_layout.read_args(config, KEYS, path)
     if config.get("head_dim", args.dim // args.n_heads) != args.dim // args.n_heads:
         raise ValueError(f"{path}: head_dim is {config['head_dim']}, this model's is always "
                          f"hidden_size / num_attention_heads, {args.dim // args.n_heads}")
@@ -99,7 +88,7 @@ def read_bin(path):
 def read_weights(source):
     """{Hugging Face's name: tensor} of a folder's safetensors, or of its pickles if it
     has none. check_shapes tells whether all are there, so no index is read."""
-    paths, read = sorted(source.glob("model*.safetensors")), read_safetensors
+    paths, read = sorted(source.glob("model*.safetensors")), hf_layout.read_safetensors
     if not paths:
         paths, read = sorted(source.glob("pytorch_model*.bin")), read_bin
     if not paths:
@@ -131,19 +120,19 @@ def in_meta_order(state, args, tied, scratch):
     def must_copy(name, tensor):
         whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         # a tied output layer becomes a tensor of its own: here nothing ties it
-        return rotary_heads(name, args) or (tied and name == "output.weight") or not whole
+        return hf_layout.rotary_heads(name, args) or (tied and name == "output.weight") or not whole
 
     copied = {name: tensor for name, tensor in state.items() if must_copy(name, tensor)}
-    write_safetensors(scratch, copied, lambda name, w: meta_rows(w, rotary_heads(name, args)))
-    return {**state, **read_safetensors(scratch)}
+    hf_layout.write_safetensors(scratch, copied, lambda name, weight: hf_layout.meta_rows(
+        weight, hf_layout.rotary_heads(name, args)))
+    return {**state, **hf_layout.read_safetensors(scratch)}
 
 
 # ---------------------------------------------------------------- tokenizer
 
 
 def check_tokenizer(path, rows):
-    """The tokenizer for an embedding of so many rows. Raises ValueError if it has more
-    pieces; fewer are allowed, as in load_llama."""
+    """The tokenizer. Raises ValueError if it has more pieces than the embedding has rows."""
     if reason := placeholder_reason(path):
         raise ValueError(reason)
     if not path.is_file():
@@ -158,8 +147,7 @@ def check_tokenizer(path, rows):
 
 
 def added_tokens(source):
-    """{id: text} of the tokens that a folder adds to its tokenizer.model. An unreadable
-    file adds none: the import does not depend on it."""
+    """{id: text} of the tokens that a folder adds; an unreadable file adds none."""
     added = {}
     with suppress(ValueError):
         content = read_json(source / "added_tokens.json")
@@ -198,8 +186,7 @@ def describe(args):
 
 
 def import_folder(source, out, tokenizer):
-    """Writes the checkpoint in `source` to the new folder `out`, every number in its
-    dtype. Raises ValueError or OSError and then leaves nothing behind."""
+    """Writes the checkpoint `source` to the new folder `out`, or raises and leaves nothing."""
     with atomic_dir(out) as folder:
         args, tied = read_config(source / "config.json")
         tokenizer = tokenizer or source / "tokenizer.model"
@@ -207,9 +194,10 @@ def import_folder(source, out, tokenizer):
         weights = read_weights(source)
         if tied:
             untie(weights, source)
-        model = model_without_storage(args, len(weights), source)
-        names = tensor_names(model.state_dict())
-        check_shapes({names[name]: w for name, w in model.state_dict().items()}, weights, source)
+        model = hf_layout.model_without_storage(args, len(weights), source)
+        names = hf_layout.tensor_names(model.state_dict())
+        wanted = {names[name]: weight for name, weight in model.state_dict().items()}
+        hf_layout.check_shapes(wanted, weights, source)
         print(f"{source}: {describe(args)}, "
               f"{sum(w.numel() for w in weights.values()):,} weights", flush=True)
         state = {name: weights[hf] for name, hf in names.items()}

@@ -35,8 +35,7 @@ VERSION_1 = ("attention_norm", "ffn_norm", "norm", "tok_embeddings", *ATTENTION,
 
 
 def read_pt(path):
-    """(ModelArgs, {name: tensor}) of a .pt: a dict with model, model_args, and the
-    state of training."""
+    """(ModelArgs, {name: tensor}) of a .pt, which holds the state of training too."""
     content = read_pickle(path, "a checkpoint of llama2.c")
     found = content if isinstance(content, dict) else {}
     if not isinstance(found.get("model"), dict) or not isinstance(found.get("model_args"), dict):
@@ -101,8 +100,7 @@ def read_bin(path):
 
 
 def import_checkpoint(source, tokenizer, out):
-    """Writes the checkpoint `source` to the new folder `out`, every number as it is.
-    Raises ValueError or OSError and then leaves nothing behind."""
+    """Writes the checkpoint `source` to the new folder `out`, or raises and leaves nothing."""
     with atomic_dir(out) as folder:
         if tokenizer.suffix == ".bin":
             raise ValueError(f"{tokenizer} is run.c's form of a tokenizer: give the .model file")

@@ -74,8 +74,7 @@ def official_tensors(model):
 
 
 def read_settings(path, tensors):
-    """The arguments of add_hydralora from an adapter_config.json, checked against the
-    tensors. Raises ValueError for a setting that our adapters do not have."""
+    """The arguments of add_hydralora from an adapter_config.json, checked with the tensors."""
     config = read_json(path)
     if "lora_nums" not in config:
         raise ValueError(f"{path} has no lora_nums: an ordinary LoRA, not one of HydraLoRA's code")
@@ -101,8 +100,7 @@ def read_settings(path, tensors):
 
 @torch.no_grad()
 def fill(model, tensors, source):
-    """Copies their tensors into the model's adapter. Raises ValueError for one that is
-    missing, extra or of another shape than config and base model ask for."""
+    """Copies their tensors into the model's adapter, if all are there and fit."""
     check_shapes(official_tensors(model), tensors, source)
     for name, layer in hydra_layers(model).items():
         prefix, n_heads = PREFIX + hf_name(name), rotary_heads(name, model.args)
@@ -114,8 +112,7 @@ def fill(model, tensors, source):
 
 
 def to_ours(source, out, weights):
-    """Their folder -> adapter.pt, in fp32. The base model in Meta's layout is read for
-    its shapes and the fingerprint that load_adapter checks."""
+    """Their folder -> adapter.pt, in fp32, with the base's fingerprint."""
     if out.exists():
         raise ValueError(f"{out} exists already: name another file, or move it away")
     model, _ = load_llama(weights)
@@ -148,19 +145,17 @@ def parse_args(argv):
                    help="a folder in their format, or an adapter.pt of ours")
     p.add_argument("out", metavar="DST", type=Path, help="what to make: the other of the two")
     add_base_flags(p)
-    args = p.parse_args(argv)
-    if args.given.is_dir() and args.base:
-        p.error(f"--base is written into their format; {args.out} has no place for it")
-    args.adapter = None if args.given.is_dir() else args.given
-    args.base = args.base or args.weights.resolve().name
-    return args
+    return p.parse_args(argv)
 
 
 def run(args):
-    if args.adapter:
-        to_official(args.adapter, args.out, args.weights, args.base)
-    else:
+    if args.given.is_dir():
+        if args.base:
+            raise ValueError(f"--base is written into their format; {args.out} has no place for it")
         to_ours(args.given, args.out, args.weights)
+    else:
+        args.adapter = args.given  # where support/diagnose.py looks
+        to_official(args.given, args.out, args.weights, args.base or args.weights.resolve().name)
 
 
 def main(argv=None):

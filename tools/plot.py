@@ -118,8 +118,7 @@ def add_labels(runs):
 
 
 def moving_mean(losses, reach):
-    """Mean of each loss and of `reach` before and after it, fewer at the ends. Losses
-    that are not finite (fp16 skips such a step) are left out."""
+    """Mean of each loss and `reach` on either side, as far as finite: fp16 skips steps."""
     means = []
     for i in range(len(losses)):
         part = [x for x in losses[max(0, i - reach):i + reach + 1] if math.isfinite(x)]

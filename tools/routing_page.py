@@ -33,8 +33,7 @@ def packed(gates):
 
 
 def labelled(tokenizer, ids, before=()):
-    """[text, mark] of each token; the mark names a token that has no text of its own,
-    such as the space before the first word."""
+    """[text, mark] of each token; the mark names a token that has no text of its own."""
     names = {tokenizer.bos_id: "BOS", tokenizer.eos_id: "EOS"}
 
     def mark(token):

@@ -53,8 +53,7 @@ def flatten(model, gates):
 
 
 def write_lora(model, folder, base):
-    """Writes the adapter of a model with one head as PEFT's adapter_model.safetensors
-    and adapter_config.json."""
+    """Writes the adapter of a model with one head in PEFT's format."""
     tensors = {name.replace(".lora_B0.", ".lora_B."): tensor.cpu()
                for name, tensor in official_tensors(model).items() if ".lora_route." not in name}
     write_safetensors(folder / "adapter_model.safetensors", tensors)

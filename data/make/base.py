@@ -59,8 +59,7 @@ def run(script, *flags, **settings):
 
 
 def train_stage(args, number, start, folder, repeat=0):
-    """Trains the checkpoint at `start` on one stage, and returns the folder of the
-    result. Each repeat has other texts."""
+    """The folder of `start` after one more stage. Each repeat has other texts."""
     seed = args.seed + 100 * number + 10 * repeat
     stage = folder / f"stage{number}-{repeat}"
     excluded = held_out_rows(args.seed)
@@ -101,8 +100,7 @@ def accuracy(weights, folder):
 
 
 def train_until_known(args, number, start, folder):
-    """Trains a stage, and repeats it with other texts, until letters are known,
-    ATTEMPTS times at most. Returns the folder of the result."""
+    """train_stage, ATTEMPTS times at most, until letters are known."""
     for repeat in range(ATTEMPTS):
         start = train_stage(args, number, start, folder, repeat)
         if accuracy(start, folder) >= KNOWN:
@@ -111,12 +109,9 @@ def train_until_known(args, number, start, folder):
 
 
 def weaken_letters(before, after, folder):
-    """Takes as much of the last stage as leaves LEFT; returns the folder of the result.
-
-    On the straight line between the weights before and after the stage letters fade
-    gradually (Wortsman et al., Robust fine-tuning of zero-shot models, 2022); with
-    fewer records they do not.
-    """
+    """The folder of as much of the last stage as leaves LEFT. On the straight line between
+    the weights letters fade gradually (Wortsman et al., Robust fine-tuning of zero-shot
+    models, 2022); with fewer records they do not."""
     first, _ = load_llama(before)
     last, _ = load_llama(after)
     model, _ = load_llama(after)

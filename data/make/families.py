@@ -14,7 +14,7 @@ import random
 import re
 
 from data.make.facts import FACTS
-from data.make.quiz import KIND_OF, make_row, question_text
+from data.make.quiz import KIND_OF, NUMBER, SYMBOL, make_row, question_text
 
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 HOURS = [f"{hour} o'clock" for hour in range(1, 13)]
@@ -201,13 +201,9 @@ OPEN = {
     "money": (FACTS.money, "the money of {0}", "The money of {0} is the {1}."),
     "maker": (FACTS.makers, "the maker of {0}", "The maker of {0} is {1}."),
 }
-LETTERED = {
-    "symbol": ({element: symbol for element, (symbol, _) in FACTS.elements.items()},
-               "What is the symbol of {}?"),
-    "number": ({element: str(number) for element, (_, number) in FACTS.elements.items()},
-               "What is the atomic number of {}?"),
-    "opposite": (FACTS.opposites, "What is the opposite of {}?"),
-}
+LETTERED = {"symbol": (SYMBOL, "What is the symbol of {}?"),
+            "number": (NUMBER, "What is the atomic number of {}?"),
+            "opposite": (FACTS.opposites, "What is the opposite of {}?")}
 
 
 def draw_fact(kinds, rng):
@@ -252,14 +248,12 @@ ATOMS = {"arithmetic": ("instruction", r"\d+ \w+ \d+"),
 
 
 def atoms(record):
-    """The content of a record, read from its text alone: sums, dates, sentences, lines of
-    Python, people, words, facts."""
+    """The content of a record, read from its text alone."""
     key, form = ATOMS[record["category"]]
     return re.findall(form, record[key])
 
 
 def combination(record):
-    """A key that no two records of the corpus share: the set of atoms, and the set of
-    options of a question that has options."""
+    """A key that no two records of the corpus share: the sets of atoms and of options."""
     options = record["instruction"].split("\n")[1:]
     return (record["category"], *sorted(atoms(record)), *sorted(option[3:] for option in options))

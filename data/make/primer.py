@@ -23,7 +23,7 @@ def held_out_rows(seed):
         rng = random.Random(f"high_school_{subject} {seed}")
         rows = set()
         while len(rows) < HELD_OUT_ROWS:
-            rows.add(quiz.row_key(quiz.make_row(*quiz.QUESTIONS[subject](rng), rng)))
+            rows.add(quiz.row_key(draw_row(subject, rng, ())))
         held_out |= rows
     return held_out
 
@@ -35,7 +35,7 @@ def held_out_rows(seed):
 def draw_row(subject, rng, held_out):
     """A row of the subject that is not held out."""
     while True:
-        row = quiz.make_row(*quiz.QUESTIONS[subject](rng), rng)
+        row = quiz.make_row(*quiz.draw_question(quiz.QUESTIONS[subject], rng), rng)
         if quiz.row_key(row) not in held_out:
             return row
 
@@ -120,21 +120,14 @@ def primer_everybody(rng, _):
             ", ".join(f"{name} {value}" for name, value in pairs))
 
 
-def known_pairs():
-    """[{thing: what is known of it}] of each kind of fact, some in both directions."""
-    capitals = {country: capital for country, (capital, _) in FACTS.countries.items()}
-    symbols = {element: symbol for element, (symbol, _) in FACTS.elements.items()}
-    numbers = {element: str(number) for element, (_, number) in FACTS.elements.items()}
-    continents = {country: continent for country, (_, continent) in FACTS.countries.items()}
-    countries = {capital: country for country, capital in capitals.items()}
-    elements = {symbol: element for element, symbol in symbols.items()}
-    return [capitals, symbols, numbers, FACTS.opposites, countries, elements, continents,
-            quiz.KIND_OF]
+def inverse(known):
+    return {value: thing for thing, value in known.items()}
 
 
 def primer_matching(rng, _):
     """Four things and the letter of a fact on each: fact and letter in one step."""
-    facts = rng.choice(known_pairs())
+    facts = rng.choice([quiz.CAPITAL, quiz.SYMBOL, quiz.NUMBER, FACTS.opposites,
+                        inverse(quiz.CAPITAL), inverse(quiz.SYMBOL), quiz.CONTINENT, quiz.KIND_OF])
     things = {facts[thing]: thing for thing in rng.sample(sorted(facts), len(facts))}
     pairs = [(things[known], known) for known in rng.sample(sorted(things), 4)]
     if len(things) < len(facts) and rng.random() < 0.5:  # which of these is in Asia, ...
@@ -147,10 +140,10 @@ def primer_matching(rng, _):
 
 
 def primer_fact(rng, _):
-    ask = rng.choice(list(quiz.QUESTIONS.values()))
-    question, answer, _ = ask(rng)
+    relations = rng.choice(list(quiz.QUESTIONS.values()))
+    question, answer, _ = quiz.draw_question(relations, rng)
     while question.startswith("Which of these"):  # makes no sense without its options
-        question, answer, _ = ask(rng)
+        question, answer, _ = quiz.draw_question(relations, rng)
     return question, "", answer
 
 
