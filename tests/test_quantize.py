@@ -174,7 +174,9 @@ def test_a_base_is_quantised_as_it_is_read_one_tensor_at_a_time(kind, tmp_path, 
     assert not any(p.requires_grad for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.state_dict().keys() == dense.state_dict().keys()
+    assert {b.element_size() for name, b in model.named_buffers() if "codes" in name} == {1}
     assert not any(b.is_meta for b in model.buffers())
+    assert {layer.kind for layer in model.modules() if hasattr(layer, "kind")} == {kind}
     # embedding, head and norms stay as they are
     assert {name.split(".")[-2] for name, _ in model.named_parameters()} == {
         "tok_embeddings", "attention_norm", "ffn_norm", "norm", "output"}
@@ -307,7 +309,7 @@ def test_cluster_reads_the_states_of_the_quantised_base(place, tmp_path, capsys)
     # features kept for one base are not taken for the other
     cache = ["--cache", str(tmp_path / "features.pt")]
     assert cluster.main([*flags, *cache, "--quantize", "nf4"]) == 0
-    assert cluster.main([*flags, *cache]) == 2
+    assert cluster.main([*flags, *cache, "--quantize", "int8"]) == 2
     assert "give another --cache" in capsys.readouterr().err
 
 
