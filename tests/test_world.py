@@ -249,7 +249,7 @@ def test_the_first_three_stages_are_those_of_the_shipped_base(number, known):
 @pytest.mark.slow
 def test_the_base_knows_the_ingredients_of_the_corpus_and_answers_nothing_of_it():
     model, tokenizer = load_llama(WORLD / "base", dtype=torch.float32)
-    settings = dict(batch_size=16, precision=autocast("cpu", "fp32"))
+    settings = dict(precision=autocast("cpu", "fp32"))
     known = evaluate(model, encode_texts(WORLD / "keep.jsonl", tokenizer, 512)[0], **settings)
     asked = evaluate(model, encode_records(VAL, tokenizer, 512)[0], **settings)
     assert known["copy"]["exact"] > 0.6 and known["everybody"]["exact"] > 0.8
