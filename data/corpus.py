@@ -28,9 +28,11 @@ MAX_WEIGHT = 1000  # of a file of records: how often an epoch may repeat it
 
 def turns_of(record):
     """[(prompt, response)] of a record, oldest first. A prompt is the instruction, then a
-    newline and the context if there is one. The first one starts with the system text."""
+    newline and the context if there is one. The first one starts with the system text. A
+    question without a response has the response ""."""
     context = "\n" + record["context"] if record["context"] else ""
-    turns = [*record.get("history", []), (record["instruction"] + context, record["response"])]
+    last = (record["instruction"] + context, record.get("response", ""))
+    turns = [*record.get("history", []), last]
     prompts, responses = zip(*turns)
     if "system" in record:
         prompts = (record["system"] + "\n" + prompts[0], *prompts[1:])
