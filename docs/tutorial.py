@@ -11,9 +11,9 @@
 #
 # This page is made from `docs/tutorial.py`. To run it yourself, install the packages in
 # `requirements.txt` and matplotlib, and open it in Jupyter, or run `python -m
-# docs.tutorial` in the repository's folder. What you see here is one run, with seed 0,
-# on a core of an AMD EPYC. Yours will differ a little, because every kind of processor
-# rounds in its own way.
+# docs.tutorial` in the repository's folder. What you see here is one run, with seed 0
+# and torch 2.13, on a core of an AMD EPYC. Yours will differ a little, because every
+# kind of processor rounds in its own way.
 
 # %%
 import os
@@ -41,8 +41,8 @@ from model import FeedForward, ModelArgs, generate_ids, load_llama
 #
 #     y = W x + scale * B A x
 #
-# B starts at zero, so at first nothing changes. A starts at random. The smaller the
-# rank, the fewer parameters train.
+# The scale is alpha / rank in the paper. B starts at zero, so at first nothing changes. A
+# starts at random. The smaller the rank, the fewer parameters train.
 
 # %%
 torch.manual_seed(0)
@@ -429,7 +429,7 @@ def test_loss(records):
 
 known = encode("keep.jsonl")  # what the model knows and the corpus does not ask for
 known_before = test_loss(known)
-unseen = encode("val.jsonl")[:400]
+unseen = encode("val.jsonl")[:200]
 unseen_before = test_loss(unseen)
 
 torch.manual_seed(0)
@@ -457,8 +457,8 @@ for question, answer in zip(chosen, after):
 # %% [markdown]
 # Which head takes which token? Each adapted layer has a router of its own, and there
 # are eighteen. The picture shows one of them on two records, prompt and answer. Bright
-# is a weight near 1. No head belongs to a task, as in section 6. Within one record each
-# head has tokens of its own, and in another layer these are other tokens.
+# is a weight near 1. Unlike in section 6, no head belongs to a task. Within one record
+# each head has tokens of its own, and in another layer these are other tokens.
 
 # %% picture
 layer_name = "layers.2.feed_forward.w2"
@@ -537,12 +537,12 @@ for question, old, new in zip(facts, base_facts, answers(facts)):
 #
 # <details><summary>Solution</summary>
 #
-# They are equal to the last bit, so this is one LoRA of rank 2, and it misses as much.
+# They are equal, so this is one LoRA of rank 2, and it misses as much.
 #
 # ```python
 # uniform = HydraLinear(frozen, rank=RANK, heads=2, alpha=SCALE * RANK, gate="uniform")
 # uniform_missing = train(uniform)
-# print(f"{uniform_missing:.0%} missing", torch.equal(*uniform.lora_B))
+# print(f"{uniform_missing:.0%} missing", torch.allclose(*uniform.lora_B))
 # ```
 # </details>
 #

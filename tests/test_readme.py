@@ -13,7 +13,7 @@ import torch
 from hydralora import adapter_parameters, hydra_layers
 from tests.conftest import ROOT, tiny_model
 
-PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md",
+PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "experiments" / "README.md",
          *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.M | re.S)
