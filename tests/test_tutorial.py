@@ -214,7 +214,7 @@ def test_agents_md_is_short_and_names_what_exists():
 
 
 def test_agents_md_compares_with_the_lora_of_its_size():
-    rank = int(re.search(r"--method lora --rank (\d+)",
+    rank = int(re.search(r"--method lora\s--rank (\d+)",
                          (ROOT / "AGENTS.md").read_text(encoding="utf-8"))[1])
     base = load_llama(WORLD / "base")[0]
 
