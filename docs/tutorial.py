@@ -498,7 +498,9 @@ for question, old, new in zip(facts, base_facts, answers(facts)):
 #
 # Solve them in a cell below this one. The solutions run as they stand.
 #
-# **1. One head.** Show that HydraLoRA with a single head is LoRA.
+# ### 1. One head
+#
+# Show that HydraLoRA with a single head is LoRA.
 #
 # <details><summary>Solution</summary>
 #
@@ -515,7 +517,9 @@ for question, old, new in zip(facts, base_facts, answers(facts)):
 # ```
 # </details>
 #
-# **2. Hide the cue.** How much does HydraLoRA miss if its adapter cannot see the cue?
+# ### 2. Hide the cue
+#
+# How much does HydraLoRA miss if its adapter cannot see the cue?
 #
 # <details><summary>Solution</summary>
 #
@@ -532,7 +536,9 @@ for question, old, new in zip(facts, base_facts, answers(facts)):
 # ```
 # </details>
 #
-# **3. No router.** Give each head the weight 1/2 (`gate="uniform"`). What are the heads
+# ### 3. No router
+#
+# Give each head the weight 1/2 (`gate="uniform"`). What are the heads
 # after training?
 #
 # <details><summary>Solution</summary>
@@ -546,7 +552,9 @@ for question, old, new in zip(facts, base_facts, answers(facts)):
 # ```
 # </details>
 #
-# **4. Merge it.** LoRA can be added to W once and for all: W + scale * B A. Try that
+# ### 4. Merge it
+#
+# LoRA can be added to W once and for all: W + scale * B A. Try that
 # with HydraLoRA: give every token the mean weights. (`gate_out` of a `HydraLinear`
 # takes a forward hook that may replace the weights.)
 #
@@ -564,7 +572,9 @@ for question, old, new in zip(facts, base_facts, answers(facts)):
 # ```
 # </details>
 #
-# **5. Is the base still there?** Show that tuning did not change the LLaMA under its
+# ### 5. Is the base still there?
+#
+# Show that tuning did not change the LLaMA under its
 # adapters.
 #
 # <details><summary>Solution</summary>
@@ -577,5 +587,7 @@ for question, old, new in zip(facts, base_facts, answers(facts)):
 # ```
 # </details>
 #
-# **Where to go on.** `hydralora.py` is the method on one page. `python train.py --heads
+# ### Where to go on
+#
+# `hydralora.py` is the method on one page. `python train.py --heads
 # 3 --rank 8` is section 8 in earnest: all records, validation by task, a saved adapter.
