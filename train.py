@@ -51,7 +51,8 @@ from support.diagnose import model_length, print_default_length, warn_of_spare_r
 from support.evaluation import evaluate, target_logits
 from support.lock import file_lock
 from support.quantize import KINDS, add_quantize_flag
-from support.run_folder import Log, catch_signals, save_adapter_file, save_checkpoint
+from support.run_folder import Log, save_adapter_file, save_checkpoint
+from support.signals import catch_signals, ignore, set_handlers
 
 # without --weights: the embedded world
 WORLD_RECIPE = dict(weights=str(WORLD / "base"), data=[str(WORLD / "train.jsonl")],
@@ -298,6 +299,7 @@ def run(args):
             seconds = time.perf_counter() - clock
             finish(args, setup, losses, seconds)
         except BaseException as error:
+            set_handlers(ignore)  # it ends; the next line reads the checkpoint
             error.hint = run_folder.resume_hint(out)
             raise
 

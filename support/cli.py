@@ -5,7 +5,6 @@
 """
 
 import argparse
-import signal
 import sys
 import traceback
 import warnings
@@ -13,12 +12,13 @@ import warnings
 import torch
 from tqdm import tqdm
 
-from support.distributed import (
-    group_error,
-    ignore_signals,
-    rank,
-    under_torchrun,
-    wait_for_rank0_error,
+from support.distributed import group_error, rank, wait_for_rank0_error
+from support.signals import (
+    ignore,
+    raise_interrupt,
+    restore_handlers,
+    set_handlers,
+    signal_number,
 )
 
 LINE_SECONDS = 30  # between two lines of progress if standard error is no terminal
@@ -82,28 +82,20 @@ def progress(*args, **settings):
 
 def run_script(name, parse_args, run, argv=None, *, memory="give it a machine with more memory",
                stopped="interrupted; nothing was written"):
-    """The exit status of run(parse_args(argv)), None counting as 0; see report_failure. From here
-    on SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    """The exit status of run(parse_args(argv)), None counting as 0; see report_failure. Meanwhile
+    SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does."""
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, raise_interrupt)
-    if under_torchrun():
-        signal.signal(signal.SIGINT, raise_interrupt)
+    former = set_handlers(raise_interrupt)
     # torch's remark on a file that is refused a moment later
     warnings.filterwarnings("ignore", message="Detected pickle protocol")
     try:
         return run(args) or 0
     except (Exception, KeyboardInterrupt) as error:
         return report_failure(error, name, args, stopped=stopped, memory=memory)
-
-
-def raise_interrupt(number, _):
-    ignore_signals()
-    raise KeyboardInterrupt(number)
-
-
-def signal_number(error):
-    """The signal behind a KeyboardInterrupt: Python raises it without one for Ctrl-C."""
-    return error.args[0] if error.args else signal.SIGINT
+    finally:
+        set_handlers(ignore)
+        if argv is not None:  # called from Python; a command's process ends now
+            restore_handlers(former)
 
 
 def is_out_of_memory(error):
@@ -131,7 +123,7 @@ def report_failure(error, name, args, *, stopped, memory):
         text = f"{text}; {hint}" if hint else text
     else:
         raise error
-    ignore_signals()
+    set_handlers(ignore)
     if args.debug:
         traceback.print_exception(error)
     if rank() and (lost or isinstance(error, KeyboardInterrupt)):

@@ -153,14 +153,6 @@ def all_reduce_signals(signals):
     return number.item()
 
 
-def ignore_signals():
-    """Under torchrun, ignores further signals: it sends one to every process once one has ended,
-    and another after Ctrl-C, to processes that are ending already."""
-    if under_torchrun():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-
-
 def group_error(error):
     """What an error of the process group means, in a line that holds its cause; None for any
     other error."""

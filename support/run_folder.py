@@ -15,10 +15,8 @@ import math
 import os
 import platform
 import shutil
-import signal
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,7 +27,7 @@ import torch
 from hydralora import HydraSettings, base_fingerprint, load_adapter, save_adapter
 from support.device import DTYPES, get_rng_state, set_rng_state
 from support.diagnose import stated_length, warn_of_spare_rows
-from support.distributed import ignore_signals, load_model, rank
+from support.distributed import load_model, rank
 from support.evaluation import TOTAL
 from support.files import (
     check_finite,
@@ -378,22 +376,6 @@ def resume_hint(out):
     step = read_torch(path, "a checkpoint of a run", mmap=True)["step"]
     return (f"the last good checkpoint is {path}, of step {step}; rerun the same command with "
             "--resume to continue")
-
-
-@contextmanager
-def catch_signals():
-    """Within this context Ctrl-C and SIGTERM only add their number to the list that it yields, so
-    that the loop can finish its step, save and stop."""
-    signals = []
-    handlers = {number: signal.signal(number, lambda number, _: signals.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if signals:  # under torchrun more of them follow
-            ignore_signals()
 
 
 # ---------------------------------------------------------------- log.csv

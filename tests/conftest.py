@@ -88,15 +88,6 @@ def in_step(number, act):
         yield
 
 
-@pytest.fixture(autouse=True)
-def same_signal_handlers():
-    """run_script() changes them for the rest of the process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def status_of(main, flags):
     """The exit status of a script, also if its flags are refused."""
     try:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,55 @@ def test_a_signal_at_any_moment_loses_nothing(command, out, uninterrupted, monke
         assert train.main(command + ["--resume"]) == 0
     assert final(out) == uninterrupted
     assert sorted(path.name for path in out.iterdir()) == ["adapter.pt", "log.csv", "run.json"]
+
+
+def test_a_closed_terminal_stops_a_run_like_ctrl_c_and_further_signals_change_nothing(
+        command, out, uninterrupted, monkeypatch, capsys):
+    hint = run_folder.resume_hint
+
+    def disturbed(folder):
+        stop()()
+        stop(signal.SIGTERM)()
+        return hint(folder)
+
+    with monkeypatch.context() as patched:
+        at_step(patched, 3, stop(signal.SIGHUP))
+        at_step(patched, 3, stop(signal.SIGTERM))
+        patched.setattr(run_folder, "resume_hint", disturbed)
+        capsys.readouterr()
+        assert train.main(command) == 128 + signal.SIGINT  # while the first one's line is made
+    assert "stopped; the last good checkpoint is" in error_line(capsys)
+    assert train.main(command + ["--resume"]) == 0
+    assert final(out) == uninterrupted
+
+
+def test_a_signal_while_an_error_is_told_does_not_hide_it(command, monkeypatch, capsys):
+    hint = run_folder.resume_hint
+    with monkeypatch.context() as patched:
+        spoil_loss(patched, 6)
+        patched.setattr(run_folder, "resume_hint", lambda out: stop(signal.SIGTERM)() or hint(out))
+        capsys.readouterr()
+        assert train.main(command) == 2
+    line = error_line(capsys)
+    assert "step 6: loss nan" in line and "the last good checkpoint is" in line
+
+
+def test_a_script_that_is_called_leaves_the_signals_as_they_were_and_works_in_a_thread(
+        command, out):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)]
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(train.main, command + ["--max-steps", "1"]).result() == 0
+    assert (out / "adapter.pt").exists()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)] == before
+
+
+def test_a_signal_that_is_ignored_stays_so(command, out, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        at_step(monkeypatch, 1, stop(signal.SIGHUP))
+        assert train.main(command + ["--max-steps", "2"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

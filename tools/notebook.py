@@ -52,8 +52,10 @@ def read_cells(path):
 
 
 def run_cell(cell, path, namespace):
-    """(what the cell prints, [PNGs of the figures that it leaves open])."""
+    """(what the cell prints, [PNGs of the figures that it opens and leaves open])."""
     # empty lines in front, so that an error names the line of the file
+    if cell.kind == "picture":
+        open_figures()  # of what was run before in this process
     code = compile("\n" * cell.line + cell.source, str(path), "exec")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, namespace)
