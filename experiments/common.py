@@ -34,8 +34,8 @@ from experiments import report
 from hydralora import add_hydralora, load_adapter
 from model import Transformer, load_llama, read_params
 from support import files
+from support.base import load_model
 from support.cli import Parser, check_min, flag, one_line, run_script
-from support.distributed import load_model
 from support.lock import file_lock
 from support.run_folder import RESUME_MAY_DIFFER, fingerprints
 
