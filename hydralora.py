@@ -24,7 +24,7 @@ GATES = ("learned", "uniform")
 
 @dataclass
 class HydraSettings:
-    """The settings of a layer. An adapter's file holds them; train.py has a flag for each."""
+    """The settings of a layer: what an adapter's file holds, and train.py's flags."""
     rank: int = 8
     heads: int = 3  # number of B matrices; a single one has the weight 1, which is LoRA
     alpha: float = 32.0  # the update is scaled by alpha / rank
@@ -49,10 +49,10 @@ class HydraLinear(nn.Module):
         self.settings = s = HydraSettings(**settings)
         self.scale = s.alpha / s.rank
         self.base = base.requires_grad_(False)
-        # identity; a forward hook on it reads the gate (record_gates) or returns another
+        # identity; a forward hook on it reads the gate, as record_gates, or replaces it
         self.gate_out = nn.Identity()
         width = base.in_features
-        frozen = [*base.parameters(), *base.buffers()]  # a quantised layer's are buffers
+        frozen = [*base.parameters(), *base.buffers()]  # buffers if quantised
         fp32 = dict(dtype=torch.float32, device=frozen[0].device)
 
         def random(*shape):  # U(-1/sqrt(I), 1/sqrt(I)), Kaiming-uniform with a = sqrt(5)
