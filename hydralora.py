@@ -154,16 +154,21 @@ def target_layers(model, targets):
     return {name: linears[name] for name in found}
 
 
+def make_layer(name, base, settings):
+    """The one place to let a layer's settings depend on its name."""
+    return HydraLinear(base, **settings)
+
+
 def add_hydralora(model: nn.Module, *, targets=TARGETS, **settings) -> int:
     """Freezes the model, wraps every nn.Linear whose last name is exactly one of targets,
     and returns the number of trainable parameters, router included. Raises ValueError
     for a target that names nothing or another kind of layer, and if there are adapters."""
-    layers = {name: HydraLinear(base, **settings)
+    layers = {name: make_layer(name, base, settings)
               for name, base in target_layers(model, targets).items()}
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    model.hydralora_config = {"targets": list(targets), **asdict(layer.settings)}
+    model.hydralora_config = {"targets": list(targets), **asdict(HydraSettings(**settings))}
     return sum(p.numel() for p in adapter_parameters(model).values())
 
 
@@ -227,7 +232,7 @@ def check_adapter(model, base, tensors, targets, **settings):
     shapes = {}
     for name, layer in target_layers(model, targets).items():
         linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        twin = HydraLinear(linear, **settings)  # takes no memory
+        twin = make_layer(name, linear, settings)  # takes no memory
         shapes |= {f"{name}.{key}": p.shape for key, p in twin.named_parameters(recurse=False)}
     good = {name for name, t in tensors.items() if t.shape == shapes.get(name)
             and t.is_floating_point() and t.layout == torch.strided and t.isfinite().all()}

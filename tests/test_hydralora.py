@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import hydralora
 from hydralora import (
     HydraLinear,
     adapter_parameters,
@@ -462,6 +463,24 @@ def test_a_loaded_adapter_equals_the_saved_one(tmp_path, settings):
     assert config == model.hydralora_config and config.items() >= settings.items()
     assert torch.equal(other(x), model(x))
     assert [p for p in tmp_path.iterdir()] == [tmp_path / "a.pt"]
+
+
+def test_settings_of_a_single_layer_have_one_place_and_survive_saving_and_loading(
+        tmp_path, monkeypatch, model):
+    make_layer = hydralora.make_layer
+
+    def more_heads_in_w2(name, base, settings):
+        return make_layer(name, base, {**settings, "heads": 4 if name.endswith("w2") else 2})
+
+    monkeypatch.setattr(hydralora, "make_layer", more_heads_in_w2)
+    adapted(model, targets=("w1", "w2"), rank=2)
+    tokens = torch.tensor([[1, 2, 3]])
+    wanted = model(tokens)
+    save_adapter(model, tmp_path / "adapter.pt")
+    remove_adapters(model)
+    load_adapter(model, tmp_path / "adapter.pt")
+    assert {len(layer.lora_B) for layer in hydra_layers(model).values()} == {2, 4}
+    assert torch.equal(model(tokens), wanted)
 
 
 def test_the_file_holds_exactly_the_adapters_tensors(tmp_path):
