@@ -78,12 +78,6 @@ def evenly_chosen(batches, count, offset=0.5):
     return [ordered[int((i + offset) / count * len(ordered))] for i in range(count)]
 
 
-def shortened(batch, tokens):
-    """The sequences cut to so many tokens, each with at least one target."""
-    return [Sequence(s.ids[:tokens], min(s.response_start, len(s.ids[:tokens]) - 1), s.record, "")
-            for s in batch]
-
-
 def positions(batches):
     """The positions that a model computes for these batches, padding not counted."""
     return sum(len(s.ids) - 1 for batch in batches for s in batch)

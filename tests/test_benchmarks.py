@@ -50,7 +50,7 @@ def test_every_part_runs_with_tiny_models_and_writes_its_tables(tmp_path, monkey
     methods = {"HydraLoRA 3 x 8", "LoRA r24", "floor"}
     if not found["parts"]["step"]["notes"][1:]:  # transformers and peft are installed
         methods |= set(parts.FOREIGN)
-    for case in ("1 x 48 tokens", "Dolly's lengths, one record a step"):
+    for case in ("1 x 48 tokens", "Dolly's lengths"):
         for kind in ("plain", "checkpointed"):
             rows = tables["step"][f"{case}, {kind}"]
             assert {row["method"] for row in rows} == methods
@@ -214,12 +214,22 @@ def test_rounds_go_through_all_works_in_turn_and_end_with_the_budget():
 
 def test_dollys_lengths_rounded_up_to_64_keep_their_records():
     rows = parts.dolly_batches(parts.FULL.dolly, 1024)
-    lengths = [len(s.ids) - 1 for (s,) in rows]
+    lengths = [len(s.ids) - 1 for batch in rows for s in batch]
     assert len(rows) == parts.FULL.dolly and max(lengths) <= 1024 and len(set(lengths)) > 6
+    assert all(len(batch) * (len(batch[0].ids) - 1) <= 1024 for batch in rows)
     assert steps.positions(rows) == sum(lengths)
-    for (exact,), (up,) in zip(rows, parts.rounded_up(rows)):
+    longer = [s for batch in parts.rounded_up(rows) for s in batch]
+    for exact, up in zip([s for batch in rows for s in batch], longer, strict=True):
         assert (len(up.ids) - 1) % 64 == 0 and len(up.ids) - len(exact.ids) < 64
         assert up.ids[:len(exact.ids)] == exact.ids and up.response_start == exact.response_start
+
+
+def test_a_named_region_is_not_counted_as_a_kernel():
+    kinds = torch.autograd.DeviceType
+    events = [SimpleNamespace(device_type=kind, is_user_annotation=named, name=name)
+              for kind, named, name in ((kinds.CPU, False, "aten::mm"), (kinds.CUDA, False, "gemm"),
+                                        (kinds.CUDA, True, "Optimizer.step#AdamW.step"))]
+    assert [event.name for event in parts.kernels(events)] == ["gemm"]
 
 
 def test_the_drawn_prompts_are_as_many_as_asked_and_share_a_subjects_shots():
