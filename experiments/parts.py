@@ -338,8 +338,8 @@ class Scale:
     thirteen: dict
     tokens: int = 1024
     rounds: int = 5
-    budget: float = 16.0  # seconds after which the rounds of one table end
-    dolly: int = 6  # micro-batches that represent Dolly's lengths
+    budget: float = 12.0  # seconds after which the rounds of one table end
+    dolly: int = 4  # micro-batches that represent Dolly's lengths
     heads: tuple = (1, 2, 4, 8, 16)
     ranks: tuple = (4, 8, 16, 32, 64)
     lengths: tuple = (256, 512, 1024, 2048, 4096)
