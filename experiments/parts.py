@@ -28,7 +28,7 @@ from data.corpus import Sequence, cut_by_tokens, length_batches
 from data.mmlu import Prompt
 from eval_mmlu import score_prompts
 from experiments import steps
-from experiments.steps import METHODS, OURS, ours, random_base, random_batch, time_rounds
+from experiments.steps import OURS, floor, ours, random_base, random_batch, time_rounds
 from hydralora import HydraLinear
 from model import ModelArgs
 from support import memory
@@ -42,6 +42,20 @@ AIMS = {"LoRA r24": ("HydraLoRA 3 x 8 over LoRA r24, time", "<=", 1.10),
         "floor": ("HydraLoRA 3 x 8 over the floor, time", "<=", 1.20),
         "looped HydraLoRA 3 x 8": ("HydraLoRA over the looped one, tokens/s", ">=", 1.8),
         "PEFT LoRA r24": ("HydraLoRA over PEFT's LoRA r24, tokens/s", ">=", 1.1)}
+
+
+def peft_lora(base, checkpoint=False):
+    from experiments import frameworks  # needs transformers and peft
+    return frameworks.peft_lora(base, rank=24, checkpoint=checkpoint)
+
+
+def looped_hydra(base, checkpoint=False):
+    from experiments import frameworks
+    return frameworks.looped_hydra(base, rank=8, heads=3, checkpoint=checkpoint)
+
+
+METHODS = {OURS: partial(ours, rank=8, heads=3), "LoRA r24": partial(ours, rank=24, heads=1),
+           "floor": floor, "PEFT LoRA r24": peft_lora, "looped HydraLoRA 3 x 8": looped_hydra}
 
 # ---------------------------------------------------------------- reporting
 

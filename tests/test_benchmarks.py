@@ -161,7 +161,7 @@ def test_a_method_that_is_absent_or_does_not_fit_leaves_the_table_to_the_others(
     report = parts.Report()
     base = steps.random_base(parts.SMALL)
     seconds = parts.compare_methods(
-        report, "a table", {**steps.METHODS, "LoRA r24": full_memory}, base,
+        report, "a table", {**parts.METHODS, "LoRA r24": full_memory}, base,
         [steps.random_batch(1, 16, 768)], device="cpu", product=1e12, rounds=2)
     parts.report_aims(report, "aims", seconds)
     tables, notes = report.content["tables"], report.content["notes"]
@@ -173,13 +173,13 @@ def test_a_method_that_is_absent_or_does_not_fit_leaves_the_table_to_the_others(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", steps.METHODS | steps.VARIANTS)
+@pytest.mark.parametrize("name", parts.METHODS | steps.VARIANTS)
 def test_every_method_trains_its_adapters_alone_on_the_weights_of_the_base(name):
     if name in parts.FOREIGN:
         pytest.importorskip("peft", reason="peft is not installed")
     base = steps.random_base(parts.SMALL)
     before = [p.clone() for p in base.parameters()]
-    method = (steps.METHODS | steps.VARIANTS)[name](base)
+    method = (parts.METHODS | steps.VARIANTS)[name](base)
     trained = [p for p in method.model.parameters() if p.requires_grad]
     frozen = [p for p in method.model.parameters() if not p.requires_grad]
     starts = [p.clone() for p in trained]
@@ -194,7 +194,7 @@ def test_an_undone_choice_computes_what_ours_does_without_dropout(monkeypatch):
     monkeypatch.setattr(steps, "DROPOUT", 0.0)
     base = steps.random_base(parts.SMALL)
     found = []
-    for make in (steps.METHODS[steps.OURS], *steps.VARIANTS.values()):
+    for make in (parts.METHODS[steps.OURS], *steps.VARIANTS.values()):
         torch.manual_seed(0)
         method = make(base)
         method.steps([steps.random_batch(2, 12, 768)] * 3)
