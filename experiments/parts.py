@@ -266,6 +266,9 @@ def profile(report, method, batch, device):
         kind = kind_of(event.key, event.input_shapes, method.model.args.vocab_size)
         own = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total
         spent[kind] = spent.get(kind, 0) + own
+    if not sum(spent.values()):
+        report.note("where a step's time goes: skipped, the profiler sees no kernels (CUPTI)")
+        return
     for kind in sorted(spent, key=spent.get, reverse=True):
         report.row("where a step's time goes", {
             "where": kind, "share": spent[kind] / sum(spent.values())})

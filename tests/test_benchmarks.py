@@ -232,6 +232,14 @@ def test_a_named_region_is_not_counted_as_a_kernel():
     assert [event.name for event in parts.kernels(events)] == ["gemm"]
 
 
+def test_a_profiler_that_sees_no_kernel_is_a_note():
+    report = parts.Report()
+    args = SimpleNamespace(args=SimpleNamespace(vocab_size=9))
+    method = SimpleNamespace(model=args, step=lambda batch: torch.ones(3) + 1)
+    parts.profile(report, method, [], "cuda")  # on a CPU nothing has a time of a GPU
+    assert not report.content["tables"] and "sees no kernels" in report.content["notes"][0]
+
+
 def test_the_drawn_prompts_are_as_many_as_asked_and_share_a_subjects_shots():
     subjects = parts.drawn_prompts(57, 1000, (380, 520), 32000)
     assert len(subjects) == 57 and sum(map(len, subjects)) == 1000
