@@ -63,7 +63,7 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     position * theta^(-2j/E)."""
     pair = torch.arange(0, head_dim, 2, device=positions.device).float()
     angle = positions[..., None, None].float() * theta ** (-pair / head_dim)
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.complex(angle.cos(), angle.sin())
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
