@@ -15,6 +15,8 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
+from data.what_it_is import HEAD, kind_of, what_it_is
+
 
 def run(name, prepare, argv, *, purpose, url, source_help, out):
     """A script's command line: prepare(source, out). A failure is one line and status 2."""
@@ -38,6 +40,8 @@ def is_url(source):
 def open_source(source):
     """An open binary file of a path or a URL. Raises ValueError that says what to do."""
     if not is_url(source):
+        if reason := what_it_is(source):
+            raise ValueError(reason)
         if not Path(source).is_file():
             raise ValueError(f"there is no file {source}: correct --source, or leave it out to "
                              "download the original")
@@ -46,10 +50,13 @@ def open_source(source):
     try:
         # one read(): http.client reports a lost connection only if it is asked for everything
         with urllib.request.urlopen(source, timeout=60) as response:
-            return io.BytesIO(response.read())
+            content = response.read()
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ValueError(f"cannot download {source} ({error}): check the network, or pass "
                          "another URL or a file on disk with --source (see --help)") from None
+    if kind := kind_of(content[:HEAD]):
+        raise ValueError(f"{source} {kind}")
+    return io.BytesIO(content)
 
 
 def write_atomic(out, files):

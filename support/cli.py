@@ -5,9 +5,14 @@
 """
 
 import argparse
+import errno
+import os
 import sys
 import traceback
 import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from unicodedata import combining, east_asian_width
 
 import torch
 from tqdm import tqdm
@@ -21,6 +26,9 @@ from support.signals import (
     signal_number,
 )
 
+# a closed pipe, a terminal that hung up, a closed pipe of Windows
+ROOT = str(Path(__file__).resolve().parent.parent)
+NO_READER = (errno.EPIPE, errno.EIO, errno.EINVAL)
 LINE_SECONDS = 30  # between two lines of progress if standard error is no terminal
 
 
@@ -32,9 +40,33 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true",
                           help="also print the traceback of a refusal (off)")
 
+    def parse_args(self, args=None):
+        """The flags; of a path, ~/ is the home folder, which a shell leaves in --out=~/x."""
+        args = super().parse_args(args)
+        for name in vars(args).keys() - {"prompts"}:
+            setattr(args, name, at_home(getattr(args, name)))
+        return args
+
     def error(self, message):
         wait_for_rank0_error()
         self.exit(2, f"{self.prog}: {one_line(message)}; --help lists the flags\n")
+
+
+def at_home(value):
+    """A path of the command line, or a list of them, with the home folder for ~."""
+    if isinstance(value, list):
+        return [at_home(path) for path in value]
+    if isinstance(value, (str, Path)) and str(value).startswith("~"):
+        return type(value)(os.path.expanduser(value))
+    return value
+
+
+def comma_list(text):
+    """The names in a text that has commas between them, each once: the type of a flag."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError("must be names with commas between")
+    return names
 
 
 def flag(name):
@@ -55,7 +87,60 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# ---------------------------------------------------------------- progress
+# ---------------------------------------------------------------- what is printed
+
+
+class Output:
+    """A stream on which no print fails, so that none ends a run: a character that the encoding
+    lacks becomes a question mark, and what nobody reads any more goes nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # None if it is closed
+
+    def write(self, text):
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self.attempt(self.stream.write, text.encode(encoding, "replace").decode(encoding))
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act, *arguments):
+        try:
+            act(*arguments)
+        except OSError as error:
+            if error.errno not in NO_READER:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def cell(text, width=24):
+    """A name that a user chose as a cell of a table: one line of exactly this many columns, of
+    which a wide letter takes two."""
+    text = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    if columns(text) > width:
+        while columns(text) > width - 3:
+            text = text[:-1]
+        text += "..."
+    return text + " " * (width - columns(text))
+
+
+def columns(text):
+    return sum(0 if combining(c) else 1 + (east_asian_width(c) in "WF") for c in text)
+
+
+@contextmanager
+def safe_output():
+    """Within this context standard output and standard error are an Output."""
+    former = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Output, former)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()  # else the interpreter does, and reports a closed pipe
+        sys.stdout, sys.stderr = former
 
 
 class Lines:
@@ -80,6 +165,7 @@ def progress(*args, **settings):
 # ---------------------------------------------------------------- start and end of a script
 
 
+@safe_output()
 def run_script(name, parse_args, run, argv=None, *, memory="give it a machine with more memory",
                stopped="interrupted; nothing was written"):
     """The exit status of run(parse_args(argv)), None counting as 0; see report_failure. Meanwhile
@@ -104,6 +190,16 @@ def is_out_of_memory(error):
             or "DefaultCPUAllocator" in str(error) or "out of memory" in str(error))
 
 
+def system_words(error):
+    """The text of an error; of one by the operating system the path, what is wrong with it, and
+    which function of ours met it."""
+    if not isinstance(error, OSError) or not error.errno:
+        return error
+    place = traceback.extract_tb(error.__traceback__)
+    name = next((frame.name for frame in reversed(place) if ROOT in frame.filename), "run")
+    return f"{error.filename or 'a file'}: {error.strerror}, in {name}"
+
+
 def report_failure(error, name, args, *, stopped, memory):
     """Prints why a script ended, one line on standard error, and returns its exit status: 2 for
     a refusal (ValueError, OSError), 1 for out of memory, 128 plus the signal's number for Ctrl-C
@@ -119,7 +215,7 @@ def report_failure(error, name, args, *, stopped, memory):
     elif lost or isinstance(error, (ValueError, OSError)):
         from support.diagnose import diagnose  # only now: it looks at every file that was read
         status = 2
-        text = lost or one_line(diagnose(error, args) or error)
+        text = lost or one_line(diagnose(error, args) or system_words(error))
         text = f"{text}; {hint}" if hint else text
     else:
         raise error

@@ -8,7 +8,6 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
@@ -16,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from data.what_it_is import what_it_is
 from support.distributed import rank
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # ---------------------------------------------------------------- writing
@@ -120,27 +119,6 @@ def atomic_dir(path):
 # ---------------------------------------------------------------- reading
 
 
-def placeholder_reason(path):
-    """Why a file is not what its name promises, whatever that is: it is a Git LFS
-    pointer, a web page, or unreadable. None if it is none of these, or no file."""
-    path = Path(path)
-    if not path.is_file():
-        return None
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
-    if head.startswith(LFS_POINTER):
-        size = re.search(rb"size (\d+)", head)
-        of_size = f" of {int(size[1]):,} bytes" if size else ""
-        return (f"{path} is a Git LFS pointer, not the file itself{of_size}: get it with "
-                "`git lfs pull` in the repository that it was cloned with")
-    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return f"{path} is a web page, not the file itself: download it again by its own link"
-    return None
-
-
 def read_torch(path, kind, mmap=False):
     """What torch.save wrote: tensors and plain values, nothing else, so no code in it
     can run. Raises ValueError, "PATH is not `kind`", for any other file. torch's own
@@ -148,7 +126,7 @@ def read_torch(path, kind, mmap=False):
     try:
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # a damaged file raises half a dozen types
-        reason = (placeholder_reason(path)
+        reason = (what_it_is(path)
                   or "it holds more than tensors and plain values, or is damaged")
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
@@ -179,7 +157,7 @@ def read_json(path):
     """The JSON object in a file. Raises ValueError if there is none."""
     if not Path(path).is_file():
         raise ValueError(f"there is no {path}")
-    if reason := placeholder_reason(path):
+    if reason := what_it_is(path):
         raise ValueError(reason)
     return parse_json(Path(path).read_bytes(), path)
 

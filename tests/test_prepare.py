@@ -209,9 +209,11 @@ def test_hostile_tar_members_are_ignored(tmp_path):
 
 def test_what_is_not_the_whole_tar_is_refused(tmp_path):
     source, out = tmp_path / "data.tar", tmp_path / "mmlu"
-    for data in (b"", b"<html>not found</html>", b"\x1f\x8b\x08" + b"\0" * 600):
+    for data, words in ((b"", "not a whole, uncompressed tar"),
+                        (b"<html>not found</html>", "is a web page"),
+                        (b"\x1f\x8b\x08" + b"\0" * 600, "compressed with gzip")):
         source.write_bytes(data)
-        refuses(prepare_mmlu, source, out, "not a whole, uncompressed tar")
+        refuses(prepare_mmlu, source, out, words)
     whole = make_tar(source, mmlu_files()).read_bytes()
     source.write_bytes(whole[:len(whole) // 2 + 100])
     refuses(prepare_mmlu, source, out, "tar")
