@@ -370,7 +370,9 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            # its bytes, since sentencepiece takes no path that is not UTF-8
+            proto = Path(path).read_bytes()
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except Exception as error:
             raise ValueError(f"there is no tokenizer at {path}, or it is not a sentencepiece "
                              "model: copy the model's own there") from error

@@ -22,11 +22,11 @@ def run(name, prepare, argv, *, purpose, url, source_help, out):
     """A script's command line: prepare(source, out). A failure is one line and status 2."""
     parser = argparse.ArgumentParser(description=purpose)
     parser.add_argument("--source", default=url, help=f"{source_help}; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path(out),
+    parser.add_argument("--out", type=lambda path: Path(path).expanduser(), default=Path(out),
                         help="what to write; default: %(default)s")
     args = parser.parse_args(argv)
     try:
-        prepare(args.source, args.out)
+        prepare(os.path.expanduser(args.source), args.out)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{name}: {error}\n")
     except KeyboardInterrupt:

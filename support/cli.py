@@ -36,12 +36,12 @@ class Parser(argparse.ArgumentParser):
     """argparse with --debug, without abbreviations, and with one line for a refused flag."""
 
     def __init__(self, name, doc):
-        super().__init__(prog=name, description=doc.split("\n")[0], allow_abbrev=False)
+        super().__init__(prog=name, description=(doc or "").split("\n")[0], allow_abbrev=False)
         self.add_argument("--debug", action="store_true",
                           help="also print the traceback of a refusal (off)")
 
     def parse_args(self, args=None):
-        """The flags; of a path, ~/ is the home folder, which a shell leaves in --out=~/x."""
+        """The flags; a path's ~/ is the home folder, where a shell leaves it, as in --out=~/x."""
         args = super().parse_args(args)
         for name in vars(args).keys() - {"prompts"}:
             setattr(args, name, at_home(getattr(args, name)))

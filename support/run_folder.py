@@ -38,6 +38,7 @@ from support.files import (
     read_torch,
     shape_mismatches,
     weights_fingerprint,
+    wrap_disk_errors,
     write_file,
     write_json,
     write_llama,
@@ -372,14 +373,15 @@ class Log:
         speed = round(tokens / (time.perf_counter() - self.clock))
         rows, problem = to_python([row for row, _ in self.rows]), None
         writer = csv.DictWriter(self.file, COLUMNS)
-        for row, (_, batches) in zip(rows, self.rows):
-            writer.writerow({**row, "tokens_per_second": speed})
-            problem = self.problem_of(row, batches)
-            if problem:
-                break
-        self.file.flush()
-        if not rank():
-            os.fsync(self.file.fileno())
+        with wrap_disk_errors(self.file.name):
+            for row, (_, batches) in zip(rows, self.rows):
+                writer.writerow({**row, "tokens_per_second": speed})
+                problem = self.problem_of(row, batches)
+                if problem:
+                    break
+            self.file.flush()
+            if not rank():
+                os.fsync(self.file.fileno())
         if problem:
             raise ValueError(problem)
         self.rows = []
