@@ -870,7 +870,7 @@ BAD = {
                             ["--weights", "other"], "python -m tools.import_llama2c"),
     "weights are a file of llama2.c": (T, text("a.bin", "x"), ["--weights", "a.bin"],
                                        "python -m tools.import_llama2c a.bin"),
-    "weights are a run": (T, nothing, ["--weights", "run"], "give run/adapter.pt to --init-"),
+    "weights are a run": (T, nothing, ["--weights", "run"], "run/adapter.pt to --init-adapter"),
     "weights of llama.cpp": (T, folder_of(a__gguf="x"), ["--weights", "other"], "GGUF"),
     "weights in a hub's cache": (T, inner, ["--weights", "hub"],
                                  "hub/snapshots/1a2b has: give that folder"),
