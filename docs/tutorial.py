@@ -176,7 +176,7 @@ def draw_answers(axis, layers, title):
 
 
 figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-draw_answers(axis, {f"LoRA of rank {rank}": layer for rank, layer in loras.items()},
+draw_answers(axis, {f"LoRA of rank {rank}": loras[rank] for rank in (1, 2, 32)},
              "LoRA: one answer to both tasks")
 plt.show()
 
@@ -323,7 +323,7 @@ for axis, key, title in zip(axes, ("missing", "alike"),
         axis.plot([row[key] for row in rows[1:]], line, color="black",
                   label=f"router starts {name}")
     axis.set(title=title, xlabel="step")
-axes[0].legend()
+    axis.legend()
 plt.show()
 
 # %% [markdown]
