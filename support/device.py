@@ -28,7 +28,7 @@ def pick_device(name):
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise RuntimeError("torch finds no CUDA device here")
         torch.zeros(1, device=name).item()  # the meta device has no values
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"--device {name} cannot be used: {reason}; --device cpu always "
                          "can") from error

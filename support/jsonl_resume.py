@@ -32,7 +32,9 @@ def parse_partial(path, settings, columns, name):
             lines.append(json.loads(line))
         except (ValueError, RecursionError):  # cut short
             break
-    if lines and lines[0] != settings:
+    if text and not lines:
+        raise ValueError(f"{path} is not of a stopped run: delete it, or choose another --out")
+    if lines[1:] and lines[0] != settings:
         before = lines[0] if isinstance(lines[0], dict) else {}
         differ = [key for key in settings if before.get(key) != settings[key]]
         raise ValueError(f"{path} is of a stopped run with another {', '.join(differ)}: finish it, "

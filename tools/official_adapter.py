@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from data import WORLD
-from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
+from hydralora import add_hydralora, hydra_layers, save_adapter
 from model import load_llama
-from support.base import print_quantize
+from support.base import load_adapter_file, print_quantize
 from support.cli import Parser, run_script
 from support.files import atomic_dir, read_json, write_file, write_json
 from tools.hf_layout import (
@@ -127,7 +127,7 @@ def to_official(adapter, out, weights, base):
     """adapter.pt -> their folder, in fp32."""
     with atomic_dir(out) as folder:
         model, _ = load_llama(weights)
-        config = load_adapter(model, adapter)
+        config = load_adapter_file(model, adapter)
         print_quantize(adapter, "none")
         check_settings(config, SUPPORTED, "the authors' format, without an A for every head,")
         tensors = official_tensors(model)

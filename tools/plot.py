@@ -19,7 +19,7 @@ import torch
 
 from hydralora import HydraSettings
 from support.cli import Parser, run_script
-from support.evaluation import most_specialised_layer
+from support.evaluation import check_routing, most_specialised_layer
 from support.files import read_json, write_file
 from support.run_folder import RESUME_MAY_DIFFER, read_log
 
@@ -79,6 +79,8 @@ def read_run(folder):
         base, tuned = ({name: (float(row["val_loss" + end]), float(row["exact_match" + end]))
                         for name, row in table.items()} for end in ("_base", ""))
         routing = result.get("routing") if settings["gate"] == "learned" else None
+        if routing:
+            check_routing(routing)
         gate, entropy = (routing["gate"], routing["entropy"]) if routing else ({}, {})
         return Run(folder.resolve().name, settings, steps, losses, evaluations, base, tuned, gate,
                    entropy)
