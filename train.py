@@ -17,6 +17,7 @@ import argparse
 import math
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -254,7 +255,9 @@ def set_up(args):
     args.quantize = args.quantize or "none"
     fingerprint = partial(run_folder.fingerprints, args.weights, args.data, val_data=args.val_data,
                           keep_data=args.keep_data, init_adapter=args.init_adapter)
-    fingerprints = fingerprint()
+    before = None
+    with suppress(OSError):  # what is missing is told by who reads it
+        before = fingerprint()
     model, tokenizer = load_base(args)
     records, val = load_train_val(args.data, args.val_data, share=VAL_SHARE, seed=args.seed,
                                   strict=args.strict)
@@ -265,7 +268,8 @@ def set_up(args):
     if args.keep_data:
         eval_sets["kept"], data["kept"] = encode_texts(args.keep_data, tokenizer,
                                                        args.max_seq_len)
-    if fingerprint() != fingerprints:
+    fingerprints = fingerprint()
+    if before not in (None, fingerprints):
         raise ValueError("data or weights changed while they were read: start again")
     clusters = None
     if args.heads == "auto":

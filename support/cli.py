@@ -24,7 +24,7 @@ from support.signals import (
 )
 
 LINE_SECONDS = 30  # between two lines of progress if standard error is no terminal
-LARGEST = 2**32 - 1  # of a setting that is a number
+LARGEST = 10**15  # of a setting that is a number
 # settings that name what a script reads
 INPUTS = ("weights", "data", "val_data", "keep_data", "adapter", "init_adapter", "cache",
           "source", "given", "checkpoint", "tokenizer")

@@ -52,23 +52,24 @@ def wrap_disk_errors(path):
 
 
 def check_regular(path):
-    """Raises ValueError if path leads nowhere, or to a device, a pipe or a socket: reading
-    one may never end, and writing would put a file where it was."""
+    """Raises OSError if path is a link that leads nowhere, or a device, a pipe or a socket:
+    reading one may never end, and writing would put a file where it was."""
     path = Path(path)
     if path.is_symlink() and not path.exists():
-        raise ValueError(f"{path} is a link to {os.readlink(path)}, which leads nowhere")
+        raise OSError(f"{path} is a link to {os.readlink(path)}, which leads nowhere")
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise ValueError(f"{path} is no regular file: name another")
+        raise OSError(f"{path} is no regular file: name another")
 
 
 def check_output(path, inputs=()):
-    """Raises ValueError if a result cannot be written to path, or would replace one of the
-    inputs, a part of a model or run, or a device."""
+    """Raises ValueError or OSError if a result cannot be written to path, or would replace
+    one of the inputs, a part of a model or run, or a device."""
     path = Path(path)
     check_regular(path)
     for given in inputs:
-        if os.path.realpath(path) == os.path.realpath(given) or (
-                path.is_file() and os.path.exists(given) and os.path.samefile(path, given)):
+        same = os.path.realpath(path) == os.path.realpath(given) or (
+            path.exists() and os.path.exists(given) and os.path.samefile(path, given))
+        if same and not path.is_dir():
             raise ValueError(f"--out {path} is also read ({given}): name another")
     if path.is_file() and PART.fullmatch(path.name):
         raise ValueError(f"--out {path} exists, and may be a part of a model, a run or a "
@@ -134,7 +135,7 @@ def move_into_place(temporary, path):
 def write_file(path, write):
     """Calls write(file) on a temporary file and renames it: whatever happens, path is
     the whole new file or the old one; of a link, its target is. Raises OSError if it cannot
-    be written, ValueError if path is a device. Only rank 0 writes; the other ranks call
+    be written, or if path is a device. Only rank 0 writes; the other ranks call
     write too, since it may ask each for its part of the base."""
     if rank():
         with open(os.devnull, "wb") as nowhere:
