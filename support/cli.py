@@ -6,6 +6,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -130,8 +131,9 @@ def run_script(name, parse_args, run, argv=None, *, memory="give it a machine wi
     except (Exception, KeyboardInterrupt) as error:
         return report_failure(error, name, args, stopped=stopped, memory=memory)
     finally:
-        set_handlers(ignore)
-        if argv is not None:  # called from Python; a command's process ends now
+        if argv is None:  # the process ends now: a signal would cost it its status and output
+            set_handlers(signal.SIG_IGN)
+        else:
             restore_handlers(former)
 
 

@@ -103,7 +103,7 @@ def scratch_folder(path):
     """Yields a new folder beside path for what is renamed to it when it is finished. A kill
     leaves the folder behind, without its lock: the next call for this path removes it."""
     path = Path(path)
-    mark = f".{path.name[:50]}.unfinished-"
+    mark = f".{path.name[:50]}-unfinished-"
     for old in path.parent.glob(f"{glob.escape(mark)}*"):
         with suppress(OSError), lock_folder(old):
             shutil.rmtree(old)
