@@ -50,6 +50,7 @@ from support.base import (
     load_model,
     model_length,
     print_default_length,
+    print_quantize,
     read_adapter_config,
     trained_with,
     warn_of_spare_rows,
@@ -277,6 +278,7 @@ def set_up(args):
         args.heads = clusters["k"]
     if args.init_adapter and not args.resume:
         load_adapter(model, args.init_adapter)
+        print_quantize(args.init_adapter, args.quantize)
     elif args.method != "full":
         add_hydralora(model, **adapter_settings(args))
     facts = {"settings": vars(args), "versions": run_folder.versions(),

@@ -119,13 +119,14 @@ def test_published_results_are_shown_as_written_and_of_the_world_of_now(name):
     readme = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
     written = (common.RESULTS / f"{name}.md").read_text(encoding="utf-8")
     section, = [part for part in re.split(r"^### ", readme, flags=re.M) if written in part]
-    assert f"(results/{name}.png)" in section and (common.RESULTS / f"{name}.png").exists()
+    if not name.startswith("quantized"):  # tables alone
+        assert f"(results/{name}.png)" in section and (common.RESULTS / f"{name}.png").exists()
     result = json.loads((common.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     made = result["conditions"]
     if name != "mechanism":
         assert made["recipe"] == common.RECIPE
         assert "sweep_seeds" in made
-    if name not in ("mechanism", "table1-dolly"):
+    if name not in ("mechanism", "table1-dolly", "quantized-dolly"):
         assert made["weights"] == files.weights_fingerprint(WORLD / "base")
         assert made["data"] == files.file_fingerprint(WORLD / "train.jsonl")
     assert all(c["fixed_by"] for c in result.get("claims", []) if c["primary"])
