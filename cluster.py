@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from data import WORLD
 from data.corpus import (
+    NO_CATEGORY,
     encode_prompts,
     length_batches,
     pad,
@@ -35,7 +36,7 @@ from data.corpus import (
 from hydralora import base_fingerprint
 from model import Tokenizer, read_params
 from support.base import load_model, print_default_length
-from support.cli import Parser, check_min, progress, run_script
+from support.cli import Parser, cell, check_min, progress, run_script
 from support.cluster_scores import ari, contingency, keywords, nmi, silhouette
 from support.device import DTYPES, pick_device, pick_dtype
 from support.distributed import add_shard_flag, process_group, run_on_rank0
@@ -362,7 +363,7 @@ def print_report(result):
 def print_categories(names, table, nmi, ari):
     print(f"\n{'category':24}" + "".join(f"{j:>7}" for j in range(1, len(table) + 1)))
     for name, counts in zip(names, zip(*table)):
-        print(f"{name or '(none)':24}" + "".join(f"{count:7}" for count in counts))
+        print(cell(name or NO_CATEGORY) + "".join(f"{count:7}" for count in counts))
     print(f"NMI {nmi:.3f} (mutual information over mean entropy), ARI {ari:.3f} (pairs kept "
           "together or apart, 0: chance)")
 
@@ -392,8 +393,8 @@ def run(args):
                                   cache=args.cache and str(args.cache),
                                   quantize=args.quantize or "none")
         result.update(records.report)
-        print_report(result)
         write_text(args.out, json.dumps(result))
+        print_report(result)
         print(f"\nwrote {args.out}")
 
 

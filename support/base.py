@@ -20,6 +20,7 @@ from model import load_llama
 from support.device import DTYPES
 from support.distributed import rank, world_size
 from support.files import (
+    check_finite,
     digest,
     file_fingerprint,
     read_json,
@@ -34,20 +35,25 @@ MANY_SPARE = 0.1  # of an embedding's rows: more than that gets a warning
 # ---------------------------------------------------------------- the base
 
 
-def load_model(directory, *, device, shard_base=False, quantize=None, **settings):
+def load_model(directory, *, device="cpu", shard_base=False, quantize=None, **settings):
     """load_llama on the device. With shard_base no process ever holds the whole model; with
-    quantize the linear layers of the blocks are quantised as they are read."""
+    quantize the linear layers of the blocks are quantised as they are read. Raises ValueError if
+    a weight is not finite."""
+    on_load = None
     if quantize in KINDS:
         if shard_base:
             raise ValueError(f"--shard-base cannot share out a base in {quantize}: give "
                              "--quantize none, or drop --shard-base")
-        return load_llama(directory, device=device,
-                          on_load=partial(quantize_on_load, kind=quantize), **settings)
-    if not shard_base:
-        return load_llama(directory, device=device, **settings)
-    model, tokenizer = load_llama(directory, device=device, on_load=fsdp_shard, **settings)
-    with torch.no_grad():  # FSDP learns from the first pass which blocks there are: all of them
-        model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=device))
+        on_load = partial(quantize_on_load, kind=quantize)
+    elif shard_base:
+        on_load = fsdp_shard
+    model, tokenizer = load_llama(directory, device=device, on_load=on_load, **settings)
+    parts = {name: getattr(tensor, "to_local", lambda tensor=tensor: tensor)()
+             for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    check_finite(parts, directory)
+    if shard_base:
+        with torch.no_grad():  # FSDP learns from the first pass which blocks there are: all
+            model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=device))
     return model, tokenizer
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from data.what_it_is import what_it_is
 from support.distributed import rank
 
 try:
@@ -30,7 +31,6 @@ except ImportError:  # Windows
 PART = re.compile(r"(params|run|config)\.json|.*\.(pth?|model|bin|safetensors|csv)")
 # what a file system answers that cannot sync a folder; Windows opens none
 NO_SYNC = (errno.EINVAL, errno.EISDIR, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES)
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # ---------------------------------------------------------------- writing
@@ -193,27 +193,6 @@ def atomic_dir(path):
 # ---------------------------------------------------------------- reading
 
 
-def placeholder_reason(path):
-    """Why a file is not what its name promises, whatever that is: it is a Git LFS
-    pointer, a web page, or unreadable. None if it is none of these, or no file."""
-    path = Path(path)
-    if not path.is_file():
-        return None
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
-    if head.startswith(LFS_POINTER):
-        size = re.search(rb"size (\d+)", head)
-        of_size = f" of {int(size[1]):,} bytes" if size else ""
-        return (f"{path} is a Git LFS pointer, not the file itself{of_size}: get it with "
-                "`git lfs pull` in the repository that it was cloned with")
-    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return f"{path} is a web page, not the file itself: download it again by its own link"
-    return None
-
-
 def check_archive(path, crc=True):
     """Raises ValueError for a zip that torch.save has not written: one with compressed or
     overlapping entries, which can ask for any amount of memory, or (if crc, which reads
@@ -257,7 +236,7 @@ def read_torch(path, kind, mmap=False):
         check_count(content, os.path.getsize(path))
         return content
     except Exception as error:  # a damaged file raises half a dozen types
-        reason = (placeholder_reason(path)
+        reason = (what_it_is(path)
                   or "it holds more than tensors and plain values, or is damaged")
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
@@ -288,7 +267,7 @@ def read_json(path, *keys):
     """The JSON object in a file. Raises ValueError if there is none, or a key is missing."""
     if not Path(path).is_file():
         raise ValueError(f"there is no {path}")
-    if reason := placeholder_reason(path):
+    if reason := what_it_is(path):
         raise ValueError(reason)
     value = parse_json(Path(path).read_bytes(), path)
     if missing := [key for key in keys if key not in value]:

@@ -17,11 +17,13 @@ import platform
 import time
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import sentencepiece
 import torch
 
+from data.what_it_is import check_is_file
 from hydralora import save_adapter
 from support.base import stated_length
 from support.device import get_rng_state, set_rng_state
@@ -34,6 +36,7 @@ from support.files import (
     read_torch,
     shape_mismatches,
     weights_fingerprint,
+    wrap_disk_errors,
     write_file,
     write_json,
     write_llama,
@@ -48,8 +51,8 @@ SIGNS_OF_A_RUN = RUN_FILES[:3]  # only train.py writes these; --overwrite needs 
 RESUME_MAY_DIFFER = ("resume", "overwrite", "out", "save_every", "eval_every", "debug", "strict",
                      "checkpoint_activations", "shard_base", "processes", "order",
                      "weights", "data", "val_data", "keep_data", "init_adapter")
-CHECKPOINT_KEYS = {"settings", "fingerprints", "step", "before", "init", "clusters", "tensors",
-                   "optimizer", "scaler", "rng", "cuda_rng"}
+CHECKPOINT_KEYS = {"settings", "versions", "fingerprints", "step", "before", "init", "clusters",
+                   "tensors", "optimizer", "scaler", "rng", "cuda_rng"}
 ACTING = ("params", "betas", "eps", "weight_decay", "amsgrad", "maximize")  # of AdamW
 MOST_SKIPPED = 20  # steps in a row: fp16's scale, 2**16 at the start, is below 1 by then
 MOST_NAMED = 20  # records of a step that a message names
@@ -64,6 +67,8 @@ def check_out(out, weights, *, resume, overwrite):
     if out.resolve() == Path(weights).resolve():
         raise ValueError(f"--out {out} is the folder of the weights: name another")
     found = [name for name in RUN_FILES if (out / name).exists()]
+    if resume and "run.json" in found and "checkpoint.pt" not in found:
+        raise ValueError(f"--resume: the run in {out} has ended: {longer(out)}")
     if resume and "checkpoint.pt" not in found:
         raise ValueError(f"--resume: {out} holds no checkpoint.pt, found {found or 'no run'}: "
                          "start again without --resume")
@@ -77,6 +82,15 @@ def check_out(out, weights, *, resume, overwrite):
     return out
 
 
+def longer(out):
+    """What a run that has ended left, and how it is trained further."""
+    if (out / "adapter.pt").exists():
+        return (f"its adapter is {out / 'adapter.pt'}; to train it further, give --init-adapter "
+                f"{quote(str(out / 'adapter.pt'))} and another --out")
+    return (f"its weights are in {out}; to train them further, give --weights {quote(str(out))} "
+            "and another --out")
+
+
 def prepare_out(out, *, resume):
     """Makes the folder, once the run can start. Removes the former run, unless it is resumed."""
     if rank():
@@ -87,7 +101,7 @@ def prepare_out(out, *, resume):
 
 
 def versions():
-    return {"python": platform.python_version(), "torch": torch.__version__,
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
             "numpy": np.__version__, "sentencepiece": sentencepiece.__version__,
             "platform": platform.platform(), "threads": torch.get_num_threads()}
 
@@ -96,9 +110,12 @@ def fingerprints(weights, data, **others):
     """{name: sha256} of what a run reads: the weights, their tokenizer, each file of data (called
     data, data_2, data_3), and each other file that is given."""
     files = {f"data_{i}" if i > 1 else "data": path for i, path in enumerate(data, start=1)}
-    found = {name: file_fingerprint(path) for name, path in {**files, **others}.items() if path}
-    return {**found, "tokenizer": file_fingerprint(Path(weights) / "tokenizer.model"),
-            "weights": weights_fingerprint(weights)}
+    files |= {name: path for name, path in others.items() if path}
+    files["tokenizer"] = Path(weights) / "tokenizer.model"
+    for name, path in files.items():
+        check_is_file(path, "tokenizer" if name == "tokenizer" else "data file")
+    found = {name: file_fingerprint(path) for name, path in files.items()}
+    return {**found, "weights": weights_fingerprint(weights)}
 
 
 def save_adapter_file(model, path):
@@ -122,8 +139,6 @@ def write_result(model, out, result, *, weights, full):
         fingerprints["adapter"] = file_fingerprint(out / "adapter.pt")
     write_json(out / "run.json", result)
     (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"\nwrote {'the checkpoint' if full else 'adapter.pt'}, run.json and log.csv to {out}\n"
-          f"to see it: python -m tools.plot {out} --out {out / 'plot.png'}")
 
 
 def write_tuned(model, weights, out):
@@ -149,6 +164,7 @@ def save_checkpoint(path, step, facts, model, optimizer, scaler):
     tensors = {name: p.detach() for name, p in trained_parameters(model).items()}
     state = {name: facts[name] for name in ("settings", "fingerprints", "clusters")}
     state |= {"before": facts["losses"]["base"], "init": facts["losses"].get("before")}
+    state["versions"] = facts["versions"]
     state |= {"step": step, "tensors": tensors, "optimizer": optimizer.state_dict(),
               "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
               "cuda_rng": get_rng_state(next(iter(tensors.values())).device)}  # of any device
@@ -158,18 +174,19 @@ def save_checkpoint(path, step, facts, model, optimizer, scaler):
     write_file(path, lambda file: torch.save(state, file))
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, mmap=False):
     """The state that save_checkpoint wrote. Raises ValueError for any other file."""
     kind = "a checkpoint of a run"
-    state = read_torch(path, kind)
+    state = read_torch(path, kind, mmap=mmap)
     if isinstance(state, dict):
-        state.setdefault("init", None)  # older checkpoints
+        state = {"init": None, "versions": {}, **state}  # older checkpoints lack these
     if not isinstance(state, dict) or state.keys() != CHECKPOINT_KEYS:
         found = sorted(map(str, state))[:4] if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} is not {kind}: found {found}")
     clusters = state["clusters"]
     if not (type(state["step"]) is int and state["step"] > 0
-            and isinstance(state["settings"], dict) and isinstance(state["fingerprints"], dict)
+            and all(isinstance(state[name], dict)
+                    for name in ("settings", "versions", "fingerprints"))
             and (clusters is None or isinstance(clusters, dict)
                  and clusters.get("k") == state["settings"].get("heads"))):
         raise ValueError(f"{path} is not {kind}: its step, settings, fingerprints or clusters are "
@@ -182,20 +199,26 @@ def compare_settings(recorded, settings, defaults):
     checkpoint lacks did not exist when it was written: it had its default."""
     names = sorted(set(settings) - set(RESUME_MAY_DIFFER))
     before = {name: recorded.get(name, defaults.get(name)) for name in names}
-    changed = [f"{name} was {before[name]}, is {settings[name]}" for name in names
-               if settings[name] != before[name]]
+    changed = [name for name in names if settings[name] != before[name]]
     if changed:
-        raise ValueError(f"--resume with other settings: {', '.join(changed)}: give those of the "
-                         "first command")
+        words = ", ".join(f"{name} was {before[name]}, is {settings[name]}" for name in changed)
+        hint = "give those of the first command"
+        if {"epochs", "max_steps"} & set(changed):
+            hint += ("; to train longer, let the run end (its learning rate falls to zero with the "
+                     "last step), then give its adapter to --init-adapter")
+        raise ValueError(f"--resume with other settings: {words}: {hint}")
 
 
-def restore(path, facts, defaults, model, optimizer, scaler):
-    """Puts a stopped run's state in place; returns (steps done, losses of start_or_resume). Raises
-    ValueError unless its settings, data and weights are those of `facts`; `defaults` are the
-    settings of a command without flags."""
-    state = read_checkpoint(path)
-    settings, now = facts["settings"], facts["fingerprints"]
+def check_resume(state, path, settings, now, defaults):
+    """Raises ValueError unless the settings, and the fingerprints `now` of data and weights, are
+    those of the stopped run with this state; `defaults` are the settings of a command without
+    flags. Prints what rounds differently here."""
     compare_settings(state["settings"], settings, defaults)
+    for name in ("torch", "threads"):
+        before, here = state["versions"].get(name), versions()[name]
+        if before not in (None, here):
+            print(f"the run had {name} {before} and continues with {here}: sums may be rounded "
+                  "differently")
     begun = state["settings"].get("processes", 1)
     if begun != settings["processes"]:
         print(f"the run was started with {begun} processes and continues with "
@@ -206,6 +229,11 @@ def restore(path, facts, defaults, model, optimizer, scaler):
     if changed:
         raise ValueError(f"--resume: {', '.join(changed)} changed since {path} was written: bring "
                          "the old files back, or start again in another --out")
+
+
+def restore(path, model, optimizer, scaler):
+    """Puts a stopped run's state in place; returns (steps done, losses of start_or_resume)."""
+    state = read_checkpoint(path)
     trained = trained_parameters(model)
     try:
         losses = {"base": state["before"]}
@@ -336,14 +364,15 @@ class Log:
         speed = round(tokens / (time.perf_counter() - self.clock))
         rows, problem = to_python([row for row, _ in self.rows]), None
         writer = csv.DictWriter(self.file, COLUMNS)
-        for row, (_, batches) in zip(rows, self.rows):
-            writer.writerow({**row, "tokens_per_second": speed})
-            problem = self.problem_of(row, batches)
-            if problem:
-                break
-        self.file.flush()
-        if not rank():
-            os.fsync(self.file.fileno())
+        with wrap_disk_errors(self.file.name):
+            for row, (_, batches) in zip(rows, self.rows):
+                writer.writerow({**row, "tokens_per_second": speed})
+                problem = self.problem_of(row, batches)
+                if problem:
+                    break
+            self.file.flush()
+            if not rank():
+                os.fsync(self.file.fileno())
         if problem:
             raise ValueError(problem)
         self.rows = []

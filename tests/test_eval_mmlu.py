@@ -527,7 +527,7 @@ BROKEN = {
                  "my_own_test.csv is not UTF-8"),
     "empty": (lambda quiz: (quiz / "test" / "my_own_test.csv").write_text(""),
               "my_own_test.csv is empty"),
-    "no name": (lambda quiz: ["--subjects", ""], "there is no", "_test.csv"),
+    "no name": (lambda quiz: ["--subjects", " ,"], "--subjects", "names with commas"),
     "out": (lambda quiz: ["--out", quiz], "is a folder"),
     "too few shots": (lambda quiz: ["--shots", 4], "has 3 rows, --shots asks for 4"),
     "shots": (lambda quiz: ["--shots", -1], "--shots must be at least 0"),

@@ -541,7 +541,7 @@ def test_what_is_not_finite_is_never_written_nor_loaded(model, tmp_path):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(ValueError, match="b.pt: 1 of .* not finite"):
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        facts = dict.fromkeys(("settings", "fingerprints", "clusters"), {})
+        facts = dict.fromkeys(("settings", "versions", "fingerprints", "clusters"), {})
         facts["losses"] = {"base": {}}
         run_folder.save_checkpoint(tmp_path / "b.pt", 1, facts, model, optimizer, scaler)
     content = torch.load(tmp_path / "a.pt", weights_only=True)
@@ -563,7 +563,7 @@ def test_a_base_that_gives_nan_is_refused_before_training(command, out, weights,
     shard["norm.weight"][0] = math.nan
     torch.save(shard, bad / "consolidated.00.pth")
     assert train.main(command + ["--weights", str(bad)]) == 2
-    assert "validation loss of the base model is nan" in error_line(capsys) and not out.exists()
+    assert "norm.weight the first" in error_line(capsys) and not out.exists()
 
 
 def test_the_loop_reads_losses_back_once_in_ten_steps(command, monkeypatch):
@@ -878,7 +878,7 @@ BAD = {
                             ["--weights", "other"], "python -m tools.import_llama2c"),
     "weights are a file of llama2.c": (T, text("a.bin", "x"), ["--weights", "a.bin"],
                                        "python -m tools.import_llama2c a.bin"),
-    "weights are a run": (T, nothing, ["--weights", "run"], "give run/adapter.pt to --adapter"),
+    "weights are a run": (T, nothing, ["--weights", "run"], "give run/adapter.pt to --init-"),
     "weights of llama.cpp": (T, folder_of(a__gguf="x"), ["--weights", "other"], "GGUF"),
     "weights in a hub's cache": (T, inner, ["--weights", "hub"],
                                  "hub/snapshots/1a2b has: give that folder"),
@@ -904,7 +904,8 @@ BAD = {
         ["--adapter", "a.pt"], "PEFT's layout", "tools.official_adapter"),
     "tokenizer of another vocabulary": (T, other_tokenizer, [], "do not belong together"),
     "data missing": (T, nothing, ["--data", "absent"], "there is no data file at absent"),
-    "data a folder": (T, nothing, ["--data", "quiz"], "there is no data file at quiz"),
+    "data a folder": (T, nothing, ["--data", "quiz"], "quiz is a folder: give a file in it",
+                      "dev, test"),
     "data empty": (T, text("data.jsonl", " \n"), [], "holds no records"),
     "data not UTF-8": (T, data_bytes("data.jsonl", b'{"instruction": "\xff"}'), [], "not UTF-8"),
     "data with a broken line": (T, text("data.jsonl", GOOD * 2 + '{"instr'), [], "line 3 is not"),
@@ -956,7 +957,8 @@ BAD = {
                              ["--out", "w2", "--overwrite"], "so it is no run"),
     "resume and overwrite": (T, nothing, [*RESUME, "--overwrite"], "mutually exclusive"),
     "resume nothing": (T, nothing, ["--resume"], "new holds no checkpoint.pt"),
-    "resume a finished run": (T, nothing, ["--out", "run", "--resume"], "found ['run.json'"),
+    "resume a finished run": (T, nothing, ["--out", "run", "--resume"], "the run in run has ended",
+                              "its adapter is run/adapter.pt", "--init-adapter"),
     "resume with other settings": (T, nothing, [*RESUME, "--lr", "0.5", "--rank", "3"],
                                    "lr was 0.0002, is 0.5, rank was 2, is 3"),
     "resume with other data": (T, text("data.jsonl", GOOD + GOOD.replace("b", "c")), RESUME,

@@ -26,7 +26,7 @@ from support.base import base_digest, check_unchanged, load_model_and_adapter, m
 from support.cli import Parser, check_min, flag, progress, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
 from support.distributed import add_shard_flag, process_group
-from support.evaluation import most_specialised_layer
+from support.evaluation import TOTAL, most_specialised_layer, row_name
 from support.files import digest, write_text
 from support.jsonl_resume import append_row, open_partial, read_partial, remove_partial
 from support.lock import file_lock
@@ -194,11 +194,12 @@ def encode_file(model, tokenizer, records, args):
 
 
 def batch_answers(model, tokenizer, batch, args):
-    """The text that stream_answer would print for each Sequence alone."""
+    """[(text that stream_answer would print, whether it was cut at --max-new-tokens)], one for
+    each Sequence."""
     ids = [s.ids for s in batch]
     new = generate_ids(model, tokenizer, ids, **sampling(args))
-    return [text_of(tokenizer, answer, prompt if args.raw else ())
-            for prompt, answer in zip(ids, new)]
+    return [(text_of(tokenizer, answer, prompt if args.raw else ()),
+             len(answer) == args.max_new_tokens) for prompt, answer in zip(ids, new)]
 
 
 def answer_missing(model, tokenizer, sequences, args, done, file):
@@ -208,25 +209,28 @@ def answer_missing(model, tokenizer, sequences, args, done, file):
         for batch in corpus.length_batches(sequences, args.batch_size):
             if all(s.record in done for s in batch):
                 continue
-            texts = {"answer": batch_answers(model, tokenizer, batch, args)}
+            answers = {"": batch_answers(model, tokenizer, batch, args)}
             if args.compare:
                 with adapters_disabled(model):
-                    texts["base_answer"] = batch_answers(model, tokenizer, batch, args)
+                    answers["base_"] = batch_answers(model, tokenizer, batch, args)
             for i, s in enumerate(batch):
                 if s.record not in done:
-                    answers = {name: column[i] for name, column in texts.items()}
-                    done[s.record] = {"index": s.record, **answers}
+                    row = {"index": s.record}
+                    for base, column in answers.items():
+                        row[f"{base}answer"], row[f"{base}cut"] = column[i]
+                    done[s.record] = row
                     append_row(file, done[s.record])
             file.flush()
             bar.update(len(done) - bar.n)
 
 
 def scored(record, row):
-    """A line of the output: the record, the answers, and which equal the response."""
+    """A line of the output: the record, the answers, which were cut at --max-new-tokens, and
+    which equal the response."""
     line = dict(record)
     for base in ("", "base_"):
         if f"{base}answer" in row:
-            line[f"{base}answer"] = row[f"{base}answer"]
+            line |= {key: row[key] for key in (f"{base}answer", f"{base}cut")}
             line[f"{base}exact"] = row[f"{base}answer"].strip() == record["response"].strip()
     return line
 
@@ -236,10 +240,12 @@ def print_exact(lines):
     columns = ["exact", "base_exact"] if "base_exact" in lines[0] else ["exact"]
     print(f"\n{'category':24}{'records':>8}"
           + "".join(f"{column.removesuffix('_exact'):>8}" for column in columns))
-    for category in [*sorted({line["category"] for line in lines} - {""}), None]:
-        part = [line for line in lines if category in (None, line["category"])]
+    parts = {}
+    for line in lines:
+        parts.setdefault(line["category"] or corpus.NO_CATEGORY, []).append(line)
+    for category, part in [*sorted(parts.items()), (TOTAL, lines)]:
         shares = [sum(line[column] for line in part) / len(part) for column in columns]
-        print(f"{category or 'all':24}{len(part):8}" + "".join(f"{x:8.1%}" for x in shares))
+        print(f"{row_name(category)}{len(part):8}" + "".join(f"{x:8.1%}" for x in shares))
 
 
 def answer_file(args):
@@ -253,7 +259,8 @@ def answer_file(args):
         "adapter_digest": digest(args.adapter.read_bytes()) if args.adapter else None,
         "data_digest": digest([*map(dict, records)]), "dtype": args.dtype,
         "raw": args.raw, "compare": args.compare, **sampling(args)}
-    columns = {"index": int, "answer": str, **({"base_answer": str} if args.compare else {})}
+    columns = {"index": int, "answer": str, "cut": bool}
+    columns |= {"base_answer": str, "base_cut": bool} if args.compare else {}
     partial = Path(f"{args.out}.partial")
     rows = read_partial(partial, settings, columns=columns, name=("index",)).values()
     done = {row["index"]: row for row in rows}
@@ -266,9 +273,11 @@ def answer_file(args):
     seconds = time.perf_counter() - started
     check_unchanged(model, settings["weights_digest"], args.weights, partial)
     lines = [scored(record, done[i]) for i, record in enumerate(records)]
-    print_exact(lines)
     write_text(args.out, "".join(json.dumps(line) + "\n" for line in lines))
     remove_partial(partial)
+    print_exact(lines)
+    if cut := sum(line["cut"] for line in lines):
+        print(f"{cut} of {len(lines)} answers were cut at --max-new-tokens {args.max_new_tokens}")
     print(f"\nwrote {len(lines)} answers to {args.out}, {len(lines) - before} of them new, in "
           f"{seconds:.1f} s")
 

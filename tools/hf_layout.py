@@ -16,9 +16,11 @@ import struct
 
 import torch
 
+from data.what_it_is import what_it_is
 from hydralora import HydraSettings
 from model import ModelArgs, Transformer, check_args
-from support.files import parse_json, placeholder_reason, wrap_disk_errors
+from support.diagnose import HF_TARGETS
+from support.files import parse_json, wrap_disk_errors
 
 # ---------------------------------------------------------------- names
 
@@ -29,8 +31,7 @@ INNER = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
          "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
          "ffn_norm": "post_attention_layernorm"}
 # target of add_hydralora -> target_modules of an adapter_config.json
-TARGETS = {meta.split(".")[1]: hf.split(".")[1] for meta, hf in INNER.items() if "." in meta}
-TARGETS["output"] = OUTER["output"]
+TARGETS = {meta: hf for hf, meta in HF_TARGETS.items()}
 
 
 def hf_name(name):
@@ -160,7 +161,7 @@ def read_safetensors(path):
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
-            raise ValueError(placeholder_reason(path) or f"{path} ({size} bytes) is not a whole "
+            raise ValueError(what_it_is(path) or f"{path} ({size} bytes) is not a whole "
                              "safetensors file: it is something else, or cut short; get it again")
         header = parse_json(file.read(length), f"the header of {path}")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

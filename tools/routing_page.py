@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from data.records import NO_CATEGORY
 from model import generate_ids
 from support.cli import Parser, run_script
 from support.device import autocast
@@ -62,7 +63,7 @@ def run_table(adapter, layers):
     families = list(gate[layers[0]])
     means = torch.tensor([[gate[layer][family] for layer in layers] for family in families])
     return {"title": "validation records of the run",
-            "rows": [family or "all" for family in families], "gates": packed(means)}
+            "rows": [family or NO_CATEGORY for family in families], "gates": packed(means)}
 
 
 def page_data(texts, gates_of_texts, run_means=None):
