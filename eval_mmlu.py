@@ -25,7 +25,13 @@ from torch.nn.utils.rnn import pad_sequence
 from data import WORLD
 from data.mmlu import CATEGORY, LETTERS, encode_prompt, letter_ids, read_questions
 from hydralora import HydraLinear
-from support.base import base_digest, load_model_and_adapter, print_default_length, stated_length
+from support.base import (
+    base_digest,
+    check_unchanged,
+    load_model_and_adapter,
+    print_default_length,
+    stated_length,
+)
 from support.cli import Parser, cell, check_min, comma_list, progress, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
 from support.distributed import add_shard_flag, process_group
@@ -313,6 +319,7 @@ def score_questions(args):
         prompts = answer_questions(model, tokenizer, questions, examples,
                                    batch_size=args.batch_size, done=done, file=file)
     seconds = time.perf_counter() - started
+    check_unchanged(model, cache_key["weights_digest"], args.weights, partial)
     answers = [done[key] for key in sorted(done)]
     shortened = shortened_prompts(prompts, args.shots)
     result = {"settings": settings, **summarise(answers), **shortened}
@@ -364,6 +371,7 @@ def parse_args(argv):
         check_min(args, shots=0, limit=1, max_seq_len=2, batch_size=1)
         if args.out.is_dir():
             raise ValueError(f"--out {args.out} is a folder: name a file in it")
+        args.out = None if args.compare else args.out
     except ValueError as error:
         p.error(str(error))
     return args

@@ -242,6 +242,8 @@ def check_args(args, path):
         raise ValueError(f"{path}: dim {args.dim} must be an even multiple of n_heads "
                          f"{args.n_heads}, and that a multiple of n_kv_heads "
                          f"{args.n_kv_heads}")
+    if args.ffn_dim > 2**24:
+        raise ValueError(f"{path}: feed-forward layers cannot be {args.ffn_dim:.3g} wide")
 
 
 def open_shard(path: str | Path) -> dict[str, Tensor]:
@@ -337,7 +339,7 @@ def load_llama(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype
                              f"its params.json asks for {tuple(shape)}")
         for part, kept in (keep(name, tensor) if keep else {name: tensor}).items():
             floats = dtype if kept.is_floating_point() else None  # codes stay integers
-            state[part] = kept.to(device=device, dtype=floats or kept.dtype)
+            state[part] = kept.to(device=device, dtype=floats or kept.dtype).contiguous()
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(on_load is None).eval(), tokenizer
 
@@ -383,6 +385,7 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of the text, with BOS in front and EOS behind if asked for."""
+        text.encode()  # half a surrogate pair is refused, by UnicodeEncodeError
         return self.model.encode(text, add_bos=bos, add_eos=eos)
 
     def decode(self, ids: list[int]) -> str:

@@ -19,7 +19,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -123,7 +123,8 @@ def train(model, steps, eval_sets, optimizer, scaler, args, *, start, facts):
     model.train()
     with (Log(out / "log.csv", start, fp16=args.dtype == "fp16") as log,
           catch_signals() as signals, progress(total=len(steps), initial=start) as bar):
-        for step, batches in enumerate(steps[start:], start + 1):
+        for step in range(start + 1, len(steps) + 1):
+            batches = steps[step - 1]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, len(steps), group["peak_lr"], args.warmup)
             lr = optimizer.param_groups[0]["lr"]
@@ -178,28 +179,46 @@ def count_heads(args, records, model, tokenizer):
     return clusters
 
 
+class Plan:
+    """The steps of a run, each a list of micro-batches; those of one epoch exist at a time.
+    plan_epoch(number) gives an epoch's, as many in each."""
+
+    def __init__(self, plan_epoch, epochs, max_steps):
+        self.plan_epoch = lru_cache(maxsize=1)(plan_epoch)
+        self.per_epoch = len(plan_epoch(0))
+        steps = epochs * self.per_epoch
+        self.length = min(steps, max_steps or steps)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.length:
+            raise IndexError(i)
+        epoch, step = divmod(i, self.per_epoch)
+        return self.plan_epoch(epoch)[step]
+
+
 def plan_steps(sequences, *, batch_size, grad_accum, epochs, max_steps, seed, micro_tokens=0,
                ranks=1, order=ORDER, weights=None):
-    """The steps of a run in an order fixed by the seed, each a list of micro-batches. A step is
-    batch_size * grad_accum records of like length. It is cut into micro-batches of batch_size
-    records, or of micro_tokens positions at most, one per rank at least; which records make a
-    step does not depend on that. Order 1, of older checkpoints: steps of unlike micro-batches.
-    weights are those of the files of --data, None if all are 1."""
-    steps = []
-    for epoch in range(epochs):
+    """The Plan of a run in an order fixed by the seed. A step is batch_size * grad_accum records
+    of like length. It is cut into micro-batches of batch_size records, or of micro_tokens
+    positions at most, one per rank at least; which records make a step does not depend on that.
+    Order 1, of older checkpoints: steps of unlike micro-batches. weights are those of the files
+    of --data, None if all are 1."""
+    def plan_epoch(epoch):
         generator = torch.Generator().manual_seed(seed * 1000 + epoch)
         drawn = draw_epoch(sequences, weights, generator) if weights else sequences
         if order == 1:
             batches = length_batches(drawn, batch_size, generator)
-            steps += [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
-        else:
-            for records in length_batches(drawn, batch_size * grad_accum, generator):
-                steps.append(cut_by_tokens(records, micro_tokens, least=ranks) if micro_tokens else
-                             [records[i:i + batch_size]
-                              for i in range(0, len(records), batch_size)])
-        if max_steps and len(steps) >= max_steps:
-            return steps[:max_steps]
-    return steps
+            return [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
+        steps = length_batches(drawn, batch_size * grad_accum, generator)
+        if micro_tokens:
+            return [cut_by_tokens(records, micro_tokens, least=ranks) for records in steps]
+        return [[records[i:i + batch_size] for i in range(0, len(records), batch_size)]
+                for records in steps]
+
+    return Plan(plan_epoch, epochs, max_steps)
 
 
 def make_optimizer(model, *, lr, betas=BETAS, weight_decay=0.0):
@@ -238,6 +257,8 @@ def set_up(args):
     if args.keep_data:
         eval_sets["kept"], data["kept"] = encode_texts(args.keep_data, tokenizer,
                                                        args.max_seq_len)
+    if fingerprint_files(args) != fingerprints:
+        raise ValueError("data or weights changed while they were read: start again")
     if args.heads == "auto":
         clusters = count_heads(args, records, model, tokenizer)
         args.heads = clusters["k"]
@@ -267,14 +288,17 @@ def check_files(args):
     shape = read_params(args.weights)
     args.max_seq_len = args.max_seq_len or min(MAX_SEQ_LEN, shape.max_seq_len)
     validate_for_model(args, shape)
-    fingerprints = run_folder.fingerprints(
-        args.weights, args.data, val_data=args.val_data, keep_data=args.keep_data,
-        init_adapter=args.init_adapter)
+    fingerprints = fingerprint_files(args)
     if args.resume:
         recipe = WORLD_RECIPE if args.weights == WORLD_RECIPE["weights"] else PAPER_RECIPE
         defaults = {**default_settings(args.method, recipe), "micro_tokens": 0, "quantize": "none"}
         run_folder.check_resume(state, path, settings_to_record(args), fingerprints, defaults)
     return fingerprints, state["clusters"]
+
+
+def fingerprint_files(args):
+    return run_folder.fingerprints(args.weights, args.data, val_data=args.val_data,
+                                   keep_data=args.keep_data, init_adapter=args.init_adapter)
 
 
 def settings_to_record(args):
@@ -576,7 +600,7 @@ def validate_args(args):
          "--dry-run reads no data: --heads auto must be a number"),
         (args.dry_run and args.shard_base,
          "--dry-run asks about a sharded base by --gpus N, not by --shard-base"),
-        (args.gpu_memory is not None and not (args.dry_run and args.gpu_memory > 0),
+        (args.gpu_memory is not None and not (args.dry_run and 0 < args.gpu_memory < 1e6),
          "--gpu-memory is a positive number of GiB, and a question to --dry-run"),
         (args.gpus is not None and not (args.dry_run and args.gpus > 0),
          "--gpus is a number of GPUs from 1, and a question to --dry-run"),

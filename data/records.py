@@ -23,6 +23,7 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
          "system": "system"}
 NO_CATEGORY = "(none)"  # what tables call the records without one
 MAX_UNUSABLE = 0.1  # a file with a larger share of unusable records is refused
+MOST_NAMES = 20  # of fields in a message
 N_NAMED = 3  # unusable records that are named one by one
 
 
@@ -60,10 +61,16 @@ class Records(list):
 
 
 def format_counts(counts):
-    """"history (12 records), system (12)"."""
+    """"history (12 records), system (12)"; of many names the first."""
     (first, n), *rest = counts.items()
-    more = [f"{name} ({count})" for name, count in rest]
-    return ", ".join([f"{first} ({n} record{'s' * (n != 1)})", *more])
+    more = [f"{short(name)} ({count})" for name, count in rest[:MOST_NAMES]]
+    more += ["..."] * (len(rest) > MOST_NAMES)
+    return ", ".join([f"{short(first)} ({n} record{'s' * (n != 1)})", *more])
+
+
+def short(name):
+    """A field's name as part of a line."""
+    return " ".join(str(name)[:60].split())
 
 
 class Unusable(ValueError):
@@ -144,7 +151,7 @@ def reject_wrapped_json(text, n_lines, path):
         for name, value in whole.items():
             is_records = isinstance(value, list) and any(isinstance(row, dict) for row in value)
             if is_records and name not in CHAT_NAMES:
-                raise ValueError(f"{path} is one JSON object with the records under {name!r}: "
+                raise ValueError(f"{path} is one JSON object with the records under {name!r:.60}: "
                                  "write that list alone into the file, as a JSON array or "
                                  "JSON lines")
     if n_lines > 1:
@@ -172,7 +179,7 @@ def read_record(row, place):
     for name, spellings in FIELDS.items():
         given = [s for s in spellings if not is_absent(texts.get(s))]
         if not given and name in REQUIRED:
-            found = ", ".join(sorted(map(str, row))) or "no field"
+            found = ", ".join(sorted(map(short, row))[:MOST_NAMES]) or "no field"
             raise Unusable(f"no {name}", f"{place} needs a text under "
                            f"{' or '.join(map(repr, spellings))}: it has {found}; {WANTED}")
         filled = [s for s in given if not is_blank(texts[s])]

@@ -27,6 +27,7 @@ from support.files import (
     read_torch,
     weights_fingerprint,
 )
+from support.jsonl_resume import remove_partial
 from support.quantize import KINDS, quantize_on_load
 
 MANY_SPARE = 0.1  # of an embedding's rows: more than that gets a warning
@@ -99,11 +100,25 @@ def load_model_and_adapter(weights, adapter, *, device, dtype, max_seq_len=None,
                                   max_seq_len=max_seq_len, shard_base=shard_base,
                                   quantize=quantize)
     if adapter:
-        load_adapter(model, adapter)
+        load_adapter_file(model, adapter)
         print_quantize(adapter, quantize)
     warn_of_spare_rows(model, tokenizer, weights)
     check_against_run(weights, adapter)
     return model.eval(), tokenizer
+
+
+def load_adapter_file(model, path):
+    """load_adapter of a file that read_torch, which finds more damage, has read."""
+    read_torch(path, "an adapter of this project")
+    return load_adapter(model, path)
+
+
+def check_unchanged(model, digest, weights, partial):
+    """Raises ValueError, and removes the answers so far, if the model's weights, which may still be
+    the file, are no longer those of base_digest."""
+    if base_digest(model) != digest:
+        remove_partial(partial)
+        raise ValueError(f"the files in {weights} changed while they were used: start again")
 
 
 def trained_with(adapter):

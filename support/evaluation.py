@@ -145,6 +145,26 @@ def routing_report(model, sequences, *, precision, tokens=EVAL_TOKENS):
     }
 
 
+def check_routing(report):
+    """Raises ValueError unless a report that was read from a file is as routing_report makes it:
+    the same categories in every layer, gates from 0 to 1, an entropy for each layer."""
+    try:
+        gate, entropy = report["gate"], report["entropy"]
+        rows = [row for by in gate.values() for row in by.values()]
+        numbers = [*(w for row in rows for w in row), *entropy.values()]
+        names = [*gate, *next(iter(gate.values()))]
+        good = (gate.keys() == entropy.keys() and len(rows) > 0
+                and all(by.keys() == set(names[len(gate):]) for by in gate.values())
+                and all(len(row) == len(next(iter(by.values())))
+                        for by in gate.values() for row in by.values())
+                and all(0 <= number < 1.01 for number in numbers))
+        "".join(names).encode()
+    except (AttributeError, KeyError, StopIteration, TypeError):
+        good = False
+    if not good:
+        raise ValueError("its routing is damaged")
+
+
 def mean_cosine(matrices):
     """Mean cosine over all pairs of matrices (N, ...), each taken as one vector."""
     pairs = list(combinations(matrices.detach().flatten(1), 2))

@@ -14,8 +14,6 @@ import csv
 import math
 import os
 import platform
-import shutil
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +53,7 @@ RESUME_MAY_DIFFER = ("resume", "overwrite", "out", "save_every", "eval_every", "
                      "weights", "data", "val_data", "keep_data", "init_adapter")
 CHECKPOINT_KEYS = {"settings", "versions", "fingerprints", "step", "before", "init", "clusters",
                    "tensors", "optimizer", "scaler", "rng", "cuda_rng"}
+ACTING = ("params", "betas", "eps", "weight_decay", "amsgrad", "maximize")  # of AdamW
 MOST_SKIPPED = 20  # steps in a row: fp16's scale, 2**16 at the start, is below 1 by then
 MOST_NAMED = 20  # records of a step that a message names
 
@@ -80,13 +79,6 @@ def check_out(out, weights, *, resume, overwrite):
     if found and overwrite and not set(SIGNS_OF_A_RUN) & set(found):
         raise ValueError(f"--overwrite: {out} holds {', '.join(found)} but none of "
                          f"{', '.join(SIGNS_OF_A_RUN)}, so it is no run: name another --out")
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):  # os.access may answer for another user
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written, since {existing} is read-only or no "
-                         f"folder ({error.strerror}): name another") from error
     return out
 
 
@@ -100,16 +92,12 @@ def longer(out):
 
 
 def prepare_out(out, *, resume):
-    """Makes the folder, once the run can start. Removes the former run, unless it is resumed, and
-    what a killed process was writing."""
+    """Makes the folder, once the run can start. Removes the former run, unless it is resumed."""
     if rank():
         return
     out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out / "unfinished.tmp", ignore_errors=True)
-    for name in RUN_FILES:
-        (out / f"{name}.tmp").unlink(missing_ok=True)
-        if not resume:
-            (out / name).unlink(missing_ok=True)
+    for name in () if resume else RUN_FILES:
+        (out / name).unlink(missing_ok=True)
 
 
 def versions():
@@ -257,7 +245,7 @@ def restore(path, model, optimizer, scaler):
         check_finite(state["tensors"], path)
         if shape_mismatches({name: p.shape for name, p in trained.items()}, state["tensors"]):
             raise ValueError("its tensors are not those that train here")
-        load_moments(optimizer, state["optimizer"]["state"], path)
+        load_moments(optimizer, state["optimizer"], path)
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         set_rng_state(state["cuda_rng"], next(iter(trained.values())).device)
@@ -282,20 +270,23 @@ def check_losses(losses):
 
 
 def load_moments(optimizer, saved, path):
-    """Copies a saved optimizer state, {parameter's number: {name: tensor}}, into this optimizer.
+    """Copies the state of a saved optimizer into this one.
 
     A step of zero gradients makes the state that the optimizer wants, in each parameter's own
     layout: fused AdamW reads moments of another layout wrongly, and says nothing. (The step's
     effect on the parameters is gone when theirs are loaded.) Raises ValueError if names, shapes or
-    dtypes differ."""
+    dtypes differ, or the settings that act on a step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    fresh = optimizer.state_dict()["state"]
-    if fresh.keys() != saved.keys():
-        raise ValueError("its optimizer state is of other parameters")
+    fresh, groups = (optimizer.state_dict()[name] for name in ("state", "param_groups"))
+    saved, saved_groups = saved["state"], saved["param_groups"]
+    acting, saved_acting = ([{name: group[name] for name in ACTING} for group in part]
+                            for part in (groups, saved_groups))
+    if fresh.keys() != saved.keys() or acting != saved_acting:
+        raise ValueError("its optimizer state is of other parameters, or of another optimizer")
     for i, entry in fresh.items():
         check_tensors(saved[i])
         check_finite(saved[i], path)
@@ -409,9 +400,13 @@ def read_log(path):
     file lacks are empty."""
     if not path.exists():
         return []
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith("step,")), len(lines))
+    try:
+        rows = [row for row in csv.DictReader(lines[start:])
                 if None not in row and None not in row.values() and row["step"].isdecimal()]
+    except csv.Error as error:
+        raise ValueError(f"{path} is no log of a run: {error}") from error
     return [{name: row.get(name, "") for name in COLUMNS} for row in rows]
 
 

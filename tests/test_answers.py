@@ -194,8 +194,8 @@ def test_impossible_flags_and_too_long_records_are_refused_before_the_first_answ
     assert "give prompts or --data" in attempt("one", *both)
     assert "--show-routing" in attempt(*both, "--show-routing")
     assert "--batch-size must be at least 1" in attempt(*both, "--batch-size", 0)
-    assert "or the data itself" in attempt("--data", data, "--out", data)
-    assert "is a folder, or" in attempt("--data", data, "--out", tmp_path)
+    assert "is also read" in attempt("--data", data, "--out", data)
+    assert "is a folder: name" in attempt("--data", data, "--out", tmp_path)
     assert "no data file" in attempt("--data", tmp_path / "absent", *out)
     message = attempt(*both, "--max-seq-len", 16)
     assert "records.jsonl, line 1: the prompt's" in message

@@ -28,8 +28,8 @@ from data.corpus import encode_records, read_records, train_val_split
 from data.mmlu import encode_prompt, read_questions
 from hydralora import add_hydralora, load_adapter, save_adapter
 from model import SPLIT_DIM, load_llama, save_llama
-from support import base, evaluation, run_folder
-from support.files import weights_fingerprint, write_file, write_llama
+from support import base, evaluation, files, run_folder
+from support.files import check_output, weights_fingerprint, write_file, write_llama
 from tests.conftest import ROOT, WORLD, file_size_limit, tiny_model
 
 TOKENIZER = WORLD / "base" / "tokenizer.model"
@@ -192,11 +192,11 @@ def test_a_closed_terminal_stops_a_run_like_ctrl_c_and_further_signals_change_no
 
     with monkeypatch.context() as patched:
         at_step(patched, 3, stop(signal.SIGHUP))
-        at_step(patched, 3, stop(signal.SIGTERM))
+        at_step(patched, 3, stop(signal.SIGTERM))  # around it: the first
         patched.setattr(run_folder, "resume_hint", disturbed)
         capsys.readouterr()
-        assert train.main(command) == 128 + signal.SIGINT  # while the first one's line is made
-    assert "stopped; the last good checkpoint is" in error_line(capsys)
+        assert train.main(command) == 128 + signal.SIGTERM  # the first one's
+    assert "stopped; the last good checkpoint is" in capsys.readouterr().out
     assert train.main(command + ["--resume"]) == 0
     assert final(out) == uninterrupted
 
@@ -342,9 +342,18 @@ def test_killed_at_20_random_moments_and_amid_writing_every_run_ends_in_the_same
 # ---------------------------------------------------------------- writes that fail
 
 
-def full_disk(path):
+def full_disk(patched, path):
     """Whatever is written to path from now on meets a full disk."""
-    Path(f"{path}.tmp").symlink_to("/dev/full")
+    inner = files.scratch_folder
+
+    @contextlib.contextmanager
+    def scratch_folder(wanted):
+        with inner(wanted) as folder:
+            if wanted == path:
+                (folder / path.name).symlink_to("/dev/full")
+            yield folder
+
+    patched.setattr(files, "scratch_folder", scratch_folder)
 
 
 @pytest.mark.parametrize("fails", ["limit", "full"])
@@ -354,7 +363,7 @@ def test_a_write_that_fails_half_way_keeps_the_former_checkpoint(command, out, u
         pytest.skip("only Linux has /dev/full")
     limit = contextlib.ExitStack()
     with monkeypatch.context() as patched, limit:
-        at_step(patched, 7, lambda: full_disk(out / "checkpoint.pt") if fails == "full"
+        at_step(patched, 7, lambda: full_disk(patched, out / "checkpoint.pt") if fails == "full"
                 else limit.enter_context(file_size_limit(20_000)))
         capsys.readouterr()
         assert train.main(command) == 2
@@ -369,7 +378,7 @@ def test_a_write_that_fails_half_way_keeps_the_former_checkpoint(command, out, u
 def test_a_disk_that_is_full_at_the_end_leaves_all_that_was_trained(command, out, monkeypatch,
                                                                     capsys):
     with monkeypatch.context() as patched:
-        at_step(patched, 12, lambda: full_disk(out / "adapter.pt"))
+        at_step(patched, 12, lambda: full_disk(patched, out / "adapter.pt"))
         assert train.main(command) == 2
     assert "adapter.pt cannot be written" in (line := error_line(capsys)) and "of step 12" in line
     assert train.main(command + ["--resume"]) == 0 and (out / "run.json").exists()
@@ -398,7 +407,7 @@ def test_a_folder_that_became_read_only_keeps_what_it_holds():
             write_file(folder / "a", lambda file: file.write(b"new"))
         assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("a", b"former")]
         with nobody(), pytest.raises(ValueError, match="read-only or no folder"):
-            run_folder.check_out(folder / "run", TOKENIZER.parent, resume=False, overwrite=False)
+            check_output(folder / "run")
     finally:
         folder.chmod(0o755)
         shutil.rmtree(folder)
@@ -410,7 +419,6 @@ def test_any_file_that_cannot_be_finished_leaves_the_former_one(tmp_path):
         raise KeyboardInterrupt
 
     write_file(tmp_path / "a", lambda file: file.write(b"former"))
-    (tmp_path / "a.tmp").write_bytes(b"left by a kill, longer than what comes")
     with pytest.raises(KeyboardInterrupt):
         write_file(tmp_path / "a", half)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -433,7 +441,7 @@ def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after(tmp_path, mo
     if not Path("/proc/self/fd").exists():
         pytest.skip("only Linux tells which file a descriptor is")
     write_file(tmp_path / "a", lambda file: file.write(b"x"))
-    assert calls == [("fsync", "a.tmp"), ("replace", ""), ("fsync", tmp_path.name)]
+    assert calls == [("fsync", "a"), ("replace", ""), ("fsync", tmp_path.name)]
 
 
 def test_a_full_checkpoint_folder_is_never_half_new(weights, tmp_path):

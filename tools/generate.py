@@ -22,7 +22,7 @@ import torch
 from data import WORLD, corpus
 from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_ids, generate_tokens
-from support.base import base_digest, load_model_and_adapter, model_length
+from support.base import base_digest, check_unchanged, load_model_and_adapter, model_length
 from support.cli import Parser, check_min, flag, progress, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
 from support.distributed import add_shard_flag, process_group
@@ -34,6 +34,7 @@ from support.quantize import add_quantize_flag
 
 ADAPTER = Path("runs/hydralora/adapter.pt")  # of the README's first command
 FAMILIES_SHOWN = 8  # of the embedded world: a record of each is answered without prompts
+SMALLEST = 1e-6  # temperature and top-p: in fp32, less makes infinities
 NO_ROUTER = "has no router (one head, or the uniform gate)"
 COLOURS = [31, 32, 34, 33, 35, 36, 91, 92, 94, 93, 95, 96]  # ANSI: red, green, blue, ...
 
@@ -270,6 +271,7 @@ def answer_file(args):
     with open_partial(partial, settings, done) as file:
         answer_missing(model, tokenizer, sequences, args, done, file)
     seconds = time.perf_counter() - started
+    check_unchanged(model, settings["weights_digest"], args.weights, partial)
     lines = [scored(record, done[i]) for i, record in enumerate(records)]
     write_text(args.out, "".join(json.dumps(line) + "\n" for line in lines))
     remove_partial(partial)
@@ -307,9 +309,10 @@ def add_talk_flags(p):
 
 def resolve_talk_args(args, has_input):
     """Fills in adapter, weights, device and dtype, or raises ValueError."""
-    check_min(args, max_new_tokens=1, temperature=0)
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+    check_min(args, max_new_tokens=1, temperature=0, seed=0)
+    if not SMALLEST <= args.top_p <= 1 or 0 < args.temperature < SMALLEST:
+        raise ValueError(f"--top-p must be at most 1, and it and a --temperature above 0 at least "
+                         f"{SMALLEST}; got {args.top_p} and {args.temperature}")
     if not args.weights and not args.adapter:
         if not ADAPTER.is_file():
             raise ValueError(f"there is no {ADAPTER}: make it with `python train.py --heads 3 "
@@ -335,8 +338,8 @@ def check_file_args(args):
         raise ValueError("--data FILE and --out FILE need one another")
     if args.data and (args.prompts or args.show_routing):
         raise ValueError("give prompts or --data, not both; --show-routing is for prompts")
-    if args.data and (args.out.is_dir() or args.out.resolve() == args.data.resolve()):
-        raise ValueError(f"--out {args.out} is a folder, or the data itself: name another file")
+    if args.data and args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder: name a file in it")
 
 
 def parse_args(argv):

@@ -20,7 +20,7 @@ from data.what_it_is import what_it_is
 from hydralora import HydraSettings
 from model import ModelArgs, Transformer, check_args
 from support.diagnose import HF_TARGETS
-from support.files import parse_json
+from support.files import parse_json, wrap_disk_errors
 
 # ---------------------------------------------------------------- names
 
@@ -186,7 +186,8 @@ def parse_entry(name, entry, path):
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)
-            and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in shape + offsets)):
+            and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in shape + offsets)
+            and math.prod(max(n, 1) for n in shape) < 2**60):
         raise ValueError(f"{path} is damaged: {name!r} has no dtype, shape and data_offsets")
     if dtype not in SAFETENSORS_DTYPES:
         raise ValueError(f"{path}: {name!r} is {dtype!r}; quantised or integer weights cannot be "
@@ -203,12 +204,14 @@ def write_safetensors(path, tensors, convert=lambda name, tensor: tensor):
     """Writes convert(name, tensor) of every tensor, one converted copy at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name} is in {tensor.dtype}, which is not written here")
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [end, end + tensor.nbytes]}
         end += tensor.nbytes
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)  # spaces, so that the data is aligned
-    with open(path, "wb") as file:
+    with wrap_disk_errors(path), open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors.items():
             data = convert(name, tensor.detach()).contiguous().flatten()

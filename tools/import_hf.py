@@ -17,7 +17,7 @@ import torch
 
 from data.what_it_is import what_it_is
 from model import Tokenizer, save_llama
-from support.cli import Parser, run_script
+from support.cli import Parser, printable, run_script
 from support.diagnose import is_cut_short
 from support.files import (
     atomic_dir,
@@ -172,7 +172,7 @@ def print_left_out(source, tokenizer):
     pieces = tokenizer.vocab_size
     added = {id: text for id, text in added_tokens(source).items() if id >= pieces}
     if added:
-        names = ", ".join(f"{text} {id}" for id, text in sorted(added.items())[:4])
+        names = ", ".join(f"{printable(text, 40)} {id}" for id, text in sorted(added.items())[:4])
         more = ", ..." if len(added) > 4 else ""
         print(f"not carried over: {len(added)} added tokens without a piece in tokenizer.model "
               f"({names}{more}): their text is encoded letter by letter, and they are never "

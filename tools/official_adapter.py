@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from data import WORLD
-from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
-from support.base import load_model, print_quantize
+from hydralora import add_hydralora, hydra_layers, save_adapter
+from support.base import load_adapter_file, load_model, print_quantize
 from support.cli import Parser, run_script
 from support.files import atomic_dir, read_json, write_file, write_json
 from tools.hf_layout import (
@@ -126,7 +126,7 @@ def to_official(adapter, out, weights, base):
     """adapter.pt -> their folder, in fp32."""
     with atomic_dir(out) as folder:
         model, _ = load_model(weights)
-        config = load_adapter(model, adapter)
+        config = load_adapter_file(model, adapter)
         print_quantize(adapter, "none")
         check_settings(config, SUPPORTED, "the authors' format, without an A for every head,")
         tensors = official_tensors(model)

@@ -21,7 +21,7 @@ import torch
 from data.records import NO_CATEGORY
 from hydralora import HydraSettings
 from support.cli import Parser, run_script
-from support.evaluation import TOTAL, most_specialised_layer, row_name
+from support.evaluation import TOTAL, check_routing, most_specialised_layer, row_name
 from support.files import read_json, write_file
 from support.pictures import plain_matplotlib
 from support.run_folder import RESUME_MAY_DIFFER, read_log
@@ -82,6 +82,8 @@ def read_run(folder):
         base, tuned = ({name: (float(row["val_loss" + end]), float(row["exact_match" + end]))
                         for name, row in table.items()} for end in ("_base", ""))
         routing = result.get("routing") if settings.get("gate") == "learned" else None
+        if routing:
+            check_routing(routing)
         gate, entropy = (routing["gate"], routing["entropy"]) if routing else ({}, {})
         return Run(folder.resolve().name, settings, steps, losses, evaluations, base, tuned, gate,
                    entropy)
