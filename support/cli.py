@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unicodedata import combining, east_asian_width
 
@@ -183,7 +183,8 @@ def safe_output():
     try:
         yield
     finally:
-        sys.stdout.flush()  # else the interpreter does, and reports a closed pipe
+        with suppress(OSError):  # of a full disk; the interpreter says it
+            sys.stdout.flush()  # else the interpreter does, and reports a closed pipe too
         sys.stdout, sys.stderr = former
 
 
