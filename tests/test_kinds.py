@@ -207,6 +207,37 @@ def adapted(base, **settings):
 # ---------------------------------------------------------------- 3: damage inside a file
 
 
+def damaged(path, tensor):
+    """The file of torch.save with other bytes in this tensor."""
+    content = path.read_bytes()
+    number = tensor.contiguous().numpy().tobytes()[8:40]
+    assert content.count(number) == 1
+    path.write_bytes(content.replace(number, bytes(32)))
+
+
+def test_other_bytes_in_an_adapter_a_checkpoint_or_a_bin_are_found_by_their_checksum(
+        command, base, tmp_path, capsys):
+    with in_step(1, interrupt):
+        assert train.main(command) == 130
+    path = tmp_path / "run" / "checkpoint.pt"
+    name = "layers.0.feed_forward.w1.lora_A"
+    damaged(path, torch.load(path, weights_only=True)["tensors"][name])
+    assert "is damaged" in refused(capsys, train.main, *command, "--resume")
+    adapter = tmp_path / "a.pt"
+    save_adapter(adapted(base), adapter)
+    damaged(adapter, torch.load(adapter, weights_only=True)["tensors"][name])
+    for main, flags in [(talk.main, ["hi", "--weights", base, "--adapter", adapter]),
+                        (train.main, [*command, "--init-adapter", adapter]),
+                        (official_adapter.main, [adapter, tmp_path / "n", "--weights", base])]:
+        assert "is damaged" in refused(capsys, main, *flags)
+    assert export_hf.main([str(base), str(tmp_path / "hf")]) == 0
+    state = hf_layout.read_safetensors(tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    torch.save(state, path := tmp_path / "hf" / "pytorch_model.bin")
+    damaged(path, state["model.layers.0.mlp.up_proj.weight"])
+    assert "is damaged" in refused(capsys, import_hf.main, tmp_path / "hf", tmp_path / "n")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(base, tmp_path, capsys, value):
     state = torch.load(base / "consolidated.00.pth", weights_only=True)
@@ -426,6 +457,14 @@ def test_a_tokenizer_is_read_from_a_path_that_is_no_utf8(tmp_path):
     with open(f"{folder}/tokenizer.model", "wb") as file:
         file.write(TOKENIZER.read_bytes())
     assert Tokenizer(f"{folder}/tokenizer.model").vocab_size == Tokenizer(TOKENIZER).vocab_size
+
+
+@pytest.mark.slow
+def test_a_tool_started_as_a_file_says_how_it_is_started():
+    done = subprocess.run([sys.executable, "tools/generate.py", "hi"], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode and done.stderr.count("\n") == 1
+    assert "`python -m tools.generate`" in done.stderr
 
 
 def test_fp32_has_no_autocast_on_any_device(recwarn):
