@@ -68,9 +68,8 @@ def at_home(value):
     """A path of the command line, or a list of them, with the home folder for ~."""
     if isinstance(value, list):
         return [at_home(path) for path in value]
-    if isinstance(value, (str, Path)) and str(value).startswith("~"):
-        return type(value)(os.path.expanduser(value))
-    return value
+    is_path = isinstance(value, (str, Path)) and str(value).startswith("~")
+    return type(value)(os.path.expanduser(value)) if is_path else value
 
 
 def comma_list(text):

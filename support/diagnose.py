@@ -28,8 +28,6 @@ CONTENTS = {
                                       "flags and --resume ends it and writes adapter.pt",
     ("config", "base", "tensors"): "an adapter of this project",
     ("key", "features"): "a feature file of cluster.py",
-    ("model", "model_args"): "a checkpoint of llama2.c: `python -m tools.import_llama2c` makes a "
-                             "folder of it",
     ("tok_embeddings.weight",): "a shard of a model in Meta's layout: give its folder to --weights",
     ("model.embed_tokens.weight",): "a part of a model in Hugging Face's layout: `python -m "
                                     "tools.import_hf` makes a folder of its folder",
