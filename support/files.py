@@ -241,7 +241,7 @@ def read_torch(path, kind, *, mmap=False, crc=None):
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         if isinstance(error, zipfile.BadZipFile) and zipfile.is_zipfile(path):
-            reason = f"it is damaged ({error}): get it again"
+            reason = f"it is damaged ({error}): copy it again, or make it anew"
         raise ValueError(f"{path} is not {kind}: {reason}") from error
 
 

@@ -71,8 +71,9 @@ def check_out(out, weights, *, resume, overwrite):
         result = "--init-adapter", out / "adapter.pt"
         if not result[1].exists():  # of --method full
             result = "--weights", out
-        raise ValueError(f"--resume: the run in {out} has ended: to train its result further, give "
-                         f"{result[0]} {quote(str(result[1]))} and another --out")
+        raise ValueError(f"--resume: the run in {out} has ended, its result is {result[1]}: to "
+                         f"train that further, give {result[0]} {quote(str(result[1]))} and "
+                         "another --out")
     if resume and "checkpoint.pt" not in found:
         raise ValueError(f"--resume: {out} holds no checkpoint.pt, found {found or 'no run'}: "
                          "start again without --resume")
