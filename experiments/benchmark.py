@@ -20,7 +20,8 @@ import torch
 
 from data.corpus import length_batches
 from experiments import parts, steps
-from experiments.steps import METHODS, OURS, SMOL, VARIANTS, random_base, random_batch
+from experiments.parts import METHODS
+from experiments.steps import OURS, SMOL, VARIANTS, random_base, random_batch
 from support.cli import Parser, run_script
 from support.files import write_json
 from support.pictures import plain_matplotlib

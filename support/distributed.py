@@ -116,6 +116,13 @@ def map_across_ranks(batches, compute):
         yield from zip(batches[i:i + world_size()], results)
 
 
+def from_rank0(tensor):
+    """Rank 0's values of a tensor that every rank has."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def run_on_rank0(work):
     """Runs work() on rank 0 only and broadcasts its result; if it raises ValueError or OSError,
     every rank raises it."""

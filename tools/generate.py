@@ -24,11 +24,11 @@ try:
 except ModuleNotFoundError as error:  # python tools/generate.py, and python -P
     raise SystemExit(f"{error}: start it in the repository as `python -m tools.generate`") from None
 from hydralora import adapters_disabled, hydra_layers, record_gates
-from model import generate_ids, generate_tokens
+from model import generate_ids, generate_tokens, sample
 from support.base import base_digest, check_unchanged, load_model_and_adapter, model_length
 from support.cli import Parser, check_min, flag, progress, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
-from support.distributed import add_shard_flag, process_group
+from support.distributed import add_shard_flag, from_rank0, process_group
 from support.evaluation import TOTAL, most_specialised_layer, row_name
 from support.files import digest, write_text
 from support.jsonl_resume import append_row, open_partial, read_partial, remove_partial
@@ -71,6 +71,12 @@ def text_pieces(tokenizer, tokens, before=()):
     return [text[len(shown):] for shown, text in zip(texts, texts[1:])]
 
 
+def choose(logits, *settings):
+    """The next tokens, as rank 0 samples them: the ranks of a shared base must go on with the
+    same ones, and a near tie may round differently on each GPU."""
+    return from_rank0(sample(logits, *settings))
+
+
 def sampling(args):
     """The flags that generate_tokens takes."""
     return {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
@@ -96,7 +102,7 @@ def stream_answer(model, tokenizer, ids, args):
     """Prints the answer to an encoded prompt token by token, and returns its tokens."""
     before = ids if args.raw else []
     new, shown = [], ""
-    for step in generate_tokens(model, tokenizer, [ids], **sampling(args)):
+    for step in generate_tokens(model, tokenizer, [ids], choose=choose, **sampling(args)):
         new += step
         text = text_of(tokenizer, new, before)
         print(text[len(shown):], end="", flush=True)
@@ -200,7 +206,7 @@ def batch_answers(model, tokenizer, batch, args):
     """[(text that stream_answer would print, whether it was cut at --max-new-tokens)], one for
     each Sequence."""
     ids = [s.ids for s in batch]
-    new = generate_ids(model, tokenizer, ids, **sampling(args))
+    new = generate_ids(model, tokenizer, ids, choose=choose, **sampling(args))
     return [(text_of(tokenizer, answer, prompt if args.raw else ()),
              len(answer) == args.max_new_tokens) for prompt, answer in zip(ids, new)]
 

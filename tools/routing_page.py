@@ -97,7 +97,8 @@ def write_page(args):
     texts, gates_of_texts = [], []
     for prompt, expected, name in generate.prompts_of(args):
         ids = generate.encode_prompt(model, tokenizer, prompt, args)
-        new = generate_ids(model, tokenizer, [ids], **generate.sampling(args))[0]
+        new = generate_ids(model, tokenizer, [ids], choose=generate.choose,
+                           **generate.sampling(args))[0]
         # prompt and answer are decoded apart, as they were encoded
         tokens = labelled(tokenizer, ids)
         tokens += labelled(tokenizer, new, before=ids if args.raw else ())
