@@ -72,8 +72,8 @@ def check_output(path, inputs=()):
         if same and not path.is_dir():
             raise ValueError(f"--out {path} is also read ({given}): name another")
     if path.is_file() and PART.fullmatch(path.name):
-        raise ValueError(f"--out {path} exists, and may be a part of a model, a run or a "
-                         "benchmark: name another")
+        raise ValueError(f"{path} exists already, and may be a part of a model, a run or a "
+                         "benchmark: name another file")
     places = [path.absolute()] * path.is_dir() + [*path.absolute().parents]
     existing = next(place for place in places if place.exists())
     try:
