@@ -515,7 +515,8 @@ def parse_args(argv=None):
         if args.init_adapter:
             take_settings(args)
     except ValueError as error:
-        p.error(str(error))
+        from support.diagnose import diagnose
+        p.error(str(diagnose(error, args) or error))
     args.method = args.method or "hydralora"
     for name, value in METHODS[args.method].items():
         if getattr(args, name, None) not in (None, value):

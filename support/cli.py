@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unicodedata import combining, east_asian_width
 
@@ -68,9 +68,8 @@ def at_home(value):
     """A path of the command line, or a list of them, with the home folder for ~."""
     if isinstance(value, list):
         return [at_home(path) for path in value]
-    if isinstance(value, (str, Path)) and str(value).startswith("~"):
-        return type(value)(os.path.expanduser(value))
-    return value
+    is_path = isinstance(value, (str, Path)) and str(value).startswith("~")
+    return type(value)(os.path.expanduser(value)) if is_path else value
 
 
 def comma_list(text):
@@ -183,7 +182,8 @@ def safe_output():
     try:
         yield
     finally:
-        sys.stdout.flush()  # else the interpreter does, and reports a closed pipe
+        with suppress(OSError):  # of a full disk; the interpreter says it
+            sys.stdout.flush()  # else the interpreter does, and reports a closed pipe too
         sys.stdout, sys.stderr = former
 
 

@@ -15,7 +15,7 @@ from shlex import quote
 
 from data.what_it_is import what_it_is
 from model import open_shard, read_params
-from support.cli import one_line
+from support.cli import flag, one_line
 from support.files import read_json, read_torch
 
 HUB = "names of a hub are not fetched: download it, and give"
@@ -28,12 +28,11 @@ CONTENTS = {
                                       "flags and --resume ends it and writes adapter.pt",
     ("config", "base", "tensors"): "an adapter of this project",
     ("key", "features"): "a feature file of cluster.py",
-    ("model", "model_args"): "a checkpoint of llama2.c: `python -m tools.import_llama2c` makes a "
-                             "folder of it",
     ("tok_embeddings.weight",): "a shard of a model in Meta's layout: give its folder to --weights",
     ("model.embed_tokens.weight",): "a part of a model in Hugging Face's layout: `python -m "
                                     "tools.import_hf` makes a folder of its folder",
 }
+ADAPTER_TOO = "{adapter}"  # where adapter_too goes
 # first bytes of a torch.save file: an archive, before PyTorch 1.6 a pickled number
 ARCHIVE = b"PK"
 BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"
@@ -54,9 +53,14 @@ def diagnose(error, args):
         except (ValueError, OSError):  # it cannot be read at all
             continue
         if reason:
-            adapter_flag = "--init-adapter" if hasattr(args, "init_adapter") else "--adapter"
-            return reason.replace("{--adapter}", adapter_flag)
+            return reason.replace(ADAPTER_TOO, adapter_too(args, path))
     return hf_names_reason(args, error)
+
+
+def adapter_too(args, folder):
+    """Which flag takes the adapter in a folder, if the script has one."""
+    names = [name for name in ("init_adapter", "adapter") if hasattr(args, name)]
+    return f", and {Path(folder) / 'adapter.pt'} to {flag(names[0])}" if names else ""
 
 
 def hf_names_reason(args, error):
@@ -130,8 +134,8 @@ def layout_reason(folder, names):
     if has("config.json", "model*.safetensors", "pytorch_model*.bin"):
         return f"{folder} is in Hugging Face's layout: {import_command(folder)}"
     if has("adapter.pt"):
-        return (f"{folder} holds an adapter, not a model: give {folder}/adapter.pt to "
-                "{--adapter}, and its base to --weights")
+        return (f"{folder} holds an adapter, not a model: give the folder of its base"
+                f"{ADAPTER_TOO}")
     if has("checkpoint.pt"):
         return (f"{folder} holds a stopped run, not a model: train.py with the run's own flags "
                 "and --resume ends it")

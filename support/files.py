@@ -194,7 +194,7 @@ def atomic_dir(path):
 
 
 def check_archive(path, crc=True):
-    """Raises ValueError for a zip that torch.save has not written: one with compressed or
+    """Raises BadZipFile for a zip that torch.save has not written: one with compressed or
     overlapping entries, which can ask for any amount of memory, or (if crc, which reads
     all of it) one whose bytes have changed. torch looks at none of these."""
     with open(path, "rb") as file:
@@ -204,9 +204,9 @@ def check_archive(path, crc=True):
         entries = archive.infolist()
         if (any(entry.compress_type for entry in entries)
                 or sum(entry.file_size for entry in entries) > os.path.getsize(path)):
-            raise ValueError("torch.save has not written it: it is compressed")
+            raise zipfile.BadZipFile("compressed")
         if crc and archive.testzip():
-            raise ValueError("it is damaged: get it again")
+            raise zipfile.BadZipFile("a checksum differs")
 
 
 def check_count(value, most):
@@ -224,14 +224,14 @@ def check_count(value, most):
             raise ValueError("it holds more values than bytes")
 
 
-def read_torch(path, kind, mmap=False):
+def read_torch(path, kind, *, mmap=False, crc=None):
     """What torch.save wrote: tensors and plain values, nothing else, so no code in it
-    can run. With mmap the tensors stay in the file, and its checksums are not compared.
-    Raises ValueError, "PATH is not `kind`", for any other file. torch's own words are not
+    can run. With mmap the tensors stay in the file, and its checksums are compared only with
+    crc. Raises ValueError, "PATH is not `kind`", for any other file. torch's own words are not
     passed on: they advise to trust the file, or to save it again."""
     check_regular(path)
     try:
-        check_archive(path, crc=not mmap)
+        check_archive(path, crc=not mmap if crc is None else crc)
         content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         check_count(content, os.path.getsize(path))
         return content
@@ -240,6 +240,8 @@ def read_torch(path, kind, mmap=False):
                   or "it holds more than tensors and plain values, or is damaged")
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
+        if isinstance(error, zipfile.BadZipFile) and zipfile.is_zipfile(path):
+            reason = f"it is damaged ({error}): get it again"
         raise ValueError(f"{path} is not {kind}: {reason}") from error
 
 

@@ -68,7 +68,11 @@ def check_out(out, weights, *, resume, overwrite):
         raise ValueError(f"--out {out} is the folder of the weights: name another")
     found = [name for name in RUN_FILES if (out / name).exists()]
     if resume and "run.json" in found and "checkpoint.pt" not in found:
-        raise ValueError(f"--resume: the run in {out} has ended: {longer(out)}")
+        result = "--init-adapter", out / "adapter.pt"
+        if not result[1].exists():  # of --method full
+            result = "--weights", out
+        raise ValueError(f"--resume: the run in {out} has ended: to train its result further, give "
+                         f"{result[0]} {quote(str(result[1]))} and another --out")
     if resume and "checkpoint.pt" not in found:
         raise ValueError(f"--resume: {out} holds no checkpoint.pt, found {found or 'no run'}: "
                          "start again without --resume")
@@ -80,15 +84,6 @@ def check_out(out, weights, *, resume, overwrite):
         raise ValueError(f"--overwrite: {out} holds {', '.join(found)} but none of "
                          f"{', '.join(SIGNS_OF_A_RUN)}, so it is no run: name another --out")
     return out
-
-
-def longer(out):
-    """What a run that has ended left, and how it is trained further."""
-    if (out / "adapter.pt").exists():
-        return (f"its adapter is {out / 'adapter.pt'}; to train it further, give --init-adapter "
-                f"{quote(str(out / 'adapter.pt'))} and another --out")
-    return (f"its weights are in {out}; to train them further, give --weights {quote(str(out))} "
-            "and another --out")
 
 
 def prepare_out(out, *, resume):

@@ -1,6 +1,7 @@
 """What people do with it: results first, files known everywhere, the surroundings kept out."""
 
 import gzip
+import io
 import json
 import math
 import os
@@ -22,7 +23,6 @@ from data.what_it_is import what_it_is
 from hydralora import HydraSettings, add_hydralora, hydra_layers, save_adapter
 from model import Tokenizer, generate, load_llama, save_llama
 from support import cli, run_folder
-from support.device import autocast
 from tests.conftest import ROOT, WORLD, in_step, interrupt, status_of, tiny_model
 from tools import export_hf, hf_layout, import_hf, import_llama2c, official_adapter, plot
 from tools import generate as talk
@@ -67,23 +67,37 @@ def refused(capsys, main, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["train", "cluster", "generate", "eval"])
-@pytest.mark.parametrize("shell", [
-    "PYTHONIOENCODING=cp1252 {} > log", "PYTHONIOENCODING=ascii {} > log 2>&1",
-    "PYTHONUNBUFFERED=1 {} | true", "{} | true", "{} 2>&- >&-", "python -OO"])
+@pytest.mark.parametrize("script, shell", [
+    ("train", "PYTHONIOENCODING=cp1252 python {} > /dev/null"),
+    ("cluster", "PYTHONUNBUFFERED=1 python {} | true"), ("generate", "python {} >&- 2>&-"),
+    ("eval", "PYTHONIOENCODING=ascii python -OO {} | true")])
 def test_no_way_of_printing_loses_a_result(base, tmp_path, script, shell):
     data = write_lines(tmp_path / "d.jsonl", records(24, lambda i: "\u6570\u5b66\u8bd7"[i % 3]))
     flags = f"--weights {base} --device cpu --out {tmp_path / 'out'}"
     words = {"train": f"train.py {flags} --data {data} --max-steps 1 --batch-size 4",
              "cluster": f"cluster.py {flags} --data {data} --k-max 2",
              "generate": f"-m tools.generate {flags} --data {data} --max-new-tokens 2",
-             "eval": f"eval_mmlu.py {flags} --shots 0 --limit 1 --data {WORLD / 'quiz'}"}[script]
-    python = f"{sys.executable} -OO {words}" if "-OO" in shell else f"{sys.executable} {words}"
-    line = python if "-OO" in shell else shell.format(python)
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", line.replace("> log", "> /dev/null")],
-                          cwd=ROOT, capture_output=True, text=True)
+             "eval": f"eval_mmlu.py {flags} --shots 0 --limit 1"}[script]
+    line = shell.format(words).replace("python", sys.executable)
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert (tmp_path / "out" / "run.json" if script == "train" else tmp_path / "out").is_file()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_what_the_output_cannot_show_is_replaced_and_a_closed_pipe_is_no_error(encoding):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    print("a\u6570b\udcffc", file=cli.Output(shown), flush=True)
+    middle = "\u6570" if encoding == "utf-8" else "?"
+    assert shown.buffer.getvalue().decode(encoding).strip() == f"a{middle}b?c"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding=encoding, buffering=1) as closed:
+        output = cli.Output(closed)
+        for _ in range(3):
+            print("lost", file=output, flush=True)
+    print("lost", file=cli.Output(None))
 
 
 @pytest.mark.parametrize("main, module, name, out", [
@@ -166,8 +180,9 @@ def test_a_checkpoint_of_a_run_is_named_and_no_flag_that_a_script_lacks(command,
     with in_step(1, interrupt):
         assert train.main(command) == 130
     checkpoint = tmp_path / "run" / "checkpoint.pt"
-    line = refused(capsys, talk.main, "hi", "--weights", base, "--adapter", checkpoint)
-    assert "is a checkpoint of a run" in line and "--resume" in line
+    for line in (refused(capsys, talk.main, "hi", "--weights", base, "--adapter", checkpoint),
+                 refused(capsys, train.main, *command, "--init-adapter", checkpoint)):
+        assert "is a checkpoint of a run" in line and "--resume" in line
     assert "a stopped run" in refused(capsys, train.main, *command, "--weights", tmp_path / "run")
     assert "--resume" in refused(capsys, import_llama2c.main, checkpoint, TOKENIZER, tmp_path / "n")
     save_adapter(adapted(base), tmp_path / "run" / "adapter.pt")
@@ -175,6 +190,9 @@ def test_a_checkpoint_of_a_run_is_named_and_no_flag_that_a_script_lacks(command,
     assert "adapter.pt to --init-adapter" in line
     line = refused(capsys, talk.main, "hi", "--weights", tmp_path / "run")
     assert "adapter.pt to --adapter" in line
+    line = refused(capsys, cluster.main, "--weights", tmp_path / "run")
+    assert "holds an adapter, not a model: give the folder of its base" in line and (
+        "--adapter" not in line)
 
 
 def adapted(base, **settings):
@@ -186,6 +204,37 @@ def adapted(base, **settings):
 
 
 # ---------------------------------------------------------------- 3: damage inside a file
+
+
+def damaged(path, tensor):
+    """The file of torch.save with other bytes in this tensor."""
+    content = path.read_bytes()
+    number = tensor.contiguous().numpy().tobytes()[8:40]
+    assert content.count(number) == 1
+    path.write_bytes(content.replace(number, bytes(32)))
+
+
+def test_other_bytes_in_an_adapter_a_checkpoint_or_a_bin_are_found_by_their_checksum(
+        command, base, tmp_path, capsys):
+    with in_step(1, interrupt):
+        assert train.main(command) == 130
+    path = tmp_path / "run" / "checkpoint.pt"
+    name = "layers.0.feed_forward.w1.lora_A"
+    damaged(path, torch.load(path, weights_only=True)["tensors"][name])
+    assert "is damaged" in refused(capsys, train.main, *command, "--resume")
+    adapter = tmp_path / "a.pt"
+    save_adapter(adapted(base), adapter)
+    damaged(adapter, torch.load(adapter, weights_only=True)["tensors"][name])
+    for main, flags in [(talk.main, ["hi", "--weights", base, "--adapter", adapter]),
+                        (train.main, [*command, "--init-adapter", adapter]),
+                        (official_adapter.main, [adapter, tmp_path / "n", "--weights", base])]:
+        assert "is damaged" in refused(capsys, main, *flags)
+    assert export_hf.main([str(base), str(tmp_path / "hf")]) == 0
+    state = hf_layout.read_safetensors(tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    torch.save(state, path := tmp_path / "hf" / "pytorch_model.bin")
+    damaged(path, state["model.layers.0.mlp.up_proj.weight"])
+    assert "is damaged" in refused(capsys, import_hf.main, tmp_path / "hf", tmp_path / "n")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -200,7 +249,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(base, tmp_path, capsys,
     new = tmp_path / "new"
     for main, flags in [(talk.main, ["hi", "--weights", bad]), (export_hf.main, [bad, new]),
                         (eval_mmlu.main, ["--weights", bad, "--limit", 1, "--out", new]),
-                        (cluster.main, ["--weights", bad, "--out", new])]:
+                        (cluster.main, ["--weights", bad, "--out", new]),
+                        (train.main, ["--weights", bad, "--data", "data/world/val.jsonl"])]:
         assert "layers.0.feed_forward.w3.weight the first" in refused(capsys, main, *flags)
     assert not new.exists()
 
@@ -354,25 +404,22 @@ def test_a_run_is_resumed_with_its_files_in_another_place_and_says_what_rounds_o
     assert f"the run had threads {versions['threads']} and continues with 64" in out
     assert f"torch {versions['torch']} and continues with 9" in out
     line = refused(capsys, train.main, *command, "--resume")
-    assert "has ended: its adapter is" in line and "--init-adapter" in line
+    assert "has ended" in line and f"--init-adapter {tmp_path / 'run' / 'adapter.pt'}" in line
 
 
 # ---------------------------------------------------------------- 7: the surroundings
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"MPLBACKEND": "of_a_notebook"}, {"MATPLOTLIBRC": "rc"}])
-def test_a_picture_does_not_depend_on_the_users_own_matplotlib(tmp_path, settings):
+def test_a_picture_does_not_depend_on_the_users_own_matplotlib(tmp_path):
+    own = {"MPLBACKEND": "of_a_notebook", "MATPLOTLIBRC": str(tmp_path / "rc")}
     (tmp_path / "rc").write_text("text.usetex: True\nbackend: nothing\nfigure.dpi: many\n")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.csv").write_text("step,loss,grad_norm,lr,tokens_per_second\n"
                                               "1,2.0,1.0,0.1,9\n2,1.0,1.0,0.1,9\n")
-    for name in ("a", "b"):
-        environment = {**os.environ, **(settings if name == "b" else {})}
-        if "MATPLOTLIBRC" in environment:
-            environment["MATPLOTLIBRC"] = str(tmp_path / "rc")
+    for name, more in (("a", {}), ("b", own)):
         done = subprocess.run([sys.executable, "-m", "tools.plot", tmp_path / "run", "--out",
-                               tmp_path / f"{name}.png"], cwd=ROOT, env=environment,
+                               tmp_path / f"{name}.png"], cwd=ROOT, env={**os.environ, **more},
                               capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -412,11 +459,12 @@ def test_a_tokenizer_is_read_from_a_path_that_is_no_utf8(tmp_path):
     assert Tokenizer(f"{folder}/tokenizer.model").vocab_size == Tokenizer(TOKENIZER).vocab_size
 
 
-def test_fp32_has_no_autocast_on_any_device(recwarn):
-    for device in ("cpu", "mps", "cuda"):
-        with autocast(device, "fp32"):
-            pass
-    assert not recwarn.list
+@pytest.mark.slow
+def test_a_tool_started_as_a_file_says_how_it_is_started():
+    done = subprocess.run([sys.executable, "tools/generate.py", "hi"], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode and done.stderr.count("\n") == 1
+    assert "`python -m tools.generate`" in done.stderr
 
 
 # ---------------------------------------------------------------- 9: nothing unsaid
@@ -425,14 +473,12 @@ def test_fp32_has_no_autocast_on_any_device(recwarn):
 def test_an_answer_that_was_cut_says_so_and_is_counted(base, tmp_path, capsys, monkeypatch):
     data, out = write_lines(tmp_path / "d.jsonl", records(3)), tmp_path / "a.jsonl"
     monkeypatch.setattr(talk, "generate_ids", lambda model, tokenizer, ids, **sampling: [
-        [5] * (4 if len(row) % 2 else 3) for row in ids])
+        [5] * (3 if i else 4) for i, _ in enumerate(ids)])
     flags = ["--weights", str(base), "--data", str(data), "--out", str(out), "--device", "cpu"]
     assert talk.main([*flags, "--max-new-tokens", "4"]) == 0
     cut = [json.loads(line)["cut"] for line in out.read_text().splitlines()]
-    lengths = [len(Tokenizer(TOKENIZER).encode(r["instruction"], eos=True)) for r in records(3)]
-    assert cut == [length % 2 == 1 for length in lengths]
-    said = "of 3 answers were cut at --max-new-tokens 4" in capsys.readouterr().out
-    assert said == any(cut)
+    assert sorted(cut) == [False, False, True]
+    assert "1 of 3 answers were cut at --max-new-tokens 4" in capsys.readouterr().out
 
 
 def test_a_loaded_model_answers_without_dropout(base, tmp_path):

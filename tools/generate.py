@@ -19,7 +19,10 @@ from pathlib import Path
 
 import torch
 
-from data import WORLD, corpus
+try:
+    from data import WORLD, corpus
+except ModuleNotFoundError as error:  # python tools/generate.py, and python -P
+    raise SystemExit(f"{error}: start it in the repository as `python -m tools.generate`") from None
 from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_ids, generate_tokens
 from support.base import base_digest, check_unchanged, load_model_and_adapter, model_length

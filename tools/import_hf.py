@@ -67,7 +67,7 @@ def read_pickle(path, kind):
     PyTorch 1.6. Raises ValueError for other files, and runs nothing in them."""
     if is_cut_short(path):
         raise ValueError(f"{path} is not {kind}: it is cut short, get it again")
-    return read_torch(path, kind, mmap=zipfile.is_zipfile(path))
+    return read_torch(path, kind, mmap=zipfile.is_zipfile(path), crc=True)
 
 
 def plain_tensors(tensors, path):

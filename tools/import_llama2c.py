@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from data.what_it_is import what_it_is
 from model import save_llama
 from support.cli import Parser, run_script
 from support.files import atomic_dir, wrap_disk_errors
@@ -105,8 +104,6 @@ def import_checkpoint(source, tokenizer, out):
     with atomic_dir(out) as folder:
         if tokenizer.suffix == ".bin":
             raise ValueError(f"{tokenizer} is run.c's form of a tokenizer: give the .model file")
-        if reason := what_it_is(source):
-            raise ValueError(reason)
         args, state = (read_bin if source.suffix == ".bin" else read_pt)(source)
         check_tokenizer(tokenizer, args.vocab_size)
         model = model_without_storage(args, len(state), source)
