@@ -20,7 +20,7 @@ from pathlib import Path
 from data.what_it_is import HEAD, kind_of, what_it_is
 
 LARGEST = 2**30  # bytes of a source; MMLU's has 166 MB
-LONGEST = 3600  # seconds of a download
+SLOWEST, PATIENCE = 1000, 15  # bytes per second of a download, and how long they are awaited
 
 
 def run(name, prepare, argv, *, purpose, url, source_help, out):
@@ -71,11 +71,14 @@ def open_source(source):
 
 def read_all(response):
     """The body, in pieces, since a server may send without end, or a byte a second."""
-    content, end = io.BytesIO(), time.monotonic() + LONGEST
+    content, start = io.BytesIO(), time.monotonic()
     while piece := response.read1(2**20):
         content.write(piece)
-        if content.tell() > LARGEST or time.monotonic() > end:
-            raise ValueError(f"more than {LARGEST:,} bytes or {LONGEST} seconds")
+        seconds = time.monotonic() - start
+        if content.tell() > LARGEST:
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
+        if seconds > PATIENCE and content.tell() < SLOWEST * seconds:
+            raise ValueError(f"it comes at less than {SLOWEST} bytes per second")
     if missing := getattr(response, "length", None):  # that of a file has none
         raise http.client.IncompleteRead(b"", missing)
     return content.getvalue()

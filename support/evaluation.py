@@ -150,19 +150,15 @@ def check_routing(report):
     the same categories in every layer, gates from 0 to 1, an entropy for each layer."""
     try:
         gate, entropy = report["gate"], report["entropy"]
-        rows = [row for by in gate.values() for row in by.values()]
-        numbers = [*(w for row in rows for w in row), *entropy.values()]
-        names = [*gate, *next(iter(gate.values()))]
-        good = (gate.keys() == entropy.keys() and len(rows) > 0
-                and all(by.keys() == set(names[len(gate):]) for by in gate.values())
-                and all(len(row) == len(next(iter(by.values())))
-                        for by in gate.values() for row in by.values())
-                and all(0 <= number < 1.01 for number in numbers))
-        "".join(names).encode()
-    except (AttributeError, KeyError, StopIteration, TypeError):
-        good = False
-    if not good:
-        raise ValueError("its routing is damaged")
+        families = list(next(iter(gate.values())))
+        "".join([*gate, *families]).encode()
+        for layer, rows in gate.items():
+            values = torch.tensor([[*rows[family], entropy[layer]] for family in families])
+            good = values.ndim == 2 and values.min() >= 0 and values.max() < 1.01
+            if not good or len(rows) > len(families):
+                raise ValueError
+    except (AttributeError, KeyError, RuntimeError, StopIteration, TypeError, ValueError):
+        raise ValueError("its routing is damaged") from None
 
 
 def mean_cosine(matrices):

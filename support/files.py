@@ -5,7 +5,6 @@
     state = read_torch("checkpoint.pt", "a checkpoint of a run")
 """
 
-import errno
 import glob
 import hashlib
 import json
@@ -29,8 +28,6 @@ except ImportError:  # Windows
 
 # a result does not replace a file of such a name: a part of a model, a run or a benchmark
 PART = re.compile(r"(params|run|config)\.json|.*\.(pth?|model|bin|safetensors|csv)")
-# what a file system answers that cannot sync a folder; Windows opens none
-NO_SYNC = (errno.EINVAL, errno.EISDIR, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # ---------------------------------------------------------------- writing
@@ -72,8 +69,8 @@ def check_output(path, inputs=()):
         if same and not path.is_dir():
             raise ValueError(f"--out {path} is also read ({given}): name another")
     if path.is_file() and PART.fullmatch(path.name):
-        raise ValueError(f"--out {path} exists, and may be a part of a model, a run or a "
-                         "benchmark: name another")
+        raise ValueError(f"{path} exists already, and may be a part of a model, a run or a "
+                         "benchmark: name another file")
     places = [path.absolute()] * path.is_dir() + [*path.absolute().parents]
     existing = next(place for place in places if place.exists())
     try:
@@ -121,15 +118,12 @@ def move_into_place(temporary, path):
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    try:
+    with suppress(OSError):  # some file systems sync no folder, Windows opens none
         folder = os.open(Path(path).parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
-        if error.errno not in NO_SYNC:
-            raise
 
 
 def write_file(path, write):

@@ -320,8 +320,8 @@ def resolve_talk_args(args, has_input):
     """Fills in adapter, weights, device and dtype, or raises ValueError."""
     check_min(args, max_new_tokens=1, temperature=0, seed=0)
     if not SMALLEST <= args.top_p <= 1 or 0 < args.temperature < SMALLEST:
-        raise ValueError(f"--top-p must be at most 1, and it and a --temperature above 0 at least "
-                         f"{SMALLEST}; got {args.top_p} and {args.temperature}")
+        raise ValueError(f"--top-p must be above 0 and at most 1, and not below {SMALLEST}, like a "
+                         f"--temperature above 0; got {args.top_p} and {args.temperature}")
     if not args.weights and not args.adapter:
         if not ADAPTER.is_file():
             raise ValueError(f"there is no {ADAPTER}: make it with `python train.py --heads 3 "

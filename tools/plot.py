@@ -28,6 +28,7 @@ from support.run_folder import RESUME_MAY_DIFFER, read_log
 
 STYLE = {"font.size": 9, "axes.titlesize": 10, "hatch.linewidth": 0.6, "legend.fontsize": 8.5}
 WIDTH, DPI = 8.3, 100  # 830 pixels, the width of a README
+MOST_FAMILIES = 200  # a picture of thousands takes minutes
 WINDOWS = 50  # the smoothed loss is a mean over a 50th of the longest run
 # seven of each kind; colours of Okabe and Ito, which colour-blind people can tell apart
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
@@ -336,6 +337,9 @@ def draw(runs):
 def run(args):
     runs = [read_run(folder) for folder in args.runs]
     add_labels(runs)
+    if len(families(runs)) > MOST_FAMILIES:
+        raise ValueError(f"{len(families(runs))} categories cannot be told apart in a picture: "
+                         f"at most {MOST_FAMILIES} are drawn; run.json has the figures")
     try:
         with plain_matplotlib() as pyplot, warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
