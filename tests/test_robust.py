@@ -311,7 +311,7 @@ for i, moment in enumerate([*moments, *exact]):
         status = wait(child(out, kill_at=moment))
         assert status == -signal.SIGKILL, (moment, status)
     held = os.listdir(out) if os.path.exists(out) else []
-    done["torn"] += any(name.endswith(".tmp") for name in held)
+    done["torn"] += any("-unfinished-" in name for name in held)
     if "checkpoint.pt" in held:
         done["checkpoint"] += 1
         assert wait(child(out, "--resume")) == 0, (i, held)
