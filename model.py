@@ -237,6 +237,8 @@ def check_args(args, path):
         raise ValueError(f"{path}: dim {args.dim} must be an even multiple of n_heads "
                          f"{args.n_heads}, and that a multiple of n_kv_heads "
                          f"{args.n_kv_heads}")
+    if args.ffn_dim > 2**24:
+        raise ValueError(f"{path}: feed-forward layers cannot be {args.ffn_dim:.3g} wide")
 
 
 def open_shard(path: str | Path) -> dict[str, Tensor]:
@@ -310,9 +312,9 @@ def empty_model(args, tensors, directory):
 def load_llama(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None,
                max_seq_len: int | None = None,
                on_load: Callable | None = None) -> tuple[Transformer, "Tokenizer"]:
-    """(Transformer, Tokenizer) of a folder in Meta's layout. Shards are merged tensor by
-    tensor, so peak memory is one copy of the model plus one tensor. dtype=None keeps the
-    stored dtype. on_load(model, copy) may return keep(name, tensor) -> {name: tensor}, what
+    """(Transformer, Tokenizer) of a folder in Meta's layout, in eval mode. Shards are merged
+    tensor by tensor, so peak memory is one copy of the model plus one tensor. dtype=None keeps
+    the stored dtype. on_load(model, copy) may return keep(name, tensor) -> {name: tensor}, what
     is kept of a tensor. Raises ValueError if config, tensors and tokenizer do not match."""
     args = read_params(directory, max_seq_len)
     tokenizer = Tokenizer(f"{directory}/tokenizer.model")
@@ -332,9 +334,9 @@ def load_llama(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype
                              f"its params.json asks for {tuple(shape)}")
         for part, kept in (keep(name, tensor) if keep else {name: tensor}).items():
             floats = dtype if kept.is_floating_point() else None  # codes stay integers
-            state[part] = kept.to(device=device, dtype=floats or kept.dtype)
+            state[part] = kept.to(device=device, dtype=floats or kept.dtype).contiguous()
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(on_load is None), tokenizer
+    return model.requires_grad_(on_load is None).eval(), tokenizer
 
 
 def save_llama(model: Transformer, tokenizer_path: str | Path, directory: str | Path,
@@ -365,7 +367,9 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            # its bytes, since sentencepiece takes no path that is not UTF-8
+            proto = Path(path).read_bytes()
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except Exception as error:
             raise ValueError(f"there is no tokenizer at {path}, or it is not a sentencepiece "
                              "model: copy the model's own there") from error
@@ -376,6 +380,7 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of the text, with BOS in front and EOS behind if asked for."""
+        text.encode()  # half a surrogate pair is refused, by UnicodeEncodeError
         return self.model.encode(text, add_bos=bos, add_eos=eos)
 
     def decode(self, ids: list[int]) -> str:

@@ -168,7 +168,7 @@ def cached(path, key, compute):
     key = files.digest(key)
 
     def is_known():
-        return path.exists() and files.read_json(path)["key"] == key
+        return path.exists() and files.read_json(path, "key", "value")["key"] == key
 
     if not is_known():
         with file_lock(f"{path}.lock", path):
@@ -377,9 +377,9 @@ def run_all(runs, args, *, quiz=None, threads=1, may_diverge=False):
 
 def read_run(settings, folder, quiz):
     if (folder / "diverged.json").exists():
-        reason = files.read_json(folder / "diverged.json")["reason"]
+        reason = files.read_json(folder / "diverged.json", "reason")["reason"]
         return {"folder": folder, "metrics": {"val_loss": math.inf}, "diverged": reason}
-    run = {**files.read_json(folder / "run.json"), "folder": folder, "args": settings}
+    run = {**files.read_json(folder / "run.json", "metrics"), "folder": folder, "args": settings}
     if quiz:
         run["metrics"]["quiz"] = run_accuracy(settings, folder, quiz)
     return run

@@ -32,7 +32,7 @@ from experiments.steps import OURS, floor, ours, random_base, random_batch, time
 from hydralora import HydraLinear
 from model import ModelArgs
 from support import memory
-from support.cli import is_out_of_memory, one_line
+from support.cli import one_line, out_of_memory
 from support.files import read_json
 from support.memory import GIB, Watch
 
@@ -109,7 +109,7 @@ def attempt(report, name, work, where=""):
     try:
         return work()
     except Exception as error:
-        full = is_out_of_memory(error)
+        full = out_of_memory(error)
         if not full and name not in FOREIGN:
             raise
         kind = "too little memory on the card" if full else type(error).__name__
@@ -470,7 +470,7 @@ def measure_main(report, scale, device):
         seconds = time.perf_counter() - started
         if status:
             raise RuntimeError(said.getvalue().strip().split("\n")[-1])
-        result = read_json(run / "run.json")
+        result = read_json(run / "run.json", "metrics")
     metrics = result["metrics"]
     report.row("the main command", {
         "dtype": result["settings"]["dtype"], "seconds": seconds, "training": result["seconds"],

@@ -18,6 +18,7 @@ import subprocess
 from pathlib import Path
 
 from support.files import write_json, write_text
+from support.pictures import plain_matplotlib
 
 LEVEL = 0.05
 
@@ -188,22 +189,19 @@ def write_results(args, name, content, sections, picture):
     NAME.png. picture(pyplot) returns a figure, or None if it cannot be drawn."""
     args.out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(sections) + "\n"
-    print("\n" + text)
     write_json(args.out / f"{name}.json", finite(content))
     write_text(args.out / f"{name}.md", text)
+    print("\n" + text)
     try:
-        import matplotlib
+        with plain_matplotlib() as pyplot:
+            figure = picture(pyplot)
+            if figure is not None:
+                # without matplotlib's version in it, the same numbers give the same file
+                figure.savefig(args.out / f"{name}.png", dpi=100, metadata={"Software": None})
+                pyplot.close(figure)
     except ImportError:
         print("no picture: matplotlib is not installed "
               "(pip install -r requirements-optional.txt)")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure = picture(pyplot)
-    if figure is not None:
-        # without matplotlib's version in it, the same numbers give the same file
-        figure.savefig(args.out / f"{name}.png", dpi=100, metadata={"Software": None})
-        pyplot.close(figure)
 
 
 def finite(content):

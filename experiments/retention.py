@@ -170,7 +170,7 @@ def examine(run, val, keep_data):
     mix = make_batches(corpus.encode_records(records, tokenizer, longest)[0])
     kept = make_batches(corpus.encode_texts(keep_data, tokenizer, longest)[0])
     changes = {"as trained": unchanged}
-    if run["settings"]["heads"] > 1:
+    if run["settings"].get("heads", 1) > 1:
         sums, tokens, _ = gate_sums(model, mix)
         changes |= {"gate uniform": uniform_gate, "gate constant": constant_gate(sums, tokens)}
     blocks = {}

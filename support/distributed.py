@@ -29,8 +29,8 @@ def add_shard_flag(parser):
 
 
 def under_torchrun():
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether torchrun started this process, and not one that it started."""
+    return {"TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK"} <= os.environ.keys()
 
 
 def world_size():
