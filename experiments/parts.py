@@ -36,7 +36,8 @@ from support.cli import one_line, out_of_memory
 from support.files import read_json
 from support.memory import GIB, Watch
 
-FOREIGN = ("PEFT LoRA r24", "looped HydraLoRA 3 x 8")  # may be absent, or fail in their own ways
+# may be absent, or fail in their own ways; torch.compile needs a C compiler
+FOREIGN = ("PEFT LoRA r24", "looped HydraLoRA 3 x 8", "torch.compile")
 # method: what HydraLoRA should reach against it
 AIMS = {"LoRA r24": ("HydraLoRA 3 x 8 over LoRA r24, time", "<=", 1.10),
         "floor": ("HydraLoRA 3 x 8 over the floor, time", "<=", 1.20),
@@ -454,8 +455,9 @@ def measure_profile(report, scale, device):
                                 **launches(method, batches, seconds)})
     profile(report, method, whole[0], device)
     del cases["Dolly's lengths"]  # every length would be another graph
-    compare_compiled(report, base, cases, backend=scale.backend, device=device,
-                     rounds=scale.rounds)
+    attempt(report, "torch.compile", partial(
+        compare_compiled, report, base, cases, backend=scale.backend, device=device,
+        rounds=scale.rounds))
 
 
 def measure_main(report, scale, device):
