@@ -36,11 +36,12 @@ from data.corpus import (
 from hydralora import base_fingerprint
 from model import Tokenizer, read_params
 from support.base import load_model, print_default_length
-from support.cli import Parser, cell, check_min, progress, run_script
+from support.cli import Parser, check_min, run_script
 from support.cluster_scores import ari, contingency, keywords, nmi, silhouette
 from support.device import DTYPES, pick_device, pick_dtype
 from support.distributed import add_shard_flag, process_group, run_on_rank0
 from support.files import check_tensors, read_torch, write_file, write_text
+from support.output import cell, progress
 from support.quantize import add_quantize_flag
 
 MAX_PIECES = 4096  # TF-IDF columns: 15,000 records stay below 250 MB

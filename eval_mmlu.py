@@ -32,12 +32,13 @@ from support.base import (
     print_default_length,
     stated_length,
 )
-from support.cli import Parser, cell, check_min, comma_list, progress, run_script
+from support.cli import Parser, check_min, comma_list, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
 from support.distributed import add_shard_flag, process_group
 from support.files import digest, read_json, write_json
 from support.jsonl_resume import append_row, open_partial, read_partial, remove_partial
 from support.lock import file_lock
+from support.output import cell, progress
 from support.quantize import add_quantize_flag
 
 QUESTION = {"subject": str, "index": int, "prediction": str, "answer": str, "logprobs": list}

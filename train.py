@@ -57,10 +57,11 @@ from support.base import (
     trained_with,
     warn_of_spare_rows,
 )
-from support.cli import Parser, check_min, comma_list, flag, progress, run_script
+from support.cli import Parser, check_min, comma_list, flag, run_script
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
 from support.evaluation import evaluate, target_logits
 from support.lock import file_lock
+from support.output import progress
 from support.quantize import KINDS, add_quantize_flag
 from support.run_folder import Log, save_adapter_file, save_checkpoint
 from support.signals import catch_signals, ignore, set_handlers

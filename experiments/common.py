@@ -35,8 +35,9 @@ from hydralora import add_hydralora, load_adapter
 from model import Transformer, load_llama, read_params
 from support import files
 from support.base import load_model
-from support.cli import Parser, check_min, flag, one_line, run_script
+from support.cli import Parser, check_min, flag, run_script
 from support.lock import file_lock
+from support.output import one_line
 from support.run_folder import RESUME_MAY_DIFFER, fingerprints
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -26,10 +26,11 @@ import torch
 
 from experiments import parts
 from experiments.report import markdown
-from support.cli import Parser, one_line, run_script
+from support.cli import Parser, run_script
 from support.device import pick_device
 from support.files import read_json, write_json, write_text
 from support.lock import file_lock
+from support.output import one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 600  # seconds of all parts together

@@ -32,9 +32,10 @@ from experiments.steps import OURS, floor, ours, random_base, random_batch, time
 from hydralora import HydraLinear
 from model import ModelArgs
 from support import memory
-from support.cli import one_line, out_of_memory
+from support.cli import out_of_memory
 from support.files import read_json
 from support.memory import GIB, Watch
+from support.output import one_line
 
 # may be absent, or fail in their own ways; torch.compile needs a C compiler
 FOREIGN = ("PEFT LoRA r24", "looped HydraLoRA 3 x 8", "torch.compile")

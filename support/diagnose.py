@@ -15,8 +15,9 @@ from shlex import quote
 
 from data.what_it_is import what_it_is
 from model import open_shard, read_params
-from support.cli import flag, one_line
+from support.cli import flag
 from support.files import read_json, read_torch
+from support.output import one_line
 
 HUB = "names of a hub are not fetched: download it, and give"
 # Hugging Face's names of the layers in Meta's

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from data.corpus import collate, cut_by_tokens
 from hydralora import adapter_parameters, hydra_layers, record_gates
-from support.cli import cell, progress
 from support.distributed import map_across_ranks
+from support.output import cell, progress
 from support.quantize import QuantizedLinear
 
 EVAL_TOKENS = 2048  # positions per forward pass, whatever the micro-batches of training are

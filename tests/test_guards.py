@@ -17,7 +17,7 @@ import train
 from data.corpus import Sequence
 from hydralora import add_hydralora, load_adapter, save_adapter
 from model import load_llama
-from support import cli, files, run_folder
+from support import cli, files, output, run_folder
 from support.evaluation import check_routing
 from support.jsonl_resume import read_partial
 from support.lock import file_lock
@@ -441,9 +441,9 @@ def test_an_edited_routing_report_is_refused(report):
 
 
 def test_a_foreign_text_is_part_of_its_line_and_no_more():
-    assert cli.printable("a\x1b[2J\nb\u202e é 中") == "a\\x1b[2J\\nb\\u202e é 中"
-    assert len(cli.printable("n" * 10**7)) < 220
-    line = cli.one_line(ValueError("what is wrong: " + "x" * 10**7 + "\x1b: what to do"))
+    assert output.printable("a\x1b[2J\nb\u202e é 中") == "a\\x1b[2J\\nb\\u202e é 中"
+    assert len(output.printable("n" * 10**7)) < 220
+    line = output.one_line(ValueError("what is wrong: " + "x" * 10**7 + "\x1b: what to do"))
     assert line.startswith("what is wrong: ") and line.endswith("\\x1b: what to do")
     assert len(line) < 1300
 

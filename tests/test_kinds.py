@@ -22,7 +22,7 @@ from data.records import read_records
 from data.what_it_is import what_it_is
 from hydralora import HydraSettings, add_hydralora, hydra_layers, save_adapter
 from model import Tokenizer, generate, load_llama, save_llama
-from support import cli, run_folder
+from support import cli, output, run_folder
 from tests.conftest import ROOT, WORLD, in_step, interrupt, status_of, tiny_model
 from tools import export_hf, hf_layout, import_hf, import_llama2c, official_adapter, plot
 from tools import generate as talk
@@ -88,16 +88,16 @@ def test_no_way_of_printing_loses_a_result(base, tmp_path, script, shell):
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_what_the_output_cannot_show_is_replaced_and_a_closed_pipe_is_no_error(encoding):
     shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    print("a\u6570b\udcffc", file=cli.Output(shown), flush=True)
+    print("a\u6570b\udcffc", file=output.Output(shown), flush=True)
     middle = "\u6570" if encoding == "utf-8" else "?"
     assert shown.buffer.getvalue().decode(encoding).strip() == f"a{middle}b?c"
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", encoding=encoding, buffering=1) as closed:
-        output = cli.Output(closed)
+        stream = output.Output(closed)
         for _ in range(3):
-            print("lost", file=output, flush=True)
-    print("lost", file=cli.Output(None))
+            print("lost", file=stream, flush=True)
+    print("lost", file=output.Output(None))
 
 
 @pytest.mark.parametrize("main, module, name, out", [
@@ -336,12 +336,12 @@ def test_all_rows_of_a_table_are_as_wide_and_their_records_add_up(command, tmp_p
     assert train.main([*command, "--val-data", str(val)]) == 0
     out = capsys.readouterr().out
     table = out[out.index("category"):].split("\n\n")[0].splitlines()[1:]
-    assert {cli.columns(line) for line in table} == {cli.columns(table[0])}
+    assert {output.columns(line) for line in table} == {output.columns(table[0])}
     counts = [int(re.search(r"  +(\d+)  ", line)[1]) for line in table]
     assert counts == [3] * len(NAMES) + [21]
     assert [line.split()[0] for line in table if "all" in line] == ['"all"', "all"]
     gates = out[out.index("mean gate"):].split("over all layers")[0].splitlines()[1:]
-    assert len({cli.columns(line) for line in gates}) == 1 and "(none)" in "".join(gates)
+    assert len({output.columns(line) for line in gates}) == 1 and "(none)" in "".join(gates)
     result = json.loads((tmp_path / "run" / "run.json").read_text())
     assert set(result["metrics"]["categories"]) == {name or "(none)" for name in NAMES}
     with warnings.catch_warnings():
@@ -350,7 +350,7 @@ def test_all_rows_of_a_table_are_as_wide_and_their_records_add_up(command, tmp_p
     read = plot.read_run(tmp_path / "run")
     assert read.tuned[""] != read.tuned["all"] and "not in matplotlib's font" in (
         capsys.readouterr().out)
-    assert max(cli.columns(plot.tick_label(name)) for name in read.tuned) <= 24 + 2  # \$
+    assert max(output.columns(plot.tick_label(name)) for name in read.tuned) <= 24 + 2  # \$
 
 
 def test_a_printed_command_can_be_pasted(command, tmp_path, capsys):

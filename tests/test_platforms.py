@@ -10,7 +10,7 @@ import torch
 
 import train
 from data import corpus
-from support import cli, device
+from support import device, output
 from tests.conftest import ROOT, WORLD
 
 UNIX_ONLY = ["resource", "fcntl", "grp", "pwd", "termios", "syslog"]
@@ -101,8 +101,8 @@ def test_mps_is_refused_in_one_line_if_there_is_none(tmp_path, capsys):
 def test_without_a_terminal_progress_is_a_line_every_30_seconds(monkeypatch, capsys):
     clock = [1000.0]
     monkeypatch.setattr(time, "time", lambda: clock[0])
-    assert cli.LINE_SECONDS == 30
-    bar = cli.progress(total=100, desc="train")
+    assert output.LINE_SECONDS == 30
+    bar = output.progress(total=100, desc="train")
     bar._time, bar.start_t, bar.last_print_t = time.time, clock[0], clock[0]
     for _ in range(100):
         clock[0] += 1
@@ -110,13 +110,13 @@ def test_without_a_terminal_progress_is_a_line_every_30_seconds(monkeypatch, cap
     bar.close()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("train: ") for line in lines)
-    for _ in cli.progress(range(1000), desc="quick"):  # it ends within 30 seconds
+    for _ in output.progress(range(1000), desc="quick"):  # it ends within 30 seconds
         pass
     assert capsys.readouterr().err == ""
 
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    for _ in cli.progress(range(3), desc="seen"):
+    for _ in output.progress(range(3), desc="seen"):
         pass
     assert "seen: 100%" in capsys.readouterr().err

@@ -26,13 +26,14 @@ except ModuleNotFoundError as error:  # python tools/generate.py, and python -P
 from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_ids, generate_tokens, sample
 from support.base import base_digest, check_unchanged, load_model_and_adapter, model_length
-from support.cli import Parser, check_min, flag, progress, run_script
+from support.cli import Parser, check_min, flag, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
 from support.distributed import add_shard_flag, from_rank0, process_group
 from support.evaluation import TOTAL, most_specialised_layer, row_name
 from support.files import digest, write_text
 from support.jsonl_resume import append_row, open_partial, read_partial, remove_partial
 from support.lock import file_lock
+from support.output import progress
 from support.quantize import add_quantize_flag
 
 ADAPTER = Path("runs/hydralora/adapter.pt")  # of the README's first command

@@ -17,7 +17,7 @@ import torch
 
 from data.what_it_is import what_it_is
 from model import Tokenizer, save_llama
-from support.cli import Parser, printable, run_script
+from support.cli import Parser, run_script
 from support.diagnose import is_cut_short
 from support.files import (
     atomic_dir,
@@ -26,6 +26,7 @@ from support.files import (
     read_torch,
     wrap_disk_errors,
 )
+from support.output import printable
 from tools import hf_layout
 
 # buffers of old checkpoints, computed here
