@@ -60,8 +60,9 @@ def prefix_cache(model, ids):
 
 @torch.inference_mode()
 def letter_logprobs(model, rows, letters, prefix=None):
-    """For each list of ids the log-probabilities of the letters as its next token, normalised over
-    the vocabulary in fp32. With a prefix from prefix_cache, the rows begin with its tokens."""
+    """For each list of ids the log-probabilities of the letters as its next token,
+    normalised over the vocabulary in fp32. With a prefix from prefix_cache, the rows
+    begin with its tokens."""
     device = model.tok_embeddings.weight.device
     start = prefix[0][0].shape[1] if prefix else 0
     ends = torch.tensor([len(row) - start - 1 for row in rows], device=device)
@@ -81,8 +82,9 @@ def letter_logprobs(model, rows, letters, prefix=None):
 
 
 def letter_logits(model, h, letters):
-    """The letters' logits (B, 4) of hidden states h (B, D) in fp32, whatever the model's dtype:
-    in bf16 the two best letters are equal in one question of a hundred."""
+    """The letters' logits (B, 4) of hidden states h (B, D) in fp32, whatever the
+    model's dtype: in bf16 the two best letters are equal in one question of a
+    hundred."""
     head = model.output  # with --targets output, a HydraLinear
     weight = getattr(head, "base", head).weight[letters]
     with torch.autocast(h.device.type, enabled=False):
@@ -93,11 +95,12 @@ def letter_logits(model, h, letters):
 
 
 def score_prompts(model, prompts, letters, *, batch_size, done=(), share_prefix=True):
-    """Yields (indices, their log-probabilities) batch by batch, for one subject's Prompts.
+    """Yields (indices, their log-probabilities) batch by batch, for one subject's
+    Prompts.
 
-    Batches depend on the prompts alone, and one whose indices are all in `done` is skipped, so a
-    resumed run computes what an uninterrupted one would, bit for bit. Without share_prefix every
-    prompt is computed as a whole.
+    Batches depend on the prompts alone, and one whose indices are all in `done` is
+    skipped, so a resumed run computes what an uninterrupted one would, bit for bit.
+    Without share_prefix every prompt is computed as a whole.
     """
     for shots in sorted({p.shots - p.truncated for p in prompts}, reverse=True):
         group = [i for i, p in enumerate(prompts) if p.shots - p.truncated == shots]
@@ -119,8 +122,8 @@ def score_prompts(model, prompts, letters, *, batch_size, done=(), share_prefix=
 
 
 def answer_questions(model, tokenizer, questions, examples, *, batch_size, done, file):
-    """Completes `done`, {(subject, index): question}, and appends each new one to the file as a
-    line of JSON. Returns the Prompts of all questions."""
+    """Completes `done`, {(subject, index): question}, and appends each new one to the
+    file as a line of JSON. Returns the Prompts of all questions."""
     letters, found = letter_ids(tokenizer), []
     total = sum(map(len, questions.values()))
     with progress(total=total, initial=len(done), unit=" questions") as bar:
@@ -158,9 +161,10 @@ def wilson(right, n):
 
 
 def macro_interval(counts):
-    """The interval of the mean accuracy over these subjects, each (right, n): normal, from the sum
-    of their binomial variances. Two right and two wrong answers more (Agresti and Coull 1998)
-    keep the variance of a subject that is all right or all wrong from being zero."""
+    """The interval of the mean accuracy over these subjects, each (right, n): normal,
+    from the sum of their binomial variances. Two right and two wrong answers more
+    (Agresti and Coull 1998) keep the variance of a subject that is all right or all
+    wrong from being zero."""
     macro = sum(right / n for right, n in counts) / len(counts)
     padded = [((right + 2) / (n + 4), n) for right, n in counts]
     half = Z * math.sqrt(sum(p * (1 - p) / n for p, n in padded)) / len(counts)
@@ -168,17 +172,18 @@ def macro_interval(counts):
 
 
 def paired_interval(only_a, only_b, n):
-    """The interval of accuracy B minus accuracy A on the same n questions, from how many only A and
-    only B got right: Wald's, with half a question more in each cell of the 2 x 2 table (Agresti
-    and Min 2005), so that it has a width even where A and B agree."""
+    """The interval of accuracy B minus accuracy A on the same n questions, from how
+    many only A and only B got right: Wald's, with half a question more in each cell of
+    the 2 x 2 table (Agresti and Min 2005), so that it has a width even where A and B
+    agree."""
     difference = (only_b - only_a) / (n + 2)
     half = Z * math.sqrt(((only_a + only_b + 1) / (n + 2) - difference ** 2) / (n + 2))
     return [difference - half, difference + half]
 
 
 def mcnemar(only_a, only_b):
-    """McNemar's exact two-sided p: if A and B were equally good, each question that only one of
-    them got right would be a fair coin."""
+    """McNemar's exact two-sided p: if A and B were equally good, each question that
+    only one of them got right would be a fair coin."""
     n = only_a + only_b
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2 ** n)
@@ -195,7 +200,8 @@ def tally(questions, name_of):
 
 
 def summarise(questions):
-    """Micro and macro accuracy, those of subjects and categories, each with n and interval."""
+    """Micro and macro accuracy, those of subjects and categories, each with n and
+    interval."""
     subjects = tally(questions, lambda subject: subject)
     categories = tally(questions, lambda subject: CATEGORY.get(subject, "uncategorised"))
     right, n = map(sum, zip(*subjects.values()))
@@ -224,7 +230,8 @@ def print_summary(result):
 
 
 def read_result(path):
-    """(settings, {(subject, index, answer): right?}) of a file that eval_mmlu.py wrote."""
+    """(settings, {(subject, index, answer): right?}) of a file that eval_mmlu.py
+    wrote."""
     try:
         result = read_json(path)
         right = {(q["subject"], q["index"], q["answer"]): q["prediction"] == q["answer"]
@@ -237,8 +244,8 @@ def read_result(path):
 
 
 def compare(path_a, path_b):
-    """Prints what result B gains on result A; raises ValueError where their questions differ.
-    An older result knows the digest of its questions and shots alone."""
+    """Prints what result B gains on result A; raises ValueError where their questions
+    differ. An older result knows the digest of its questions and shots alone."""
     (settings_a, a), (settings_b, b) = read_result(path_a), read_result(path_b)
     if a.keys() != b.keys():
         raise ValueError(f"{path_a} and {path_b} are not on the same questions: "
@@ -275,15 +282,16 @@ def compare(path_a, path_b):
 
 
 def shortened_prompts(prompts, shots):
-    """How many shots were dropped, and from how many prompts; how many questions were cut too."""
+    """How many shots were dropped, and from how many prompts; how many questions were
+    cut too."""
     return {"shots_dropped": sum(shots - p.shots for p in prompts),
             "prompts_shortened": sum(p.shots < shots or p.truncated for p in prompts),
             "prompts_cut": sum(p.truncated for p in prompts)}
 
 
 def count_overlong(weights, longest, prompts):
-    """How many prompts are longer than the model was made for, printed as well; None if that
-    length is not known, or if prompts may not exceed it."""
+    """How many prompts are longer than the model was made for, printed as well; None if
+    that length is not known, or if prompts may not exceed it."""
     stated = stated_length(weights)
     if not stated or longest <= stated:
         return None

@@ -1,14 +1,15 @@
 """Fine-tune LLaMA 2 with HydraLoRA, or with a method to compare it to: one plain loop.
 
-    python train.py --heads 3 --rank 8                     # the embedded world, minutes on a CPU
-    python train.py --weights llama-2-7b --data dolly.jsonl --heads 3 --rank 8   # the real thing
+    python train.py --heads 3 --rank 8            # the embedded world, minutes on a CPU
+    python train.py --weights llama-2-7b --data dolly.jsonl --heads 3 --rank 8
     torchrun --nproc-per-node 4 train.py ...               # the same run on four GPUs
 
-Tian et al., NeurIPS 2024, sections 3.2 and 4: only the adapters and their router train. Writes
-adapter.pt, run.json and log.csv. What is fp32 and what is in the chosen --dtype:
+Tian et al., NeurIPS 2024, sections 3.2 and 4: only the adapters and their router train.
+Writes adapter.pt, run.json and log.csv. What is fp32 and what is in the chosen --dtype:
 
-    frozen base: dtype    adapters, router, AdamW state: fp32    products: dtype, by autocast
-    softmax of gate and attention, RMSNorm, rotary, loss: fp32    --method full: fp32 weights
+    frozen base, matrix products (autocast)                       --dtype
+    adapters, router, AdamW's state; all weights of --method full  fp32
+    softmax of gate and attention, RMSNorm, rotary, loss           fp32
 
 Shapes: M target tokens of a micro-batch, V vocabulary.
 """
@@ -76,8 +77,8 @@ MAX_SEQ_LEN = 1024  # the recipe's; a model made for less gets what it was made 
 # what a method fixes of HydraSettings; full trains the base and has no adapter
 METHODS = {"hydralora": {}, "lora": {"heads": 1}, "lora-split": {"share_a": False}, "full": {}}
 BETAS = (0.9, 0.999)
-MICRO_TOKENS = 1024  # positions per micro-batch on a GPU: the longest record of the recipe
-ORDER = 2  # of records; a checkpoint of an older one is resumed in its own
+MICRO_TOKENS = 1024  # positions per micro-batch on a GPU: the recipe's longest record
+ORDER = 2  # version of the order of records; a resumed run keeps its own
 VAL_SHARE = 0.05  # of the records, held out if there is no --val-data
 LOG_EVERY = 10  # steps
 
@@ -85,24 +86,28 @@ LOG_EVERY = 10  # steps
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warmup over that share of the steps, then a cosine to zero; step counts from 0."""
+    """Linear warmup over that share of the steps, then a cosine to zero. The first step
+    is 0."""
     warmup_steps = max(1, round(warmup * steps))
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
+    done = (step - warmup_steps) / (steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def train_step(model, batches, optimizer, scaler, *, clip, precision):
-    """One optimizer step over micro-batches; returns (loss, gradient norm) as tensors. The loss is
-    the mean over all target tokens of the step, not the mean of the micro-batches' means."""
+    """One optimizer step over micro-batches; returns (loss, gradient norm) as tensors.
+    The loss is the mean over all target tokens of the step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     n_targets = sum(s.n_targets for batch in batches for s in batch)
     total = 0.0
+    # one process: all batches; of several, this one's share (weight 0: a repeated one)
     for sequences, weight in distributed.local_batches(batches):
         batch = collate(sequences, parameters[0].device)
         with precision:
-            # no name for the logits (M, V): their memory is released before the blocks go back
-            loss = F.cross_entropy(target_logits(model, batch), batch.labels, reduction="sum")
+            # the logits (M, V) have no name, so that they are freed as soon as possible
+            loss = F.cross_entropy(target_logits(model, batch), batch.labels,
+                                   reduction="sum")
         loss = weight * loss / n_targets
         scaler.scale(loss).backward()
         total = total + loss.detach()
@@ -116,9 +121,9 @@ def train_step(model, batches, optimizer, scaler, *, clip, precision):
 
 
 def train(model, steps, eval_sets, optimizer, scaler, args, *, start, facts):
-    """Takes the steps after `start`, each a list of micro-batches, and writes log.csv and the
-    checkpoint, which holds the run's `facts` too. After Ctrl-C or SIGTERM it finishes the step,
-    saves and returns the signal's number; it returns 0 after the last step."""
+    """Takes the steps after `start`, and writes log.csv and the checkpoint, which holds
+    the run's `facts` too. After a signal, such as Ctrl-C, it finishes the step, saves
+    and returns the signal's number; it returns 0 after the last step."""
     out = Path(args.out)
     precision = autocast(args.device, args.dtype)
     model.train()
@@ -127,26 +132,31 @@ def train(model, steps, eval_sets, optimizer, scaler, args, *, start, facts):
         for step in range(start + 1, len(steps) + 1):
             batches = steps[step - 1]
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step - 1, len(steps), group["peak_lr"], args.warmup)
+                group["lr"] = learning_rate(step - 1, len(steps), group["peak_lr"],
+                                            args.warmup)
             lr = optimizer.param_groups[0]["lr"]
             loss, norm = train_step(model, batches, optimizer, scaler, clip=args.clip,
                                     precision=precision)
             log.add(step, loss, norm, lr, batches)
             stop = distributed.all_reduce_signals(signals)
             if args.eval_every and step % args.eval_every == 0:
-                best = log.add_evaluation(evaluate_sets(model, eval_sets, args, "current"))
-                if best and args.method != "full":
+                found = evaluate_sets(model, eval_sets, args, "current")
+                if log.add_evaluation(found) and args.method != "full":
                     save_adapter_file(model, out / "adapter-best.pt")
-            saves = stop or step == len(steps) or args.save_every and step % args.save_every == 0
+            saves = (stop or step == len(steps)
+                     or args.save_every and step % args.save_every == 0)
             if saves or step % LOG_EVERY == 0:
-                bar.set_postfix_str(f"{log.flush()}, peak {peak_memory(args.device):.1f} GiB",
-                                    refresh=False)
+                latest = log.flush()  # raises ValueError for a loss that is not finite
+                peak = peak_memory(args.device)
+                bar.set_postfix_str(f"{latest}, peak {peak:.1f} GiB", refresh=False)
             if saves:
-                save_checkpoint(out / "checkpoint.pt", step, facts, model, optimizer, scaler)
+                save_checkpoint(out / "checkpoint.pt", step, facts, model, optimizer,
+                                scaler)
             bar.update()
             if stop:
                 return stop
-        return distributed.all_reduce_signals(signals)  # one may have come during the last save
+        # one may have come during the last save
+        return distributed.all_reduce_signals(signals)
 
 
 def evaluate_sets(model, eval_sets, args, name):
@@ -171,7 +181,7 @@ def load_base(args):
 
 
 def count_heads(args, records, model, tokenizer):
-    """What cluster.py finds for --heads auto: the number of heads under "k", and why."""
+    """What cluster.py finds for --heads auto: the number of heads under "k"."""
     from cluster import choose_heads, print_report
     clusters = choose_heads(records, model, tokenizer, seed=args.seed)
     clusters = distributed.run_on_rank0(lambda: clusters)  # one answer for all ranks
@@ -181,8 +191,8 @@ def count_heads(args, records, model, tokenizer):
 
 
 class Plan:
-    """The steps of a run, each a list of micro-batches; those of one epoch exist at a time.
-    plan_epoch(number) gives an epoch's, as many in each."""
+    """The steps of a run, each a list of micro-batches; those of one epoch exist at a
+    time. plan_epoch(number) gives an epoch's, as many in each."""
 
     def __init__(self, plan_epoch, epochs, max_steps):
         self.plan_epoch = lru_cache(maxsize=1)(plan_epoch)
@@ -202,11 +212,11 @@ class Plan:
 
 def plan_steps(sequences, *, batch_size, grad_accum, epochs, max_steps, seed, micro_tokens=0,
                ranks=1, order=ORDER, weights=None):
-    """The Plan of a run in an order fixed by the seed. A step is batch_size * grad_accum records
-    of like length. It is cut into micro-batches of batch_size records, or of micro_tokens
-    positions at most, one per rank at least; which records make a step does not depend on that.
-    Order 1, of older checkpoints: steps of unlike micro-batches. weights are those of the files
-    of --data, None if all are 1."""
+    """The Plan of a run in an order fixed by the seed. A step is batch_size *
+    grad_accum records of like length. It is cut into micro-batches of batch_size
+    records, or of micro_tokens positions at most, one per rank at least; which records
+    make a step does not depend on that. Order 1, of older checkpoints: steps of unlike
+    micro-batches. weights are those of the files of --data, None if all are 1."""
     def plan_epoch(epoch):
         generator = torch.Generator().manual_seed(seed * 1000 + epoch)
         drawn = draw_epoch(sequences, weights, generator) if weights else sequences
@@ -245,9 +255,9 @@ class Setup:
 
 
 def set_up(args):
-    """Loads the base and the data, chooses the heads, adds the adapters; what is quick to refuse
-    comes first. Fills in the settings that only the checkpoint, the model and the clustering
-    know: quantize, max_seq_len, and heads if they are auto."""
+    """Loads the base and the data, chooses the heads, adds the adapters; what is quick
+    to refuse comes first. Fills in the settings that only the checkpoint, the model and
+    the clustering know: quantize, max_seq_len, and heads if they are auto."""
     fingerprints, clusters = check_files(args)
     records, val = load_train_val(args.data, args.val_data, share=VAL_SHARE, seed=args.seed,
                                   strict=args.strict)
@@ -275,8 +285,9 @@ def set_up(args):
 
 
 def check_files(args):
-    """(fingerprints of the files that are read, "clusters" of a run that is resumed). Raises
-    ValueError for what params.json and the checkpoint refuse, before the base is loaded."""
+    """(fingerprints of the files that are read, "clusters" of a run that is resumed).
+    Raises ValueError for what params.json and the checkpoint refuse, before the base is
+    loaded."""
     path, state = Path(args.out) / "checkpoint.pt", {"clusters": None}
     if args.resume:  # an older run keeps its own order of records
         state = run_folder.read_checkpoint(path, mmap=True)
@@ -309,7 +320,8 @@ def settings_to_record(args):
 
 
 def start_or_resume(args, setup, optimizer, scaler):
-    """(steps done, losses: {"base": what evaluate_sets found, and "before" of --init-adapter})."""
+    """(steps done, losses: {"base": what evaluate_sets found, and "before" of
+    --init-adapter})."""
     if not args.resume:
         with adapters_disabled(setup.model):
             losses = {"base": evaluate_sets(setup.model, setup.eval_sets, args, "base")}
@@ -380,7 +392,8 @@ def finish(args, setup, losses, seconds):
 
 
 def measure_memory(args, shape, length, checkpoint):
-    """The Need of a step of this run: see support/memory.py. shape is the base's ModelArgs."""
+    """The Need of a step of this run: see support/memory.py. shape is the base's
+    ModelArgs."""
     from support.memory import measure_step
     step = partial(train_step, scaler=torch.amp.GradScaler("cpu", enabled=False), clip=args.clip,
                    precision=autocast("cpu", args.dtype))
@@ -416,7 +429,7 @@ def main(argv=None):
 # ---------------------------------------------------------------- settings
 
 
-def heads(text):
+def parse_heads(text):
     if text == "auto":
         return text
     if not (text.isdecimal() and len(text) < 5 and int(text) >= 1):
@@ -424,7 +437,7 @@ def heads(text):
     return int(text)
 
 
-def betas(text):
+def parse_betas(text):
     numbers = tuple(float(beta) for beta in text.split(","))
     if len(numbers) != 2 or not all(0 <= beta < 1 for beta in numbers):
         raise argparse.ArgumentTypeError("must be two numbers, at least 0 and below 1")
@@ -450,7 +463,7 @@ def make_parser():
     p.add_argument("--init-adapter", metavar="FILE",
                    help="train this adapter further, with its own method and settings (none)")
     p.add_argument("--method", choices=METHODS, help="what trains (hydralora)")
-    p.add_argument("--heads", type=heads,
+    p.add_argument("--heads", type=parse_heads,
                    help="number of B matrices, or auto: ask cluster.py (3; lora: 1)")
     p.add_argument("--rank", type=int, help="rank of A and B (8)")
     p.add_argument("--alpha", type=float, help="the update is scaled by alpha / rank (32)")
@@ -464,7 +477,7 @@ def make_parser():
     p.add_argument("--warmup", type=float, default=0.03,
                    help="share of the steps with a rising learning rate (0.03)")
     p.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's weight decay (0)")
-    p.add_argument("--betas", type=betas, default=BETAS, help="AdamW's betas (0.9,0.999)")
+    p.add_argument("--betas", type=parse_betas, default=BETAS, help="AdamW's betas (0.9,0.999)")
     p.add_argument("--clip", type=float, default=1.0,
                    help="largest norm of the gradient, 0: off (1.0)")
     p.add_argument("--epochs", type=int, help="passes over the data (1)")
@@ -547,8 +560,8 @@ def parse_args(argv=None):
 
 
 def take_settings(args):
-    """Fills in the method and the settings of --init-adapter, and --quantize as it was trained
-    with. Raises ValueError for a flag that contradicts the settings."""
+    """Fills in the method and the settings of --init-adapter, and --quantize as it was
+    trained with. Raises ValueError for a flag that contradicts the settings."""
     if not args.resume:  # else the checkpoint says it
         args.quantize = args.quantize or trained_with(args.init_adapter)
     settings = read_adapter_config(args.init_adapter)
@@ -565,7 +578,8 @@ def take_settings(args):
 
 
 def method_of(settings):
-    """The method that gives an adapter these settings; of several, the one that fixes most."""
+    """The method that gives an adapter these settings; of several, the one that fixes
+    most."""
     without_flag = settings.keys() - vars(make_parser().parse_args([])).keys()
     usual = {name: getattr(HydraSettings(), name) for name in without_flag}
     for method, fixed in sorted(METHODS.items(), key=lambda item: len(item[1]), reverse=True):
@@ -614,7 +628,8 @@ def validate_args(args):
 
 
 def validate_for_model(args, shape):
-    """Raises ValueError for settings that ask for more than a model of these ModelArgs has."""
+    """Raises ValueError for settings that ask for more than a model of these ModelArgs
+    has."""
     if args.max_seq_len > shape.max_seq_len:
         raise ValueError(f"--max-seq-len {args.max_seq_len} is more than "
                          f"{model_length(args.weights, shape.max_seq_len)}: give less")
@@ -628,8 +643,8 @@ def validate_for_model(args, shape):
 
 
 def adapter_settings(args):
-    """The arguments of add_hydralora, None for --method full: every flag that is named like a
-    setting, then what the method fixes."""
+    """The arguments of add_hydralora, None for --method full: every flag that is named
+    like a setting, then what the method fixes."""
     if args.method == "full":
         return None
     flags = {field.name: getattr(args, field.name) for field in fields(HydraSettings)
