@@ -11,6 +11,8 @@ is the mean cosine between the B matrices (1: copies), and how many steps it tak
 
 import statistics
 import sys
+from functools import partial
+from itertools import product
 
 import torch
 
@@ -28,13 +30,13 @@ APART = 0.9
 STARTS = {"router 0, B 0": (0.0, 0.0), "router x 1e-6, B 0": (1e-6, 0.0),
           "router x 1e-3, B 0": (1e-3, 0.0), "router random, B 0": (1.0, 0.0),
           "router 0, B random": (0.0, 1e-3)}
-STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (1, 3)), "v"))
 
 
-def watch(settings, records, start, every):
+def watch(flags, records, start, every):
     """{steps, cosine, apart}, each with a value per `every` steps of the run: the mean cosine
     between the heads' B matrices, and the largest difference between two of them."""
-    model, tokenizer = common.starting_model(settings)
+    settings = train.parse_args(common.command_line(flags))
+    model, tokenizer = common.starting_model(flags)
     layers = hydra_layers(model).values()
     router, b = STARTS[start]
     with torch.no_grad():
@@ -81,15 +83,10 @@ def make_table(traces):
 
 
 def draw_collapse(pyplot, traces):
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for (start, seeds), (line, marker) in zip(traces.items(), STYLES):
-        mean = [statistics.fmean(values) for values in zip(*(trace["cosine"] for trace in seeds))]
-        axes.plot(seeds[0]["steps"], mean, linestyle=line, marker=marker, markersize=4,
-                  markevery=max(1, len(mean) // 8), label=start)
-    axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("mean cosine between the B matrices")
-    axes.legend()
-    return figure
+    lines = {start: (seeds[0]["steps"], [report.interval(cosines) for cosines in zip(
+        *(trace["cosine"] for trace in seeds))]) for start, seeds in traces.items()}
+    return report.line_chart(pyplot, lines, "optimizer steps",
+                             "mean cosine between the B matrices").figure
 
 
 def parse_args(argv):
@@ -101,19 +98,16 @@ def parse_args(argv):
 
 def run(args):
     records, val = common.load_records(args)
-    data, val_data = (common.write_records(part, args) for part in (records, val))
     torch.set_num_threads(1)
     traces = {start: [] for start in STARTS}
-    for start in STARTS:
-        for seed in range(args.seeds):
-            settings = common.run_settings(args, hydra(3), rate=train.WORLD_RECIPE["lr"],
-                                           seed=seed, data=data, val=val_data)
-            key = [start, STARTS[start], args.every, common.run_folder(settings, args.runs).name]
-            path = args.runs / f"collapse-{files.digest(key)}.json"
-            trace = common.cached(path, key, lambda settings=settings, start=start: watch(
-                settings, records, start, args.every))
-            traces[start].append(trace)
-            print(f"{start}, seed {seed}: cosine {trace['cosine'][-1]}", flush=True)
+    for start, seed in product(STARTS, range(args.seeds)):
+        flags = common.run_flags(args, hydra(3), rate=train.WORLD_RECIPE["lr"], records=records,
+                                 val=val, seed=seed)
+        key = [start, STARTS[start], args.every, common.run_folder(flags, args.runs).name]
+        path = args.runs / f"collapse-{files.digest(key)}.json"
+        trace = common.cached(path, partial(watch, flags, records, start, args.every))
+        traces[start].append(trace)
+        print(f"{start}, seed {seed}: cosine {trace['cosine'][-1]}", flush=True)
     report.write_results(
         args, "collapse",
         {"conditions": common.conditions(args, records, val), "traces": traces},

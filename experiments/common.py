@@ -1,45 +1,35 @@
-"""What the experiments on HydraLoRA's claims share: flags, data, cached runs, one sweep.
+"""What the experiments on HydraLoRA's claims share: flags, data, kept runs, one sweep.
 
-A run is one call of train.py. Its folder under --runs is named after its settings and the
-sha256 of weights and data: an interrupted script continues where it was, scripts share runs,
-and a run on other weights or data is never mistaken for this one. The learning rate of every
-method is the one with the lowest loss on a held-out tenth of the training data: rates a factor
-of sqrt 2 apart, two seeds, the lower rate if two are within the scatter of the seeds.
+A run is one call of train.py. Its folder in --runs is named after its flags and the sha256 of
+weights and data: an interrupted script continues where it was, scripts share runs, and a run on
+other weights or data is never mistaken for this one. The learning rate of every method is the one
+with the lowest loss on a held-out tenth of the training data, as experiments/README.md explains.
 report.py turns the numbers into intervals, claims and tables.
 """
 
-import argparse
-import io
 import json
 import math
-import multiprocessing
 import os
-import signal
 import statistics
-import threading
+import subprocess
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
 
-import eval_mmlu
 import train
 from data import QUIZ_SHOTS
 from data.corpus import read_records, train_val_split, without_duplicates
-from data.mmlu import read_questions
 from experiments import report
-from hydralora import add_hydralora, load_adapter
+from hydralora import TARGETS, add_hydralora, load_adapter
 from model import Transformer, load_llama, read_params
 from support import files
-from support.cli import Parser, check_min, flag, one_line, run_script
-from support.distributed import load_model
-from support.lock import file_lock
-from support.run_folder import RESUME_MAY_DIFFER, fingerprints
+from support.cli import Parser, check_min, flag, run_script
+from support.run_folder import fingerprints
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
 # peak learning rates, a factor of sqrt 2 apart; how many more if the best is an edge
 RATES = (2.83e-3, 4e-3, 5.66e-3)
 WIDEN = 6
@@ -48,16 +38,11 @@ THREADS = 2  # of a rerun; all other runs have one
 MIXED = 4000  # records of the mix in table1, heads and routing, which share their runs
 SHARE = 0.1  # held out for the sweep; and for validation if the data comes without any
 SCALE = 4.0  # alpha / rank, the paper's 32 / 8
-# settings that all runs share
+# flags that all runs share
 RECIPE = {"batch-size": 8, "grad-accum": 1, "dropout": 0, "device": "cpu", "dtype": "fp32",
           "save-every": 0}
 DIVERGED = ("gradient norm", "tuned model", "not finite")  # in train.py's words for it
 PATHS = ("weights", "data", "val_data", "keep_data")
-# settings that are part of a run's name whatever their value; any other one, a later flag of
-# train.py, only if it is not the default, so that it does not rename the runs of before
-NAMED = ("alpha", "batch_size", "device", "dropout", "dry_run", "dtype", "epochs", "gate",
-         "gpu_memory", "gpus", "grad_accum", "heads", "lr", "max_seq_len", "max_steps", "method",
-         "rank", "seed", "targets")
 
 
 # ---------------------------------------------------------------- flags and data
@@ -67,8 +52,6 @@ def parser(name, doc, *, seeds, epochs, records=0, rates=RATES, sweep_epochs=1):
     """The flags that the scripts share; a script adds its own. Without rates none are tried,
     without sweep_epochs none is chosen."""
     p = Parser(f"experiments.{name}", doc)
-    p.description = doc
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("--weights", help="checkpoint folder in Meta's layout (the embedded world's)")
     p.add_argument("--data", help="training records (the embedded world's)")
     p.add_argument("--val-data", help="validation records (the world's; else a tenth of --data)")
@@ -82,7 +65,7 @@ def parser(name, doc, *, seeds, epochs, records=0, rates=RATES, sweep_epochs=1):
                    help="stop any run after so many steps, 0: off (%(default)s)")
     p.add_argument("--max-seq-len", type=int, help="tokens per record (the model's own limit)")
     p.add_argument("--runs", type=Path, default=Path("runs/claims"),
-                   help="folder that caches the runs (runs/claims)")
+                   help="folder that keeps the runs (runs/claims)")
     p.add_argument("--out", type=Path, default=RESULTS,
                    help="folder of the results (experiments/results)")
     p.set_defaults(sweep_epochs=1, rates=list(RATES), jobs=1)
@@ -101,19 +84,18 @@ def add_rates_flag(p, rates):
                         f"highest of several ({' '.join(f'{rate:g}' for rate in rates)})")
 
 
-def parse_args(p, argv):
-    """The flags; the four paths default as in train.py."""
+def parse_args(p, argv, **least):
+    """The flags, some of which have a smallest value; the four paths default as in train.py."""
     args = p.parse_args(argv)
     try:
-        check_min(args, seeds=1, epochs=1, sweep_epochs=1, jobs=1, records=0, max_steps=0)
+        check_min(args, seeds=1, epochs=1, sweep_epochs=1, jobs=1, records=0, max_steps=0, **least)
     except ValueError as error:
         p.error(str(error))
     if min(args.rates) <= 0:
         p.error("--rates must be positive")
     given = {name: getattr(args, name) for name in PATHS}
     defaults = train.parse_args(command_line({**given, **RECIPE}))
-    for name in PATHS:
-        setattr(args, name, getattr(defaults, name))
+    vars(args).update({name: getattr(defaults, name) for name in PATHS})
     [args.data] = args.data  # one file
     return args
 
@@ -145,13 +127,13 @@ def draw_records(records, count, seed=0):
     return [records[i] for i in sorted(order[:count].tolist())]
 
 
-def write_records(records, args):
+def write_records(records, folder):
     """The path of a file with these records, named after its content."""
     text = "".join(json.dumps(record) + "\n" for record in records)
-    path = args.runs / "data" / f"{files.digest(text)}.jsonl"
+    path = folder / f"{files.digest(text)}.jsonl"
     if not path.exists():
-        with file_lock(f"{path}.lock", path):
-            files.write_text(path, text)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, text)
     return path
 
 
@@ -163,25 +145,18 @@ def of_families(records, families):
     return [record for record in records if record["category"] in families]
 
 
-def cached(path, key, compute):
-    """compute(), cached as JSON at path; computed anew for another key."""
-    key = files.digest(key)
-
-    def is_known():
-        return path.exists() and files.read_json(path)["key"] == key
-
-    if not is_known():
-        with file_lock(f"{path}.lock", path):
-            if not is_known():  # another process may have finished it meanwhile
-                files.write_json(path, {"key": key, "value": compute()})
-    return files.read_json(path)["value"]  # as the next call reads it: keys are strings
+def cached(path, compute):
+    """compute(), kept as JSON at path."""
+    if not path.exists():
+        files.write_json(path, compute())
+    return files.read_json(path)  # as the next call reads it: keys are strings
 
 
 # ---------------------------------------------------------------- the methods
 
 
 def lora(rank, **changes):
-    """The settings of LoRA; like all others with a constant alpha / rank."""
+    """The flags of LoRA; like all others with a constant alpha / rank."""
     return dict(method="lora", rank=rank, alpha=SCALE * rank, **changes)
 
 
@@ -198,196 +173,189 @@ def hydra(heads, rank=8, **changes):
 FULL = dict(method="full")
 
 
-def count_trainable(args, config):
-    """Trainable parameters of a method that adds adapters, router included."""
-    settings = train.parse_args(command_line(
-        {"weights": args.weights, "data": args.data, **RECIPE, **config}))
+def count_trainable(args, heads, rank, targets=None):
+    """Trainable parameters of so many heads, router included."""
+    targets = targets.split(",") if targets else TARGETS
     shape = read_params(args.weights)
     shape.vocab_size = max(shape.vocab_size, 1)  # missing in some params.json; never adapted
     with torch.device("meta"):
         model = Transformer(shape)
-    return add_hydralora(model, **train.adapter_settings(settings))
+    return add_hydralora(model, targets=targets, heads=heads, rank=rank)
 
 
-def matched_rank(args, heads=1, **changes):
-    """The rank at which so many heads have nearly the parameters of HydraLoRA 3x8 with the
-    same changed settings, router included; parameters grow linearly with the rank."""
-    wanted = count_trainable(args, hydra(3, 8, **changes))
-    first, second = (count_trainable(args, hydra(heads, rank, **changes)) for rank in (1, 2))
+def matched_rank(args, heads=1, **targets):
+    """The rank at which so many heads have nearly the parameters of HydraLoRA 3x8 on the same
+    layers, router included; parameters grow linearly with the rank."""
+    wanted = count_trainable(args, 3, 8, **targets)
+    first, second = (count_trainable(args, heads, rank, **targets) for rank in (1, 2))
     return max(1, round(1 + (wanted - first) / (second - first)))
 
 
 # ---------------------------------------------------------------- runs
 
 
-def command_line(settings):
-    """The command line of {name of a flag: value}. None and False leave a flag out, True
-    gives it without a value."""
-    words = []
-    for name, value in settings.items():
-        if value is True:
-            words.append(flag(name))
-        elif value is not None and value is not False:
-            words += [flag(name), str(value)]
-    return words
+def command_line(flags):
+    """The words of {name of a flag: value}; None leaves a flag out."""
+    return [word for name, value in flags.items() if value is not None
+            for word in (flag(name), str(value))]
 
 
-def run_settings(args, config, *, rate, seed, data, val, epochs=None, keep=False):
-    """The settings of a run, as train.parse_args returns them; data and val are files. With
-    keep the run also measures its loss on --keep-data."""
-    return train.parse_args(command_line({
-        "weights": args.weights, "data": data, "val-data": val,
-        "keep-data": args.keep_data if keep else None,
-        "lr": rate, "seed": seed, "epochs": epochs or args.epochs, "max-steps": args.max_steps,
-        "max-seq-len": args.max_seq_len, **RECIPE, **config}))
+def run_flags(args, config, *, rate, records, val, **more):
+    """{name of a flag: value} of a run of train.py on these records."""
+    folder = args.runs / "data"
+    return {"weights": args.weights, "data": write_records(records, folder),
+            "val_data": write_records(val, folder), "lr": rate, "seed": 0, "epochs": args.epochs,
+            "max_steps": args.max_steps, "max_seq_len": args.max_seq_len, **RECIPE, **config,
+            **more}
 
 
-def run_folder(settings, runs):
-    """Where a run is cached. The files that it reads count by their content, not their path."""
-    defaults = {**train.default_settings(settings.method, train.PAPER_RECIPE), "micro_tokens": 0}
-    named = {name: value for name, value in sorted(vars(settings).items()) if name in NAMED
-             or name not in RESUME_MAY_DIFFER and value != defaults[name]}
-    read = fingerprints(settings.weights, data=settings.data, val_data=settings.val_data,
-                        keep_data=settings.keep_data)
-    return runs / f"{settings.method}-{files.digest(named, sorted(read.items()))}"
+def run_folder(flags, runs):
+    """Where a run is kept. The files that it reads count by their content, not their path. Flags
+    that are not given do not count, so one that train.py gains later renames no run."""
+    read = fingerprints(flags["weights"], [flags["data"]], val_data=flags["val_data"],
+                        keep_data=flags.get("keep_data"))
+    given = {name: value for name, value in flags.items()
+             if value is not None and name not in PATHS}
+    return runs / f"{flags['method']}-{files.digest(sorted(given.items()), sorted(read.items()))}"
 
 
-def is_complete(folder, quiz=None):
-    """Whether a run has ended, and its accuracy is known if there is a quiz."""
-    if (folder / "diverged.json").exists():
-        return True
-    return (folder / "run.json").exists() and (not quiz or (folder / "quiz.json").exists())
+def last_line(path):
+    """The last line of the log of start_script: why a script refused to go on, if it did."""
+    return "".join(Path(f"{path}.log").read_text(encoding="utf-8").splitlines()[-1:])
 
 
-def train_once(settings, folder):
-    """Runs train.py in silence. A run whose loss or gradient is not finite leaves
-    diverged.json. A stopped one raises KeyboardInterrupt; the next call starts it anew."""
-    settings = argparse.Namespace(**{**vars(settings), "out": str(folder), "overwrite": True})
-    silence = io.StringIO()
-    with file_lock(f"{folder}.lock", folder):
-        if is_complete(folder):  # another process may have finished it meanwhile
-            return
-        try:
-            with redirect_stdout(silence), redirect_stderr(silence):
-                status = train.run(settings)
-        except ValueError as error:
-            if not any(words in str(error) for words in DIVERGED):
-                raise
-            files.write_json(folder / "diverged.json", {"reason": one_line(error)})
-        else:
-            if status:
-                raise KeyboardInterrupt(status - 128)
+def has_diverged(folder):
+    if (folder / "run.json").exists() or not Path(f"{folder}.log").exists():
+        return False
+    return any(words in last_line(folder) for words in DIVERGED)
 
 
-def quiz_accuracy(weights, adapter, quiz, cache, quantize=None):
-    """The share of the quiz's questions that the model answers correctly."""
-    asked = [(path.name, files.file_fingerprint(path))
-             for path in sorted(Path(quiz).glob("*/*.csv"))]
-    key = [QUIZ_SHOTS, files.weights_fingerprint(weights),
-           adapter and files.file_fingerprint(adapter), asked]
-
-    def answer():
-        questions, examples = read_questions(Path(quiz), shots=QUIZ_SHOTS)
-        model, tokenizer = load_model(weights, device="cpu", dtype=torch.float32,
-                                      quantize=quantize)
-        if adapter:
-            load_adapter(model, adapter)
-        answers = {}
-        with redirect_stderr(io.StringIO()):
-            eval_mmlu.answer_questions(model.eval(), tokenizer, questions, examples,
-                                       batch_size=8, done=answers, file=io.StringIO())
-        return statistics.fmean(q["prediction"] == q["answer"] for q in answers.values())
-
-    return cached(cache, key, answer)
+def start_script(path, script, *flags, threads=1):
+    """The process of a script of this repository that makes `path`. Its errors go to PATH.log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.log", "w", encoding="utf-8") as log:
+        return subprocess.Popen([sys.executable, ROOT / script, *flags], stderr=log,
+                                stdout=subprocess.DEVNULL,
+                                env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
 
-def run_accuracy(settings, folder, quiz):
-    """quiz_accuracy of a finished run: of its adapter, or of the weights that it wrote."""
-    adapter = folder / "adapter.pt"
-    tuned = (settings.weights, adapter) if adapter.exists() else (folder, None)
-    return quiz_accuracy(*tuned, quiz, folder / "quiz.json", settings.quantize)
-
-
-def compute(job):
-    """Computes a run, and its accuracy if there is a quiz, as far as they are missing."""
-    settings, folder, quiz, threads = job
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)  # more threads round sums differently
-    try:
-        if not is_complete(folder):
-            train_once(settings, folder)
-        if not is_complete(folder, quiz):
-            run_accuracy(settings, folder, quiz)
-    finally:
-        torch.set_num_threads(before)
-    return folder.name
-
-
-def end_with_parent():
-    """In a process of the pool: leaves Ctrl-C to the parent, and ends if the parent is killed."""
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def compute_all(jobs, processes):
-    """compute() for every job, in so many processes, with a line for each."""
+def call_all(commands, processes, threads=1):
+    """Runs {path to be made: command line of a script}, so many at once, with a line for each that
+    ends. Raises KeyboardInterrupt for a script that a signal stopped, ValueError for one that
+    refused; a run of train.py may diverge."""
     clock = time.perf_counter()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, initializer=end_with_parent) as pool:
-        names = pool.map(compute, jobs) if processes > 1 else map(compute, jobs)
-        try:
-            for number, name in enumerate(names, start=1):
+    waiting, running = list(commands.items()), {}
+    ended = 0
+    try:
+        while waiting or running:
+            if waiting and len(running) < processes:
+                path, command = waiting.pop(0)
+                running[path] = start_script(path, *command, threads=threads)
+            time.sleep(0.02)
+            for path in [path for path, child in running.items() if child.poll() is not None]:
+                status = running.pop(path).returncode
+                if status > 128:
+                    raise KeyboardInterrupt(status - 128)
+                if status < 0:
+                    raise MemoryError(f"signal {-status} killed {path.name}, perhaps out of memory")
+                if status and not has_diverged(path):
+                    raise (ValueError if status == 2 else RuntimeError)(last_line(path))
+                ended += 1
                 minutes = (time.perf_counter() - clock) / 60
-                print(f"run {number} of {len(jobs)}, {name}, {minutes:.1f} minutes", flush=True)
-        except BrokenProcessPool as error:
-            raise MemoryError("a process was killed, perhaps out of memory") from error
-        except KeyboardInterrupt:
-            for process in multiprocessing.active_children():
-                while process.is_alive():  # train.py ends its step; the next job must not begin
-                    process.terminate()
-                    process.join(timeout=1)
-            raise
+                print(f"run {ended} of {len(commands)}, {path.name}, {minutes:.1f} minutes",
+                      flush=True)
+    finally:
+        for child in running.values():  # train.py ends its step
+            child.terminate()
+        for child in running.values():
+            child.wait()
 
 
 def run_all(runs, args, *, quiz=None, threads=1, may_diverge=False):
-    """{key: run} for {key: settings}; a run is the content of its run.json, with its folder, its
-    settings as "args" and, with a quiz, its accuracy. Those that are not in args.runs yet are
-    computed, in args.jobs processes of one thread, or on several threads in this process.
-    Raises ValueError for a run that diverges, unless it may: its val_loss is then infinite."""
-    folders = {key: run_folder(settings, args.runs) for key, settings in runs.items()}
-    if threads > 1:
-        folders = {key: path.with_name(f"{path.name}-{threads}threads")
-                   for key, path in folders.items()}
-    unique = {folder: runs[key] for key, folder in folders.items()}
-    jobs = [(settings, folder, quiz, threads) for folder, settings in unique.items()
-            if not is_complete(folder, quiz)]
-    print(f"{len(unique)} runs, {len(jobs)} of them to be computed", flush=True)
-    compute_all(jobs, 1 if threads > 1 else args.jobs)
-    found = {key: read_run(runs[key], folder, quiz) for key, folder in folders.items()}
-    for run in found.values():
-        if "diverged" in run and not may_diverge:
-            raise ValueError(f"{run['folder']} diverged at the rate that the sweep chose: "
-                             f"{run['diverged']}; give lower --rates")
+    """{key: run} for {key: flags}; a run is the content of its run.json, with its folder, its
+    flags and, with a quiz, its accuracy. Those that are not in args.runs yet are computed, in
+    args.jobs processes of one thread, or one of several threads. Raises ValueError for a run that
+    diverges, unless it may: its val_loss is then infinite."""
+    suffix = f"-{threads}threads" if threads > 1 else ""  # more threads round sums differently
+    folders = {key: Path(f"{run_folder(flags, args.runs)}{suffix}") for key, flags in runs.items()}
+    commands = {folder: ["train.py", *command_line({**runs[key], "out": folder}), "--overwrite"]
+                for key, folder in folders.items()}
+    missing = {folder: command for folder, command in commands.items()
+               if not (folder / "run.json").exists() and not has_diverged(folder)}
+    print(f"{len(commands)} runs, {len(missing)} of them to be computed", flush=True)
+    call_all(missing, 1 if threads > 1 else args.jobs, threads)
+    found = {}
+    for key, folder in folders.items():
+        if has_diverged(folder):
+            if not may_diverge:
+                raise ValueError(f"{folder} diverged at the rate that the sweep chose: "
+                                 f"{last_line(folder)}; give lower --rates")
+            found[key] = {"metrics": {"val_loss": math.inf}}
+        else:
+            recorded = files.read_json(folder / "run.json")
+            found[key] = {**recorded, "folder": folder, "flags": runs[key]}
+    if quiz:
+        for key, accuracy in quiz_accuracies(found, quiz, args).items():
+            found[key]["metrics"]["quiz"] = accuracy
     return found
 
 
-def read_run(settings, folder, quiz):
-    if (folder / "diverged.json").exists():
-        reason = files.read_json(folder / "diverged.json")["reason"]
-        return {"folder": folder, "metrics": {"val_loss": math.inf}, "diverged": reason}
-    run = {**files.read_json(folder / "run.json"), "folder": folder, "args": settings}
-    if quiz:
-        run["metrics"]["quiz"] = run_accuracy(settings, folder, quiz)
-    return run
+def quiz_accuracies(runs, quiz, args):
+    """{key: share of the quiz's questions that the model answers correctly} for {key: run}. The
+    folder of a run may be that of the weights; quantize says how these are held."""
+    asked = [(path.name, files.file_fingerprint(path))
+             for path in sorted(Path(quiz).glob("*/*.csv"))]
+    paths, commands = {}, {}
+    for key, run in runs.items():
+        adapter = run["folder"] / "adapter.pt"
+        weights, adapter = (args.weights, adapter) if adapter.exists() else (run["folder"], None)
+        name = files.digest(asked, files.weights_fingerprint(weights), run.get("quantize"),
+                            adapter and files.file_fingerprint(adapter))
+        path = paths[key] = args.runs / f"quiz-{name}.json"
+        if not path.exists():
+            commands[path] = ["eval_mmlu.py", *command_line({
+                "weights": weights, "adapter": adapter, "data": quiz, "shots": QUIZ_SHOTS,
+                "device": "cpu", "dtype": "fp32", "quantize": run.get("quantize"), "out": path})]
+    call_all(commands, args.jobs)
+    return {key: files.read_json(path)["accuracy"] for key, path in paths.items()}
 
 
-def starting_model(settings):
+def run_seeds(arms, args, seeds=None, **options):
+    """{key: [run of each seed]} for {key: flags}; the seeds count from the one in the flags. For
+    options see run_all."""
+    seeds = range(seeds or args.seeds)
+    runs = run_all({(key, seed): {**flags, "seed": flags["seed"] + seed}
+                    for key, flags in arms.items() for seed in seeds}, args, **options)
+    return {key: [runs[key, seed] for seed in seeds] for key in arms}
+
+
+def run_methods(configs, rates, args, records, val, quiz=None):
+    """{name: [run of each seed]} of {name: config} at {name: rate}, on the same records."""
+    return run_seeds({name: run_flags(args, config, rate=rates[name], records=records, val=val,
+                                      keep_data=args.keep_data)
+                      for name, config in configs.items()}, args, quiz=quiz)
+
+
+def values(runs, metric="val_loss"):
+    """A metric of every run; "kept" is the loss on --keep-data."""
+    found = [run["metrics"][metric] for run in runs]
+    return [kept["loss"] for kept in found] if metric == "kept" else found
+
+
+def mean_loss(runs):
+    return statistics.fmean(values(runs))
+
+
+def intervals(runs, metrics):
+    """{metric: its interval over the runs} of those metrics that were measured."""
+    return {metric: report.interval(values(runs, metric)) for metric in metrics
+            if metric in runs[0]["metrics"]}
+
+
+def starting_model(flags):
     """(model with adapters as train.py drew them, by the same calls in the same order;
     tokenizer)."""
+    settings = train.parse_args(command_line(flags))
     torch.manual_seed(settings.seed)
     model, tokenizer = load_llama(settings.weights, dtype=torch.float32)
     add_hydralora(model, **train.adapter_settings(settings))
@@ -396,7 +364,7 @@ def starting_model(settings):
 
 def trained_model(run):
     """(model with a run's adapter, tokenizer)."""
-    model, tokenizer = load_llama(run["args"].weights, dtype=torch.float32)
+    model, tokenizer = load_llama(run["flags"]["weights"], dtype=torch.float32)
     load_adapter(model, run["folder"] / "adapter.pt")
     return model.eval(), tokenizer
 
@@ -404,14 +372,14 @@ def trained_model(run):
 # ---------------------------------------------------------------- the sweep
 
 
-def sweep(names, rates, losses_at, widen=WIDEN):
-    """{name: {rate: [loss of each seed]}}; losses_at([(name, rate)]) returns such a list for
-    each. All names try the same rates; while the best is the lowest or highest of several, the
+def sweep(names, rates, measure, widen=WIDEN):
+    """{name: {rate: [loss of each seed]}}; measure([(name, rate)]) returns {(name, rate): such a
+    list}. All names try the same rates; while the best is the lowest or highest of several, the
     next rate beyond it is tried, at most `widen` times."""
     tried = {name: {} for name in names}
     asked = [(name, rate) for name in names for rate in rates]
-    for _ in range(1 + (widen if len(rates) > 1 else 0)):
-        for (name, rate), losses in zip(asked, losses_at(asked)):
+    for _ in range(1 + widen):
+        for (name, rate), losses in measure(asked).items():
             tried[name][rate] = losses
         asked = [(name, beyond(losses)) for name, losses in tried.items() if beyond(losses)]
         if not asked:
@@ -445,42 +413,41 @@ def steady_rate(tried):
     variances). A single seed has no scatter: the best."""
     means = mean_losses(tried)
     best = best_rate(tried)
-
-    def is_close(rate):
-        variances = [statistics.variance(tried[rate]), statistics.variance(tried[best])]
-        return means[rate] - means[best] <= math.sqrt(statistics.fmean(variances))
-
     if len(tried[best]) == 1:
         return best
-    lower = [rate for rate in means if rate < best and math.isfinite(means[rate])]
-    return min([best, *filter(is_close, lower)])
+
+    def is_close(rate):
+        scatter = statistics.fmean(statistics.variance(tried[at]) for at in (rate, best))
+        return means[rate] - means[best] <= math.sqrt(scatter)
+
+    return min(rate for rate in means
+               if rate <= best and math.isfinite(means[rate]) and is_close(rate))
+
+
+def steady_rates(tried):
+    return {name: steady_rate(losses) for name, losses in tried.items()}
 
 
 def tune(arms, args, rates=None, *, seeds=SWEEP_SEEDS, share=SHARE, widen=WIDEN):
     """{name: {rate: [mean held-out loss of each seed]}} of arms {name: (config, [records,
     ...])}. A share of each list of training records is held out, alike for all arms; the
     validation set is not among the arguments."""
-    parts = {name: [[write_records(part, args) for part in train_val_split(records, share, 0)]
-                    for records in lists] for name, (_, lists) in arms.items()}
-
-    def losses_at(asked):
-        runs = {}
+    def measure(asked):
+        flags = {}
         for name, rate in asked:
-            for seed in range(seeds):
-                for i, (training, held_out) in enumerate(parts[name]):
-                    runs[name, rate, seed, i] = run_settings(
-                        args, arms[name][0], rate=rate, seed=seed, data=training, val=held_out,
-                        epochs=args.sweep_epochs)
-        runs = run_all(runs, args, may_diverge=True)
-
-        def mean_loss(name, rate, seed):
-            found = [runs[name, rate, seed, i] for i in range(len(parts[name]))]
-            return statistics.fmean(values(found))
-
-        return [[mean_loss(name, rate, seed) for seed in range(seeds)] for name, rate in asked]
+            config, lists = arms[name]
+            for i, records in enumerate(lists):
+                training, held_out = train_val_split(records, share, seed=0)
+                flags[name, rate, i] = run_flags(args, config, rate=rate, records=training,
+                                                 val=held_out, epochs=args.sweep_epochs)
+        losses = {}  # {(name, rate): [losses of the seeds, for each list]}
+        for (name, rate, _), runs in run_seeds(flags, args, seeds, may_diverge=True).items():
+            losses.setdefault((name, rate), []).append(values(runs))
+        return {key: [statistics.fmean(seed) for seed in zip(*lists)]
+                for key, lists in losses.items()}
 
     print("sweep of the learning rate, on training data only")
-    tried = sweep(arms, rates or args.rates, losses_at, widen)
+    tried = sweep(arms, rates or args.rates, measure, widen)
     for name, losses in tried.items():
         means = mean_losses(losses)
         if math.isinf(min(means.values())):
@@ -492,39 +459,29 @@ def tune(arms, args, rates=None, *, seeds=SWEEP_SEEDS, share=SHARE, widen=WIDEN)
     return tried
 
 
-def steady_rates(tried):
-    return {name: steady_rate(losses) for name, losses in tried.items()}
-
-
-def run_seeds(configs, rates, args, records, val, quiz=None):
-    """{name: [run of each seed]} of {name: config} at {name: rate}."""
-    data = write_records(records, args)
-    val = write_records(val, args)
-    runs = run_all({(name, seed): run_settings(
-        args, config, rate=rates[name], seed=seed, data=data, val=val, keep=True)
-        for name, config in configs.items() for seed in range(args.seeds)}, args, quiz=quiz)
-    return {name: [runs[name, seed] for seed in range(args.seeds)] for name in configs}
-
-
-def values(runs, metric="val_loss"):
-    """A metric of every run; "kept" is the loss on --keep-data."""
-    found = [run["metrics"][metric] for run in runs]
-    return [kept["loss"] for kept in found] if metric == "kept" else found
+def tune_and_run(configs, args, records, val, quiz=None):
+    """(sweep, {name: [run of each seed]}) of {name: config}, all on the same records, each at the
+    rate that its sweep chose."""
+    tried = tune({name: (config, [records]) for name, config in configs.items()}, args)
+    return tried, run_methods(configs, steady_rates(tried), args, records, val, quiz)
 
 
 def rerun(name, runs, args):
     """{arm, runs, threads, moved}: the runs of one arm repeated on THREADS threads, which
     round sums differently, as another processor would. moved is {metric: {scatter, seeds}}:
     the root mean square change of a run, and the standard deviation between the seeds."""
-    again = run_all({i: run["args"] for i, run in enumerate(runs)}, args, threads=THREADS).values()
+    again = run_all({i: run["flags"] for i, run in enumerate(runs)}, args, threads=THREADS)
     moved = {}
     for metric in ("val_loss", "kept"):
         if metric in runs[0]["metrics"]:
             first = values(runs, metric)
-            squares = [(a - b) ** 2 for a, b in zip(first, values(again, metric))]
+            squares = [(a - b) ** 2 for a, b in zip(first, values(again.values(), metric))]
             moved[metric] = {"scatter": math.sqrt(statistics.fmean(squares)),
                              "seeds": statistics.stdev(first) if first[1:] else None}
     return {"arm": name, "runs": len(runs), "threads": THREADS, "moved": moved}
+
+
+# ---------------------------------------------------------------- what scripts print and write
 
 
 def rerun_text(found):
@@ -538,9 +495,6 @@ def rerun_text(found):
             f"{' and '.join(changes)}, RMS over {found['runs']} runs.")
 
 
-# ---------------------------------------------------------------- what scripts print and write
-
-
 def rates_table(tried):
     """Mean held-out losses of the sweep; the chosen rate is marked."""
     rates = sorted({rate for losses in tried.values() for rate in losses})
@@ -551,8 +505,7 @@ def rates_table(tried):
                  for rate, loss in means.items()}
         cells[steady_rate(losses)] += " *"
         rows.append([name, *(cells.get(rate, "") for rate in rates)])
-    header = ["held-out loss by rate, * chosen", *(f"{rate:g}" for rate in rates)]
-    return report.markdown(header, rows)
+    return report.markdown(["held-out loss by rate, * chosen", *rates], rows)
 
 
 def conditions(args, records, val):
@@ -567,11 +520,11 @@ def conditions(args, records, val):
             "torch": torch.__version__}
 
 
-def publish(args, name, records, val, content, *, tables, again, claims, more, draw):
-    """Writes the results of a script: its content with conditions, rerun and claims; its
-    tables, the sentence on the rerun, the table of claims, and more tables."""
-    report.write_results(
-        args, name,
-        {"conditions": conditions(args, records, val), **content, "rerun": again,
-         "claims": claims},
-        [*tables, rerun_text(again), report.claims_text(claims), *more], draw)
+def publish(args, name, records, val, content, *, tables, again, claims, draw, more=()):
+    """Writes the results of a script: its content with conditions, rerun and claims; its tables,
+    the sentence on the rerun, the table of claims, the rates of its sweep, and more tables."""
+    swept = [rates_table(content["sweep"])] if "sweep" in content else []
+    content = {"conditions": conditions(args, records, val), **content, "rerun": again,
+               "claims": claims}
+    sections = [*tables, rerun_text(again), report.claims_text(claims), *swept, *more]
+    report.write_results(args, name, content, sections, draw)

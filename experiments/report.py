@@ -1,15 +1,10 @@
-"""From numbers to what is printed: intervals, claims and verdicts, tables, files, pictures.
+"""From numbers to what is printed: intervals, claims and verdicts, tables, pictures.
 
-    claims = judge([claim(PRIMARY, difference(a, b), primary=True), ...], __file__)
+    claims = judge({PRIMARY: difference(a, b), ...}, PRIMARY, __file__)
     write_results(args, "table1", {"claims": claims}, [claims_text(claims)], draw)
 
-The rules, which experiments/README.md explains at length:
-
-    interval   Student's t, 95 %, over seeds; differences are taken seed by seed
-    primary    at most one claim per script, written into it and committed before its long run
-    secondary  all others; their p values are corrected by Holm for how many they are
-    verdict    at p below 0.05 "holds", or "does not hold" if the opposite was measured; else
-               "not shown"
+The rules are explained in experiments/README.md: intervals are Student's t, 95 %, over seeds; a
+script has at most one primary claim, and the p values of all others are corrected by Holm.
 """
 
 import math
@@ -20,6 +15,7 @@ from pathlib import Path
 from support.files import write_json, write_text
 
 LEVEL = 0.05
+STYLES = (("o", "-"), ("s", "--"), ("D", "-."), ("^", ":"), ("v", (0, (1, 3))))
 
 # ---------------------------------------------------------------- statistics
 
@@ -94,116 +90,106 @@ def holm(p_values):
 # ---------------------------------------------------------------- claims
 
 
-def claim(text, stat, primary=False):
-    """A claim and the paired difference that is positive if it is true, None if it could not
-    be measured."""
-    return {"claim": text, "primary": primary, "difference": stat}
-
-
-def judge(claims, script):
-    """The claims with p and verdict, the primary one also with the commit that brought its
-    text into the script (a path). Raises ValueError for more than one primary claim."""
-    primary = sum(c["primary"] for c in claims)
-    if primary > 1:
-        raise ValueError(f"{script} has {primary} primary claims, one at most is allowed")
-    corrected = iter(holm([p_value(c["difference"]) for c in claims if not c["primary"]]))
-    judged = []
-    for c in claims:
-        p = p_value(c["difference"]) if c["primary"] else next(corrected)
-        judged.append({**c, "p": p, "verdict": verdict(c["difference"], p)})
-        if c["primary"]:
-            judged[-1]["fixed_by"] = fixed_by(script, c["claim"])
-    return judged
-
-
-def verdict(stat, p):
-    if p >= LEVEL:
-        return "not shown"
-    return "holds" if stat["mean"] > 0 else "does not hold"
+def judge(differences, primary, script):
+    """The claims of {text: paired difference that is positive if it is true, or None if it could
+    not be measured}, with p and verdict; the primary one also with the commit that brought its
+    text into the script (a path)."""
+    corrected = iter(holm([p_value(stat) for text, stat in differences.items()
+                           if text != primary]))
+    claims = []
+    for text, stat in differences.items():
+        p = p_value(stat) if text == primary else next(corrected)
+        shown = "holds" if stat and stat["mean"] > 0 else "does not hold"
+        claims.append({"claim": text, "primary": text == primary, "difference": stat, "p": p,
+                       "verdict": shown if p < LEVEL else "not shown"})
+        if text == primary:
+            claims[-1]["fixed_by"] = fixed_by(script, text)
+    return claims
 
 
 def fixed_by(script, text):
     """The commit that brought the text into the script; None if git does not know."""
     path = Path(script).resolve()
-
-    def git(*words):
-        done = subprocess.run(["git", *words], cwd=path.parent, capture_output=True, text=True)
-        return "" if done.returncode else done.stdout
-
+    command = ["git", "log", "-1", "--format=%H", f"-S{text}", "--", path.name]
     try:
-        if text not in git("show", f"HEAD:./{path.name}"):
-            return None
-        return git("log", "-1", "--format=%H", f"-S{text}", "--", path.name)[:10] or None
+        found = subprocess.run(command, cwd=path.parent, capture_output=True, text=True).stdout
     except OSError:  # no git here
         return None
+    return found[:10] or None
 
 
 def claims_text(claims):
     """The table of judged claims, and which commit fixed the primary one."""
-    rows = []
-    note = ""
+    rows, note = [], ""
     for c in claims:
         p = "< 0.001" if c["p"] < 0.001 else f"{c['p']:.3f}"
         prefix = "primary: " if c["primary"] else ""
-        rows.append([prefix + c["claim"], signed(c["difference"]), p, c["verdict"]])
-        if c["primary"] and c["fixed_by"]:
-            note = f"\n\nThe primary claim was fixed by commit {c['fixed_by']}, before the run."
-        elif c["primary"]:
-            note = "\n\nThe primary claim was not committed before the run."
+        rows.append([prefix + c["claim"], show(c["difference"], sign="+"), p, c["verdict"]])
+        if c["primary"]:
+            how = f"fixed by commit {c['fixed_by']}," if c["fixed_by"] else "not committed"
+            note = f"\n\nThe primary claim was {how} before the run."
     return markdown(["claim", "difference", "p", "verdict"], rows) + note
 
 
-# ---------------------------------------------------------------- tables, files, pictures
+# ---------------------------------------------------------------- tables
 
 
-def show(stat, digits=4, percent=False):
-    """"mean ± half the interval", as it is or in percent; "-" for None."""
+def show(stat, digits=4, percent=False, sign=""):
+    """"mean ± half the interval", as it is or in percent; "-" for None. With sign "+" a positive
+    mean has its sign too."""
     if stat is None:
         return "-"
-    factor, unit = (100, " %") if percent else (1, "")
-    digits = 1 if percent else digits
-    text = f"{factor * stat['mean']:.{digits}f}"
+    factor, digits, unit = (100, 1, " %") if percent else (1, digits, "")
+    text = f"{sign if stat['mean'] > 0 else ''}{factor * stat['mean']:.{digits}f}"
     if stat["low"] is not None:
         text += f" ± {factor * (stat['high'] - stat['mean']):.{digits}f}"
     return text + unit
 
 
-def signed(stat, digits=4):
-    """show() with a plus sign before a positive mean."""
-    return "-" if stat is None else ("+" if stat["mean"] > 0 else "") + show(stat, digits)
+def cell(value):
+    """How a table shows a value: an interval with ±, a count with commas, None as a dash."""
+    if value is None or isinstance(value, dict):
+        return show(value)
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def markdown(header, rows):
     """A Markdown table whose columns also line up in a terminal."""
-    table = [list(map(str, row)) for row in [header, *rows]]
+    table = [list(map(cell, row)) for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |"
+    lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(row, widths)) + " |"
              for row in table]
     rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def write_results(args, name, content, sections, picture):
-    """Prints the sections and writes NAME.json, NAME.md and, if matplotlib is installed,
-    NAME.png. picture(pyplot) returns a figure, or None if it cannot be drawn."""
+# ---------------------------------------------------------------- files and pictures
+
+
+def write_results(args, name, content, sections, draw=None):
+    """Prints the sections and writes NAME.json, NAME.md and, if there is a draw(pyplot) that
+    returns a figure, and what it needs is installed, NAME.png."""
     args.out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(sections) + "\n"
     print("\n" + text)
     write_json(args.out / f"{name}.json", finite(content))
     write_text(args.out / f"{name}.md", text)
+    if draw is None:
+        return
     try:
         import matplotlib
-    except ImportError:
-        print("no picture: matplotlib is not installed "
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+        figure = draw(pyplot)
+    except ImportError as error:
+        print(f"no picture: {error.name} is not installed "
               "(pip install -r requirements-optional.txt)")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure = picture(pyplot)
-    if figure is not None:
-        # without matplotlib's version in it, the same numbers give the same file
-        figure.savefig(args.out / f"{name}.png", dpi=100, metadata={"Software": None})
-        pyplot.close(figure)
+    # without matplotlib's version in it, the same numbers give the same file
+    figure.savefig(args.out / f"{name}.png", dpi=100, metadata={"Software": None})
+    pyplot.close(figure)
 
 
 def finite(content):
@@ -215,7 +201,36 @@ def finite(content):
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def error_bars(axes, x, stats, **style):
-    """Means with their intervals. A marker tells series apart, not the colour alone."""
-    half = [0 if s["low"] is None else s["high"] - s["mean"] for s in stats]
-    axes.errorbar(x, [s["mean"] for s in stats], yerr=half, capsize=3, **style)
+def error_bars(stats):
+    """(means, half their intervals); a single value has no bar."""
+    half = [math.nan if s["low"] is None else s["high"] - s["mean"] for s in stats]
+    return [s["mean"] for s in stats], half
+
+
+def line_chart(pyplot, lines, xlabel, ylabel):
+    """The axes of a chart of {label: (x, intervals)}. Marker and dashes tell lines apart, not the
+    colour alone."""
+    _, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for (label, (x, stats)), (marker, dashes) in zip(lines.items(), STYLES):
+        y, half = error_bars(stats)
+        axes.errorbar(x, y, yerr=half, capsize=3, marker=marker, linestyle=dashes, markersize=5,
+                      markevery=max(1, len(y) // 8), label=label)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.legend()
+    return axes
+
+
+def points_chart(pyplot, names, panels):
+    """A figure with a row for each name and a panel for each of {label: intervals}."""
+    figure, axes = pyplot.subplots(1, len(panels), sharey=True, squeeze=False,
+                                   layout="constrained", figsize=(12, 1.5 + 0.3 * len(names)))
+    for axis, (label, stats) in zip(axes[0], panels.items()):
+        for y, (name, mean, half) in enumerate(zip(names, *error_bars(stats))):
+            marker, color = ("D", "black") if "HydraLoRA" in name else ("o", "tab:blue")
+            axis.errorbar(mean, y, xerr=half, marker=marker, color=color, capsize=3)
+        axis.set_xlabel(label)
+        axis.grid(axis="x", alpha=0.4)
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].invert_yaxis()  # the first name on top
+    return figure
