@@ -34,11 +34,11 @@ from data.corpus import (
 )
 from hydralora import base_fingerprint
 from model import Tokenizer, read_params
+from support.base import load_model, print_default_length
 from support.cli import Parser, check_min, progress, run_script
 from support.cluster_scores import ari, contingency, keywords, nmi, silhouette
 from support.device import DTYPES, pick_device, pick_dtype
-from support.diagnose import print_default_length
-from support.distributed import add_shard_flag, load_model, process_group, run_on_rank0
+from support.distributed import add_shard_flag, process_group, run_on_rank0
 from support.files import check_tensors, read_torch, write_file, write_text
 from support.quantize import add_quantize_flag
 

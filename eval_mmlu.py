@@ -25,15 +25,14 @@ from torch.nn.utils.rnn import pad_sequence
 from data import WORLD
 from data.mmlu import CATEGORY, LETTERS, encode_prompt, letter_ids, read_questions
 from hydralora import HydraLinear
+from support.base import base_digest, load_model_and_adapter, print_default_length, stated_length
 from support.cli import Parser, check_min, progress, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
-from support.diagnose import print_default_length, stated_length
 from support.distributed import add_shard_flag, process_group
 from support.files import digest, read_json, write_json
 from support.jsonl_resume import append_row, open_partial, read_partial, remove_partial
 from support.lock import file_lock
 from support.quantize import add_quantize_flag
-from support.run_folder import base_digest, load_model_and_adapter
 
 QUESTION = {"subject": str, "index": int, "prediction": str, "answer": str, "logprobs": list}
 Z = 1.959963984540054  # the normal quantile of a two-sided 95 % interval

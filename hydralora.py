@@ -171,8 +171,7 @@ def remove_adapters(model: nn.Module) -> None:
     """Puts every base layer back, still frozen. Another adapter can then be added."""
     for name, layer in hydra_layers(model).items():
         model.set_submodule(name, layer.base)
-    if hasattr(model, "hydralora_config"):
-        del model.hydralora_config
+    model.__dict__.pop("hydralora_config", None)
 
 
 @contextmanager
@@ -189,15 +188,12 @@ def adapters_disabled(model: nn.Module):
 def record_gates(model: nn.Module):
     """Yields {layer name: gate (..., N)} of the latest forward pass: the tensors that
     acted, with their gradient, so that a loss on them can join the training loss."""
-    names = {layer.gate_out: name for name, layer in hydra_layers(model).items()}
     gates = {}
-
-    def record(module, inputs, gate):
-        gates[names[module]] = gate
-
     with ExitStack() as hooks:  # removes them at the end
-        for module in names:
-            hooks.enter_context(module.register_forward_hook(record))
+        for name, layer in hydra_layers(model).items():
+            def record(module, inputs, gate, name=name):
+                gates[name] = gate
+            hooks.enter_context(layer.gate_out.register_forward_hook(record))
         yield gates
 
 
@@ -230,10 +226,9 @@ def check_adapter(model, base, tensors, targets, **settings):
             raise ValueError(f"it was trained on another base model ({name} differs)")
     shapes = {}
     for name, layer in target_layers(model, targets).items():
-        layer = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        layer = HydraLinear(layer, **settings)  # takes no memory
-        for key, parameter in layer.named_parameters(recurse=False):
-            shapes[f"{name}.{key}"] = parameter.shape
+        linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        twin = HydraLinear(linear, **settings)  # takes no memory
+        shapes |= {f"{name}.{key}": p.shape for key, p in twin.named_parameters(recurse=False)}
     good = {name for name, t in tensors.items() if t.shape == shapes.get(name)
             and t.is_floating_point() and t.layout == torch.strided and t.isfinite().all()}
     wrong = sorted((shapes.keys() | tensors.keys()) - good)

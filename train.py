@@ -45,9 +45,16 @@ from hydralora import (
     load_adapter,
 )
 from support import distributed, evaluation, run_folder
+from support.base import (
+    load_model,
+    model_length,
+    print_default_length,
+    read_adapter_config,
+    trained_with,
+    warn_of_spare_rows,
+)
 from support.cli import Parser, check_min, flag, progress, run_script
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
-from support.diagnose import model_length, print_default_length, warn_of_spare_rows
 from support.evaluation import evaluate, target_logits
 from support.lock import file_lock
 from support.quantize import KINDS, add_quantize_flag
@@ -150,8 +157,8 @@ def load_base(args):
     """(base model on the device, tokenizer)."""
     # full: the weights that train are fp32, only their products are in --dtype
     dtype = torch.float32 if args.method == "full" else DTYPES[args.dtype]
-    model, tokenizer = distributed.load_model(args.weights, device=args.device, dtype=dtype,
-                                              shard_base=args.shard_base, quantize=args.quantize)
+    model, tokenizer = load_model(args.weights, device=args.device, dtype=dtype,
+                                  shard_base=args.shard_base, quantize=args.quantize)
     warn_of_spare_rows(model, tokenizer, args.weights)
     validate_for_model(args, model)
     model.checkpoint_activations = args.checkpoint_activations
@@ -495,8 +502,8 @@ def take_settings(args):
     """Fills in the method and the settings of --init-adapter, and --quantize as it was trained
     with. Raises ValueError for a flag that contradicts the settings."""
     if not args.resume:  # else the checkpoint says it
-        args.quantize = args.quantize or run_folder.trained_with(args.init_adapter)
-    settings = run_folder.read_adapter_config(args.init_adapter)
+        args.quantize = args.quantize or trained_with(args.init_adapter)
+    settings = read_adapter_config(args.init_adapter)
     settings["method"] = method_of(settings)
     settings["targets"] = ",".join(settings["targets"])
     for name, value in settings.items():

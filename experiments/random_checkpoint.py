@@ -29,6 +29,7 @@ from experiments.steps import LLAMA_7B, random_batch, take_step
 from hydralora import add_hydralora
 from model import SPLIT_DIM, ModelArgs, Tokenizer, Transformer
 from support import distributed
+from support.base import load_model
 from support.cli import Parser, run_script
 from support.device import peak_resident
 from support.quantize import add_quantize_flag
@@ -137,8 +138,8 @@ def run(args):
         with distributed.process_group("cpu", shard_base=args.shard_base):
             private = PrivateMemory()
             private.start()
-            model, _ = distributed.load_model(args.weights, device="cpu",
-                                              shard_base=args.shard_base, quantize=args.quantize)
+            model, _ = load_model(args.weights, device="cpu", shard_base=args.shard_base,
+                                  quantize=args.quantize)
             if args.command == "step":
                 take_steps(model, args.tokens)
             print_peaks(args.command, args.weights, private)

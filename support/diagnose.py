@@ -4,11 +4,9 @@
 
 model.py and hydralora.py report what they expected. This module looks at what is there
 instead: another layout, a Git LFS pointer, a missing shard. It runs only after a
-refusal (support/cli.py) and answers only if it is certain. It also words the context
-length of a model, since Meta's params.json does not hold one.
+refusal (support/cli.py) and answers only if it is certain.
 """
 
-import json
 import re
 import zipfile
 from fractions import Fraction
@@ -22,7 +20,6 @@ IMPORT = "`python -m tools.import_hf {} NEW_FOLDER` makes a folder of it that ca
 # first bytes of a torch.save file: an archive, before PyTorch 1.6 a pickled number
 ARCHIVE = b"PK"
 BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"
-MANY_SPARE = 0.1  # of an embedding's rows: more than that gets a warning
 
 
 def diagnose(error, args):
@@ -187,15 +184,6 @@ def present_part(folder, shards):
     return parts.pop() if len(parts) == 1 else None
 
 
-def warn_of_spare_rows(model, tokenizer, folder):
-    """Prints a warning if so many rows of the embedding have no piece that the
-    tokenizer is likely another model's. Such rows are allowed and never sampled."""
-    spare = model.args.vocab_size - tokenizer.vocab_size
-    if spare > MANY_SPARE * model.args.vocab_size:
-        print(f"warning: {spare} of the embedding's {model.args.vocab_size} rows have no piece in "
-              f"{folder}/tokenizer.model: is it this model's own?")
-
-
 # ---------------------------------------------------------------- an adapter
 
 
@@ -267,26 +255,3 @@ def diagnose_source(folder):
                 them = "it" if len(missing) == 1 else "them"
                 return f"{folder} lacks {missing[:4]}: get {them}"
     return None
-
-
-# ---------------------------------------------------------------- the length of a model
-
-
-def stated_length(weights):
-    """max_seq_len of params.json; None if it has none, like Meta's own files."""
-    text = (Path(weights) / "params.json").read_text("utf-8")
-    return json.loads(text).get("max_seq_len")
-
-
-def model_length(weights, length):
-    """A model's context length in words: its own, or a default and how to change it."""
-    if stated_length(weights):
-        return f"the {length} of the model in {weights}"
-    return (f"{length}, a default, since {weights}/params.json has no max_seq_len (add it if the "
-            "model was made for another length; LLaMA 1: 2048, CodeLlama: 16384)")
-
-
-def print_default_length(weights, length, asked=None):
-    """Prints a line if the length is neither the model's own nor asked for."""
-    if not asked and not stated_length(weights):
-        print(f"prompts may have {model_length(weights, length)}")

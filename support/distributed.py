@@ -14,13 +14,9 @@ import sys
 import time
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
-
-from model import load_llama
-from support.quantize import KINDS, quantize_on_load
 
 WAIT = timedelta(minutes=30)  # for another rank, which may write 81 GB meanwhile
 GRACE = 10  # seconds that rank 0 has to print why all end, before another rank prints it
@@ -173,53 +169,3 @@ def wait_for_rank0_error():
     if rank():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE)
-
-
-# ---------------------------------------------------------------- the base
-
-
-def load_model(directory, *, device, shard_base=False, quantize=None, **settings):
-    """load_llama on the device. With shard_base no process ever holds the whole model; with
-    quantize the linear layers of the blocks are quantised as they are read."""
-    if quantize in KINDS:
-        if shard_base:
-            raise ValueError(f"--shard-base cannot share out a base in {quantize}: give "
-                             "--quantize none, or drop --shard-base")
-        return load_llama(directory, device=device,
-                          on_load=partial(quantize_on_load, kind=quantize), **settings)
-    if not shard_base:
-        return load_llama(directory, device=device, **settings)
-    model, tokenizer = load_llama(directory, device=device, on_load=fsdp_shard, **settings)
-    with torch.no_grad():  # FSDP learns from the first pass which blocks there are: all of them
-        model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=device))
-    return model, tokenizer
-
-
-def fsdp_shard(model, copy):
-    """Shards each block of a model on the meta device over the ranks; embedding, head, last norm
-    and the adapters to come stay whole. A block is gathered when it computes, and freed again.
-    Returns local_shard(name, tensor), {name: the part that this rank holds}. With copy, a
-    whole tensor is not that of a mapped file, and is freed once its part has been copied."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    from torch.distributed.tensor import DTensor
-
-    kind = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
-    mesh = init_device_mesh(kind, (world_size(),))
-    for block in model.layers:
-        fully_shard(block, mesh=mesh)
-    wanted = dict(model.named_parameters())
-    whole = {weight for weight in wanted.values() if not isinstance(weight, DTensor)}
-    fully_shard(model, mesh=mesh, ignored_params=whole)
-    register_fsdp_forward_method(model, "hidden_states")
-
-    def local_shard(name, tensor):
-        weight = wanted[name]
-        if weight in whole:
-            return {name: tensor}
-        rows = -(-len(tensor) // world_size())  # the last ranks may have fewer
-        part = tensor[rank() * rows:(rank() + 1) * rows]
-        return {name: DTensor.from_local(
-            part.clone() if copy else part, mesh, weight.placements,
-            run_check=False, shape=weight.shape, stride=weight.stride())}
-    return local_shard

@@ -17,24 +17,22 @@ import platform
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
 
-from hydralora import HydraSettings, base_fingerprint, load_adapter, save_adapter
-from support.device import DTYPES, get_rng_state, set_rng_state
-from support.diagnose import stated_length, warn_of_spare_rows
-from support.distributed import load_model, rank
+from hydralora import save_adapter
+from support.base import stated_length
+from support.device import get_rng_state, set_rng_state
+from support.distributed import rank
 from support.evaluation import TOTAL
 from support.files import (
     check_finite,
     check_tensors,
-    digest,
     file_fingerprint,
-    read_json,
     read_torch,
     shape_mismatches,
     weights_fingerprint,
@@ -113,92 +111,6 @@ def fingerprints(weights, data, **others):
     found = {name: file_fingerprint(path) for name, path in {**files, **others}.items() if path}
     return {**found, "tokenizer": file_fingerprint(Path(weights) / "tokenizer.model"),
             "weights": weights_fingerprint(weights)}
-
-
-def changed_since(folder, find):
-    """Names of the fingerprints that differ between find(), {name: sha256}, and the run.json in
-    the folder. Without a run.json nothing differs, and find is not called."""
-    path = Path(folder) / "run.json"
-    if not path.is_file():
-        return []
-    try:
-        recorded = dict(read_json(path)["fingerprints"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not the run.json of a run ({error}): move it away, or give "
-                         "files from a whole run folder") from error
-    return [name for name, value in find().items() if recorded.get(name, value) != value]
-
-
-def check_against_run(weights, adapter):
-    """Raises ValueError if an adapter, or weights that --method full wrote, are not what the
-    run.json beside them records. If only the files of the base differ, prints a warning, since
-    load_adapter has compared the values in them."""
-    if not adapter:
-        if changed_since(weights, lambda: {"tuned": weights_fingerprint(weights)}):
-            raise ValueError(f"the weights in {weights} are not those that its run.json describes: "
-                             "give the whole folder of one run")
-        return
-    if adapter.name != "adapter.pt":
-        return  # run.json describes no other file
-    differ = changed_since(adapter.parent, lambda: {
-        "adapter": file_fingerprint(adapter), "weights": weights_fingerprint(weights),
-        "tokenizer": file_fingerprint(weights / "tokenizer.model")})
-    if set(differ) - {"weights"}:
-        raise ValueError(f"{', '.join(differ)}: not what the run.json beside {adapter} records: "
-                         "give adapter and weights of one run, or move run.json away")
-    if differ:
-        print(f"warning: {weights} holds other files than those that {adapter} was trained on, "
-              "with the same weights as far as load_adapter compares them")
-
-
-def trained_with(adapter):
-    """--quantize of the run that an adapter comes from."""
-    content = read_torch(adapter, "an adapter of this project")
-    return content.get("quantized", "none") if isinstance(content, dict) else "none"
-
-
-def base_digest(model):
-    """A short key of a model's frozen weights, and of how they are quantised."""
-    quantized = [model.quantized] if hasattr(model, "quantized") else []
-    return digest(base_fingerprint(model), *quantized)
-
-
-def print_quantize(adapter, now):
-    """Prints how the base was quantised in training, and how it is now, if it is or was."""
-    before = trained_with(adapter)
-    if not before == now == "none":
-        print(f"{adapter} was trained with --quantize {before}; the base here is loaded with "
-              f"--quantize {now}")
-
-
-def load_model_and_adapter(weights, adapter, *, device, dtype, max_seq_len=None, shard_base=False,
-                           quantize=None):
-    """(model in eval mode, with its adapter if one is given; tokenizer). Each is compared with the
-    run.json that describes it. weights and adapter are Paths, dtype is a name such as "bf16".
-    quantize None: as the adapter's base was."""
-    if quantize is None:
-        quantize = trained_with(adapter) if adapter else "none"
-    model, tokenizer = load_model(weights, device=device, dtype=DTYPES[dtype],
-                                  max_seq_len=max_seq_len, shard_base=shard_base,
-                                  quantize=quantize)
-    if adapter:
-        load_adapter(model, adapter)
-        print_quantize(adapter, quantize)
-    warn_of_spare_rows(model, tokenizer, weights)
-    check_against_run(weights, adapter)
-    return model.eval(), tokenizer
-
-
-def read_adapter_config(path):
-    """{"targets": list, and every field of HydraSettings} of an adapter file. Raises ValueError for
-    any other file."""
-    content = read_torch(path, "an adapter of this project")
-    try:
-        settings = dict(content["config"])
-        targets = list(settings.pop("targets"))
-        return {"targets": targets, **asdict(HydraSettings(**settings))}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not an adapter of this project: {error}") from None
 
 
 def save_adapter_file(model, path):

@@ -30,6 +30,7 @@ from experiments import scaling
 from hydralora import add_hydralora, base_fingerprint
 from model import generate
 from support import distributed, evaluation
+from support.base import load_model
 from support.device import autocast
 from tests.conftest import in_step
 from tools import generate as talk
@@ -67,8 +68,8 @@ def look(weights, data):
     process in what it computes, in what it is known by, and with and without adapters."""
     settings = dict(precision=autocast("cpu", "fp32"))
     with distributed.process_group("cpu", shard_base=True):
-        model, tokenizer = distributed.load_model(weights, device="cpu", shard_base=True)
-        whole, _ = distributed.load_model(weights, device="cpu")
+        model, tokenizer = load_model(weights, device="cpu", shard_base=True)
+        whole, _ = load_model(weights, device="cpu")
         held = {name: p.to_local() if hasattr(p, "to_local") else p
                 for name, p in model.named_parameters()}
         found = {"fingerprint": base_fingerprint(model) == base_fingerprint(whole),

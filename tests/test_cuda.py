@@ -24,9 +24,10 @@ from data.corpus import Sequence, encode_records, read_records
 from hydralora import adapter_parameters, add_hydralora, hydra_layers
 from model import ModelArgs, Transformer, generate
 from support import evaluation
+from support.base import load_model_and_adapter
 from support.device import DTYPES, autocast
 from support.memory import Watch, measure_step
-from support.run_folder import Log, load_model_and_adapter
+from support.run_folder import Log
 from tests.conftest import WORLD, in_step, interrupt
 
 CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card here")

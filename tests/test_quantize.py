@@ -23,11 +23,10 @@ from hydralora import (
 )
 from model import load_llama, save_llama
 from support import quantize
-from support.distributed import load_model
+from support.base import load_model, load_model_and_adapter, trained_with
 from support.evaluation import count_parameters
 from support.memory import Watch
 from support.quantize import KINDS, QuantizedLinear, normal_levels, quantize_blocks
-from support.run_folder import load_model_and_adapter, trained_with
 from tests.conftest import WORLD, in_step, interrupt, status_of, tiny_model
 from tools import generate, official_adapter, to_lora, to_transformers
 

@@ -28,7 +28,7 @@ from data.corpus import encode_records, read_records, train_val_split
 from data.mmlu import encode_prompt, read_questions
 from hydralora import add_hydralora, load_adapter, save_adapter
 from model import SPLIT_DIM, load_llama, save_llama
-from support import distributed, evaluation, run_folder
+from support import base, evaluation, run_folder
 from support.files import weights_fingerprint, write_file, write_llama
 from tests.conftest import ROOT, WORLD, file_size_limit, tiny_model
 
@@ -1045,11 +1045,11 @@ def test_memory_that_runs_out_is_one_line_and_a_bug_keeps_its_traceback(made, pl
                   RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory"),
                   RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)."),
                   RuntimeError("CUDA error: out of memory\nSearch for cudaErrorMemoryAllocation")):
-        monkeypatch.setattr(distributed, "load_llama", fail(error))
+        monkeypatch.setattr(base, "load_llama", fail(error))
         status, errors = call(script, made, [])
         assert status == 1 and errors.count("\n") == 1
         assert "needs less" in errors or "smaller --batch-size" in errors
-    monkeypatch.setattr(distributed, "load_llama", fail(RuntimeError("a bug")))
+    monkeypatch.setattr(base, "load_llama", fail(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         call(script, made, [])
 

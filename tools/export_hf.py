@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from model import load_llama
+from support.base import model_length, stated_length
 from support.cli import Parser, run_script
-from support.diagnose import model_length, stated_length
 from support.files import atomic_dir, write_json
 from tools.hf_layout import hf_rows, rotary_heads, tensor_names, write_safetensors
 

@@ -22,16 +22,15 @@ import torch
 from data import WORLD, corpus
 from hydralora import adapters_disabled, hydra_layers, record_gates
 from model import generate_ids, generate_tokens
+from support.base import base_digest, load_model_and_adapter, model_length
 from support.cli import Parser, check_min, flag, progress, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
-from support.diagnose import model_length
 from support.distributed import add_shard_flag, process_group
 from support.evaluation import most_specialised_layer
 from support.files import digest, write_text
 from support.jsonl_resume import append_row, open_partial, read_partial, remove_partial
 from support.lock import file_lock
 from support.quantize import add_quantize_flag
-from support.run_folder import base_digest, load_model_and_adapter
 
 ADAPTER = Path("runs/hydralora/adapter.pt")  # of the README's first command
 FAMILIES_SHOWN = 8  # of the embedded world: a record of each is answered without prompts

@@ -19,9 +19,9 @@ import torch
 from data import WORLD
 from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
 from model import load_llama
+from support.base import print_quantize
 from support.cli import Parser, run_script
 from support.files import atomic_dir, read_json, write_file, write_json
-from support.run_folder import print_quantize
 from tools.hf_layout import (
     TARGETS,
     check_settings,

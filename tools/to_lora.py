@@ -19,11 +19,11 @@ from data import WORLD
 from data.corpus import encode_records, read_records, train_val_split
 from hydralora import HydraLinear, adapters_disabled, hydra_layers, load_adapter
 from model import load_llama
+from support.base import load_model_and_adapter, print_quantize
 from support.cli import Parser, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
 from support.evaluation import TOTAL, evaluate, routing_report
 from support.files import atomic_dir, write_json
-from support.run_folder import load_model_and_adapter, print_quantize
 from tools.generate import has_router
 from tools.hf_layout import check_settings, write_safetensors
 from tools.official_adapter import add_base_flags, official_tensors, peft_config

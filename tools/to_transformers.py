@@ -18,9 +18,9 @@ from torch import nn
 from data import WORLD
 from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
 from model import load_llama
+from support.base import print_quantize, trained_with
 from support.cli import Parser, run_script
 from support.files import write_file
-from support.run_folder import print_quantize, trained_with
 from tools.hf_layout import TARGETS, hf_name, hf_rows, meta_rows, rotary_heads
 
 
