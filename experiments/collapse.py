@@ -22,7 +22,6 @@ from experiments import common, report
 from experiments.common import hydra
 from hydralora import hydra_layers
 from support import files
-from support.device import autocast
 from support.evaluation import mean_cosine
 
 APART = 0.9
@@ -44,24 +43,17 @@ def watch(flags, records, start, every):
             layer.router.mul_(router)
             layer.lora_B.normal_().mul_(b)
     longest = settings.max_seq_len or min(train.MAX_SEQ_LEN, model.args.max_seq_len)
-    steps = train.plan_steps(encode_records(records, tokenizer, longest)[0],
-                             batch_size=settings.batch_size, grad_accum=settings.grad_accum,
-                             epochs=settings.epochs, max_steps=settings.max_steps,
-                             seed=settings.seed)
-    optimizer = train.make_optimizer(model, lr=settings.lr)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    trace = {"steps": [], "cosine": [], "apart": []}
-    for step, batches in enumerate(steps):
-        rate = train.learning_rate(step, len(steps), settings.lr, settings.warmup)
-        optimizer.param_groups[0]["lr"] = rate
-        train.train_step(model, batches, optimizer, scaler, clip=settings.clip,
-                         precision=autocast("cpu", "fp32"))
-        if step % every == 0 or step + 1 == len(steps):
-            matrices = [layer.lora_B.detach() for layer in layers]  # (N, O, R)
-            trace["steps"].append(step + 1)
-            trace["cosine"].append(statistics.fmean(map(mean_cosine, matrices)))
-            trace["apart"].append(max((b.amax(0) - b.amin(0)).max().item() for b in matrices))
-    return trace
+    sequences, _ = encode_records(records, tokenizer, longest)
+    steps = common.train_here(model, sequences, lr=settings.lr, seed=settings.seed,
+                              batch_size=settings.batch_size, epochs=settings.epochs,
+                              max_steps=settings.max_steps, clip=settings.clip)
+    rows = []
+    for step, _ in enumerate(steps, 1):
+        matrices = [layer.lora_B.detach() for layer in layers]  # (N, O, R)
+        rows.append([step, statistics.fmean(map(mean_cosine, matrices)),
+                     max((b.amax(0) - b.amin(0)).max().item() for b in matrices)])
+    looked = [row for row in rows if row[0] % every == 1 % every or row is rows[-1]]
+    return dict(zip(("steps", "cosine", "apart"), map(list, zip(*looked))))
 
 
 def separated(trace):
@@ -91,7 +83,7 @@ def draw_collapse(pyplot, traces):
 
 def parse_args(argv):
     p = common.parser("collapse", __doc__, seeds=1, epochs=1, rates=None, sweep_epochs=None)
-    p.set_defaults(max_steps=300)
+    p.set_defaults(max_steps=300, first_seed=0)
     p.add_argument("--every", type=int, default=5, help="steps between two looks (5)")
     return common.parse_args(p, argv)
 
@@ -102,7 +94,7 @@ def run(args):
     traces = {start: [] for start in STARTS}
     for start, seed in product(STARTS, range(args.seeds)):
         flags = common.run_flags(args, hydra(3), rate=train.WORLD_RECIPE["lr"], records=records,
-                                 val=val, seed=seed)
+                                 val=val, seed=seed, clip=1.0)
         key = [start, STARTS[start], args.every, common.run_folder(flags, args.runs).name]
         path = args.runs / f"collapse-{files.digest(key)}.json"
         trace = common.cached(path, partial(watch, flags, records, start, args.every))

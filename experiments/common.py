@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from hydralora import TARGETS, add_hydralora, load_adapter
 from model import Transformer, load_llama, read_params
 from support import files
 from support.cli import Parser, check_min, flag, run_script
+from support.device import autocast
+from support.lock import file_lock
 from support.run_folder import fingerprints
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,14 +36,15 @@ RESULTS = ROOT / "experiments" / "results"
 # peak learning rates, a factor of sqrt 2 apart; how many more if the best is an edge
 RATES = (2.83e-3, 4e-3, 5.66e-3)
 WIDEN = 6
-SWEEP_SEEDS = 2  # behind the choice of a rate
+# of the runs that are reported, and of those that choose the rate: none is in both
+FIRST_SEED, SWEEP_SEED, SWEEP_SEEDS = 20, 100, 3
 THREADS = 2  # of a rerun; all other runs have one
 MIXED = 4000  # records of the mix in table1, heads and routing, which share their runs
 SHARE = 0.1  # held out for the sweep; and for validation if the data comes without any
 SCALE = 4.0  # alpha / rank, the paper's 32 / 8
 # flags that all runs share
 RECIPE = {"batch-size": 8, "grad-accum": 1, "dropout": 0, "device": "cpu", "dtype": "fp32",
-          "save-every": 0}
+          "save-every": 0, "clip": 0}
 DIVERGED = ("gradient norm", "tuned model", "not finite")  # in train.py's words for it
 PATHS = ("weights", "data", "val_data", "keep_data")
 
@@ -59,6 +63,8 @@ def parser(name, doc, *, seeds, epochs, records=0, rates=RATES, sweep_epochs=1):
     p.add_argument("--records", type=int, default=records,
                    help=f"number of records to draw from --data, 0: all ({records})")
     p.add_argument("--seeds", type=int, default=seeds, help=f"runs per method ({seeds})")
+    p.add_argument("--first-seed", type=int, default=FIRST_SEED,
+                   help="their seeds count from it (%(default)s)")
     p.add_argument("--epochs", type=int, default=epochs,
                    help=f"passes of these runs over the data ({epochs})")
     p.add_argument("--max-steps", type=int, default=0,
@@ -152,6 +158,31 @@ def cached(path, compute):
     return files.read_json(path)  # as the next call reads it: keys are strings
 
 
+def compute_each(specs, folder, compute):
+    """{key: compute(spec)} of {key: spec}, kept as JSON in the folder, each under the digest of
+    its spec. Those that another process of the same command computes at the moment are left to
+    it: a second one on another core halves the time, and a kill loses one run of each."""
+    paths = {key: folder / f"{files.digest(spec)}.json" for key, spec in specs.items()}
+    clock = time.perf_counter()
+    while missing := [key for key in specs if not paths[key].exists()]:
+        for key in missing:
+            path = paths[key]
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(file_lock(path, path))
+                except ValueError:
+                    continue  # another process has it
+                if not path.exists():
+                    commit = report.code_commit()  # at its start
+                    files.write_json(path, {"spec": specs[key], "commit": commit,
+                                            **compute(specs[key])})
+                    left = sum(not path.exists() for path in paths.values())
+                    minutes = (time.perf_counter() - clock) / 60
+                    print(f"{key}: {minutes:.1f} minutes, {left} of {len(paths)} left", flush=True)
+        time.sleep(1)
+    return {key: files.read_json(path) for key, path in paths.items()}
+
+
 # ---------------------------------------------------------------- the methods
 
 
@@ -204,9 +235,9 @@ def run_flags(args, config, *, rate, records, val, **more):
     """{name of a flag: value} of a run of train.py on these records."""
     folder = args.runs / "data"
     return {"weights": args.weights, "data": write_records(records, folder),
-            "val_data": write_records(val, folder), "lr": rate, "seed": 0, "epochs": args.epochs,
-            "max_steps": args.max_steps, "max_seq_len": args.max_seq_len, **RECIPE, **config,
-            **more}
+            "val_data": write_records(val, folder), "lr": rate, "seed": args.first_seed,
+            "epochs": args.epochs, "max_steps": args.max_steps,
+            "max_seq_len": args.max_seq_len, **RECIPE, **config, **more}
 
 
 def run_folder(flags, runs):
@@ -369,6 +400,23 @@ def trained_model(run):
     return model.eval(), tokenizer
 
 
+def train_here(model, sequences, *, lr, seed, batch_size=8, epochs=1, max_steps=0, warmup=0.03,
+               clip=0.0, optimizer=None, step=train.train_step):
+    """Trains a model with adapters in this process by train.py's steps, in its order, in fp32;
+    yields the gradient norm of each. The optimizer's groups and the step may be others."""
+    steps = train.plan_steps(sequences, batch_size=batch_size, grad_accum=1, epochs=epochs,
+                             max_steps=max_steps, seed=seed)
+    optimizer = optimizer or train.make_optimizer(model, lr=lr)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    precision = autocast("cpu", "fp32")
+    model.train()
+    for i, batches in enumerate(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(i, len(steps), group["peak_lr"], warmup)
+        _, norm = step(model, batches, optimizer, scaler, clip=clip, precision=precision)
+        yield norm.item()
+
+
 # ---------------------------------------------------------------- the sweep
 
 
@@ -392,6 +440,7 @@ def mean_losses(tried):
 
 
 def best_rate(tried):
+    """The rate to use, of {rate: [loss of each seed]}: that of the lowest mean."""
     means = mean_losses(tried)
     return min(means, key=means.get)
 
@@ -407,25 +456,8 @@ def beyond(tried):
     return float(f"{1e-3 * 2 ** (power / 2):.3g}")
 
 
-def steady_rate(tried):
-    """The rate to use, of {rate: [loss of each seed]}: the lowest one whose mean loss exceeds
-    the best by no more than the seeds scatter at the two (the root of the mean of their
-    variances). A single seed has no scatter: the best."""
-    means = mean_losses(tried)
-    best = best_rate(tried)
-    if len(tried[best]) == 1:
-        return best
-
-    def is_close(rate):
-        scatter = statistics.fmean(statistics.variance(tried[at]) for at in (rate, best))
-        return means[rate] - means[best] <= math.sqrt(scatter)
-
-    return min(rate for rate in means
-               if rate <= best and math.isfinite(means[rate]) and is_close(rate))
-
-
-def steady_rates(tried):
-    return {name: steady_rate(losses) for name, losses in tried.items()}
+def best_rates(tried):
+    return {name: best_rate(losses) for name, losses in tried.items()}
 
 
 def tune(arms, args, rates=None, *, seeds=SWEEP_SEEDS, share=SHARE, widen=WIDEN):
@@ -441,6 +473,7 @@ def tune(arms, args, rates=None, *, seeds=SWEEP_SEEDS, share=SHARE, widen=WIDEN)
                 flags[name, rate, i] = run_flags(args, config, rate=rate, records=training,
                                                  val=held_out, epochs=args.sweep_epochs)
         losses = {}  # {(name, rate): [losses of the seeds, for each list]}
+        flags = {key: {**own, "seed": SWEEP_SEED} for key, own in flags.items()}
         for (name, rate, _), runs in run_seeds(flags, args, seeds, may_diverge=True).items():
             losses.setdefault((name, rate), []).append(values(runs))
         return {key: [statistics.fmean(seed) for seed in zip(*lists)]
@@ -455,7 +488,7 @@ def tune(arms, args, rates=None, *, seeds=SWEEP_SEEDS, share=SHARE, widen=WIDEN)
                              "--rates")
         listed = ", ".join(f"{rate:g}: {means[rate]:.4f}" for rate in sorted(means))
         print(f"{name}: held-out loss by learning rate {listed}; chosen: "
-              f"{steady_rate(losses):g}", flush=True)
+              f"{best_rate(losses):g}", flush=True)
     return tried
 
 
@@ -463,7 +496,7 @@ def tune_and_run(configs, args, records, val, quiz=None):
     """(sweep, {name: [run of each seed]}) of {name: config}, all on the same records, each at the
     rate that its sweep chose."""
     tried = tune({name: (config, [records]) for name, config in configs.items()}, args)
-    return tried, run_methods(configs, steady_rates(tried), args, records, val, quiz)
+    return tried, run_methods(configs, best_rates(tried), args, records, val, quiz)
 
 
 def rerun(name, runs, args):
@@ -503,7 +536,7 @@ def rates_table(tried):
         means = mean_losses(losses)
         cells = {rate: f"{loss:.4f}" if math.isfinite(loss) else "diverged"
                  for rate, loss in means.items()}
-        cells[steady_rate(losses)] += " *"
+        cells[best_rate(losses)] += " *"
         rows.append([name, *(cells.get(rate, "") for rate in rates)])
     return report.markdown(["held-out loss by rate, * chosen", *rates], rows)
 

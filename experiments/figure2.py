@@ -60,7 +60,8 @@ def make_runs(args, configs, rates, records, val):
     for name, size, seed in product(configs, args.families, range(args.seeds)):
         for group in deal(common.families(records), size, seed):
             flags[name, size, seed, tuple(group)] = common.run_flags(
-                args, configs[name], rate=rates[f"{name}, {size}"], seed=seed,
+                args, configs[name], rate=rates[f"{name}, {size}"],
+                seed=args.first_seed + seed,
                 records=corpus(records, group, args.total, seed),
                 val=common.of_families(val, group))
     runs = {}
@@ -117,7 +118,7 @@ def run(args):
                      for group in deal(families, size, 0)[:SWEPT]] for size in args.families}
     tried = common.tune({f"{name}, {size}": (config, groups[size])
                          for name, config in configs.items() for size in args.families}, args)
-    runs = make_runs(args, configs, common.steady_rates(tried), records, val)
+    runs = make_runs(args, configs, common.best_rates(tried), records, val)
     seeds = range(args.seeds)
     losses = {(name, size): [common.mean_loss(runs[name, size, seed]) for seed in seeds]
               for name in configs for size in args.families}

@@ -62,7 +62,8 @@ def make_runs(args, rate, records, val):
     flags = {}
     for start, (i, family) in product(STARTS, enumerate(args.families)):
         flags[start, family] = common.run_flags(
-            args, lora(args.rank), rate=rate, seed=APART * i if start == "different" else 0,
+            args, lora(args.rank), rate=rate,
+            seed=args.first_seed + (APART * i if start == "different" else 0),
             records=common.of_families(records, [family]),
             val=common.of_families(val, [family]))
     runs = common.run_seeds(flags, args)
@@ -124,7 +125,7 @@ def run(args):
         raise ValueError(f"--families needs two or more of {', '.join(sorted(known))}")
     by_family = [common.of_families(records, [family]) for family in args.families]
     tried = common.tune({"LoRA": (lora(args.rank), by_family)}, args)
-    runs = make_runs(args, common.steady_rate(tried["LoRA"]), records, val)
+    runs = make_runs(args, common.best_rate(tried["LoRA"]), records, val)
     found = {start: [[matrices(run) for run in seed] for seed in seeds]
              for start, seeds in runs.items()}
     first = {start: seeds[0] for start, seeds in found.items()}

@@ -29,7 +29,7 @@ TASKS, RANK = 8, 2
 CUE = 2.0
 LAYERS, KINDS = ("linear", "SwiGLU"), ("contradict", "agree")
 RATES = (8e-3, 1.13e-2, 1.6e-2)  # to begin with
-SWEEP_SEEDS = (100, 101)
+SWEEP_SEEDS = (100, 101, 102)
 BATCH, TEST = 128, 4096  # tokens, drawn anew every time
 
 
@@ -130,7 +130,7 @@ def run(args):
         (arm, rate): shares(arm, rate, SWEEP_SEEDS) for arm, rate in asked})
     rows = []
     for arm, (layer, kind, name, shape) in arms.items():
-        rate = common.steady_rate(swept[arm])
+        rate = common.best_rate(swept[arm])
         left = report.interval(shares(arm, rate, range(args.seeds)))
         rows.append({"layer": layer, "tasks": kind, "method": name, "rate": rate, "left": left,
                      "trainable": new_model(layer, *shape)[1]})

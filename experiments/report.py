@@ -1,10 +1,11 @@
 """From numbers to what is printed: intervals, claims and verdicts, tables, pictures.
 
-    claims = judge({PRIMARY: difference(a, b), ...}, PRIMARY, __file__)
+    claims = judge({PRIMARY: loss_difference(worse, better), ...}, PRIMARY, __file__)
     write_results(args, "table1", {"claims": claims}, [claims_text(claims)], draw)
 
 The rules are explained in experiments/README.md: intervals are Student's t, 95 %, over seeds; a
-script has at most one primary claim, and the p values of all others are corrected by Holm.
+script has at most one primary claim, and the p values of all others are corrected by Holm. What
+is not found to differ may be found to be equal, by two one-sided tests (Schuirmann 1987).
 """
 
 import math
@@ -15,6 +16,8 @@ from pathlib import Path
 from support.files import write_json, write_text
 
 LEVEL = 0.05
+MARGIN = 3.0  # percent of the loss: losses that differ by less are called equal
+POWER = 0.8  # with which `power` would have been seen
 STYLES = (("o", "-"), ("s", "--"), ("D", "-."), ("^", ":"), ("v", (0, (1, 3))))
 
 # ---------------------------------------------------------------- statistics
@@ -35,12 +38,12 @@ def student_p(t, freedom):
     return 1 - (2 / math.pi * (angle + inside) if odd else inside)
 
 
-def student_quantile(freedom):
-    """The t whose student_p is LEVEL, by bisection."""
+def student_quantile(freedom, level=LEVEL):
+    """The t whose student_p is the level, by bisection."""
     low, high = 0.0, 100.0
     for _ in range(60):
         middle = (low + high) / 2
-        if student_p(middle, freedom) > LEVEL:
+        if student_p(middle, freedom) > level:
             low = middle
         else:
             high = middle
@@ -66,14 +69,48 @@ def difference(a, b):
     return interval([x - y for x, y in zip(a, b)])
 
 
-def p_value(stat):
-    """The p value of an interval's values if their true mean were zero; 1 for a single value
-    and for None."""
+def loss_difference(worse, better):
+    """difference(worse, better) of losses, with the same in percent of the worse one's loss."""
+    percent = interval(100 * (a - b) / a for a, b in zip(worse, better))
+    return {**difference(worse, better), "percent": percent}
+
+
+def standard_error(stat):
+    """Of an interval's mean; None for a single value and for None."""
     numbers = stat["values"] if stat else []
-    if len(numbers) < 2 or not stat["mean"]:
+    return statistics.stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else None
+
+
+def p_value(stat):
+    """The two-sided p value of an interval's values if their true mean were zero; 1 for a single
+    value and for None."""
+    error = standard_error(stat)
+    if error is None or not stat["mean"]:
         return 1.0
-    error = statistics.stdev(numbers) / math.sqrt(len(numbers))
-    return student_p(stat["mean"] / error, len(numbers) - 1) if error else 0.0
+    return student_p(stat["mean"] / error, len(stat["values"]) - 1) if error else 0.0
+
+
+def equality_p(stat, margin=MARGIN):
+    """The larger p value of two one-sided tests, of a true mean beyond the margin below and above
+    zero: if it is small, the mean lies within the margin."""
+    error = standard_error(stat)
+    distance = margin - abs(stat["mean"]) if stat else 0
+    if not error:
+        return 1.0 if error is None or distance <= 0 else 0.0
+    outside = student_p(distance / error, len(stat["values"]) - 1) / 2
+    return outside if distance > 0 else 1 - outside
+
+
+def detectable(stat):
+    """The smallest true mean that a two-sided test at LEVEL would have found with a probability
+    of POWER, given how the values scatter: the sum of two quantiles of Student's t, times the
+    standard error."""
+    error = standard_error(stat)
+    if error is None:
+        return None
+    freedom = len(stat["values"]) - 1
+    both = student_quantile(freedom) + student_quantile(freedom, 2 * (1 - POWER))
+    return both * error
 
 
 def holm(p_values):
@@ -93,18 +130,29 @@ def holm(p_values):
 def judge(differences, primary, script):
     """The claims of {text: paired difference that is positive if it is true, or None if it could
     not be measured}, with p and verdict; the primary one also with the commit that brought its
-    text into the script (a path)."""
-    corrected = iter(holm([p_value(stat) for text, stat in differences.items()
-                           if text != primary]))
+    text into the script (a path). Only of a loss_difference equality is asked, in percent."""
     claims = []
     for text, stat in differences.items():
-        p = p_value(stat) if text == primary else next(corrected)
-        shown = "holds" if stat and stat["mean"] > 0 else "does not hold"
-        claims.append({"claim": text, "primary": text == primary, "difference": stat, "p": p,
-                       "verdict": shown if p < LEVEL else "not shown"})
-        if text == primary:
-            claims[-1]["fixed_by"] = fixed_by(script, text)
-    return claims
+        percent = (stat or {}).get("percent")
+        claims.append({
+            "claim": text, "primary": text == primary,
+            "difference": {key: stat[key] for key in stat if key != "percent"} if stat else None,
+            "percent": percent, "p": p_value(stat), "p_equal": equality_p(percent),
+            "margin": MARGIN if percent else None, "power": detectable(percent or stat),
+            "fixed_by": fixed_by(script, text) if text == primary else None})
+    for key in ("p", "p_equal"):
+        corrected = iter(holm([c[key] for c in claims if not c["primary"]]))
+        for c in claims:
+            c[f"{key}_corrected"] = c[key] if c["primary"] else next(corrected)
+    return [{**c, "verdict": verdict(c)} for c in claims]
+
+
+def verdict(claim):
+    """"ahead" or "behind" where a difference is found; else "equal", within the margin, or
+    "undecided"."""
+    if claim["p_corrected"] < LEVEL:
+        return "ahead" if claim["difference"]["mean"] > 0 else "behind"
+    return "equal" if claim["p_equal_corrected"] < LEVEL else "undecided"
 
 
 def fixed_by(script, text):
@@ -118,17 +166,37 @@ def fixed_by(script, text):
     return found[:10] or None
 
 
+def code_commit():
+    """The commit of this code, with "-dirty" after it if tracked files differ from it; None if
+    git does not know."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=10"]
+    folder = Path(__file__).parent
+    try:
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
+    except OSError:  # no git here
+        return None
+    return found.strip() or None
+
+
 def claims_text(claims):
     """The table of judged claims, and which commit fixed the primary one."""
     rows, note = [], ""
     for c in claims:
-        p = "< 0.001" if c["p"] < 0.001 else f"{c['p']:.3f}"
         prefix = "primary: " if c["primary"] else ""
-        rows.append([prefix + c["claim"], show(c["difference"], sign="+"), p, c["verdict"]])
+        word = f"equal within {c['margin']:g} %" if c["verdict"] == "equal" else c["verdict"]
+        seen = c["power"] and (f"{c['power']:.1f} %" if c["percent"] else f"{c['power']:.2g}")
+        rows.append([prefix + c["claim"], show(c["difference"], sign="+"),
+                     show(c["percent"], 1, sign="+"), p_text(c["p"]), p_text(c["p_corrected"]),
+                     word, seen or "-"])
         if c["primary"]:
             how = f"fixed by commit {c['fixed_by']}," if c["fixed_by"] else "not committed"
             note = f"\n\nThe primary claim was {how} before the run."
-    return markdown(["claim", "difference", "p", "verdict"], rows) + note
+    header = ["claim", "difference", "in %", "p", "p corrected", "verdict", "80 % power"]
+    return markdown(header, rows) + note
+
+
+def p_text(p):
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 # ---------------------------------------------------------------- tables

