@@ -30,7 +30,9 @@ from support.cli import Parser
 RATES = {"full": (2.5e-4, 5e-4, 1e-3, 2e-3), "lora": (1e-3, 2e-3, 4e-3, 8e-3)}
 ALONE_RATES = (4e-3, 8e-3)  # of LoRA on a family alone, which takes few steps
 ALONE_SEEDS = 2
-ARMS = {"full": FULL, "LoRA r8": lora(8), "LoRA r24": lora(24)}
+# clipped as when the world was chosen
+ARMS = {"full": {**FULL, "clip": 1.0}, "LoRA r8": lora(8, clip=1.0),
+        "LoRA r24": lora(24, clip=1.0)}
 CHANCE = 0.25  # accuracy of guessing
 COLLAPSED = 1.5  # loss at twice the best rate, divided by the loss at the best
 NAMES = list(FAMILIES)
@@ -105,7 +107,7 @@ def check_gap(args, runs, best, records):
            "r8 in validation loss: at least 15")
     for name, rate in best.items():
         tried = common.tune({name: (ARMS[name], [records])}, args, (rate, 2 * rate), **SWEEP)
-        ratio = tried[name][2 * rate][0] / tried[name][rate][0]
+        ratio = tried[name]["losses"][2 * rate][0] / tried[name]["losses"][rate][0]
         yield (ratio < COLLAPSED, f"{name}: at {2 * rate:g}, twice its best rate, the loss is "
                f"{ratio:.2f} times as high: no collapse")
 
@@ -132,8 +134,7 @@ def check_interference(args, records, val, mixed):
 
 def sweep(args, arms, rates):
     """{name: best rate} of arms as in common.tune."""
-    return {name: common.best_rate(tried)
-            for name, tried in common.tune(arms, args, rates, **SWEEP).items()}
+    return {name: tried["rate"] for name, tried in common.tune(arms, args, rates, **SWEEP).items()}
 
 
 def parse_args(argv):
@@ -145,7 +146,7 @@ def parse_args(argv):
     p.add_argument("--runs", type=Path, default=Path("runs/check_world"),
                    help="folder that keeps the runs (runs/check_world)")
     p.set_defaults(weights=str(WORLD / "base"), keep_data=str(WORLD / "keep.jsonl"), max_steps=0,
-                   max_seq_len=None)
+                   max_seq_len=None, first_seed=0)
     args = p.parse_args(argv)
     args.sweep_epochs = args.epochs
     return args

@@ -263,7 +263,6 @@ def has_diverged(folder):
 
 def start_script(path, script, *flags, threads=1):
     """The process of a script of this repository that makes `path`. Its errors go to PATH.log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.log", "w", encoding="utf-8") as log:
         return subprocess.Popen([sys.executable, ROOT / script, *flags], stderr=log,
                                 stdout=subprocess.DEVNULL,
@@ -281,6 +280,8 @@ def call_all(commands, processes, threads=1):
         while waiting or running:
             if waiting and len(running) < processes:
                 path, command = waiting.pop(0)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.write_text(f"{path}.commit", report.code_commit() or "")  # at its start
                 running[path] = start_script(path, *command, threads=threads)
             time.sleep(0.02)
             for path in [path for path, child in running.items() if child.poll() is not None]:
@@ -324,7 +325,9 @@ def run_all(runs, args, *, quiz=None, threads=1, may_diverge=False):
             found[key] = {"metrics": {"val_loss": math.inf}}
         else:
             recorded = files.read_json(folder / "run.json")
-            found[key] = {**recorded, "folder": folder, "flags": runs[key]}
+            commit = Path(f"{folder}.commit")
+            found[key] = {**recorded, "folder": folder, "flags": runs[key],
+                          "commit": commit.read_text() if commit.exists() else None}
     if quiz:
         for key, accuracy in quiz_accuracies(found, quiz, args).items():
             found[key]["metrics"]["quiz"] = accuracy
@@ -383,6 +386,23 @@ def intervals(runs, metrics):
             if metric in runs[0]["metrics"]}
 
 
+def by_category(runs):
+    """{category: [validation loss of each run]}."""
+    return {category: [run["metrics"]["categories"][category]["val_loss"] for run in runs]
+            for category in runs[0]["metrics"].get("categories", {})}
+
+
+def make_row(runs, metrics):
+    """What a result says of an arm, from the runs of its seeds."""
+    settings, parameters = runs[0]["settings"], runs[0]["parameters"]
+    return {"rate": settings["lr"], "clip": settings.get("clip"),
+            "seeds": [run["settings"].get("seed") for run in runs],
+            "commits": sorted({run.get("commit") or "unknown" for run in runs}),
+            "trainable": parameters["trainable"],
+            "without_router": parameters["trainable_without_router"],
+            **intervals(runs, metrics), "categories": by_category(runs)}
+
+
 def starting_model(flags):
     """(model with adapters as train.py drew them, by the same calls in the same order;
     tokenizer)."""
@@ -435,20 +455,20 @@ def sweep(names, rates, measure, widen=WIDEN):
     return tried
 
 
-def mean_losses(tried):
-    return {rate: statistics.fmean(losses) for rate, losses in tried.items()}
+def mean_losses(losses):
+    return {rate: statistics.fmean(own) for rate, own in losses.items()}
 
 
-def best_rate(tried):
+def best_rate(losses):
     """The rate to use, of {rate: [loss of each seed]}: that of the lowest mean."""
-    means = mean_losses(tried)
+    means = mean_losses(losses)
     return min(means, key=means.get)
 
 
-def beyond(tried):
+def beyond(losses):
     """The next rate if the best of {rate: losses} is an edge, else None."""
-    rates = sorted(tried)
-    best = best_rate(tried)
+    rates = sorted(losses)
+    best = best_rate(losses)
     if len(rates) == 1 or best not in (rates[0], rates[-1]):
         return None
     # rates are 1e-3 times powers of sqrt 2, rounded for the eye
@@ -456,14 +476,44 @@ def beyond(tried):
     return float(f"{1e-3 * 2 ** (power / 2):.3g}")
 
 
-def best_rates(tried):
-    return {name: best_rate(losses) for name, losses in tried.items()}
+def sweep_seeds(count=SWEEP_SEEDS):
+    return list(range(SWEEP_SEED, SWEEP_SEED + count))
+
+
+def sweep_result(losses, **more):
+    """What a result says of the sweep of an arm, of {rate: [loss of each seed]}."""
+    return {"seeds": sweep_seeds(len(next(iter(losses.values())))), "rate": best_rate(losses),
+            "losses": losses, **more}
+
+
+def lowest_between(losses):
+    """[the rate at which each seed's loss is lowest]: at the vertex of the parabola, over the
+    logarithm of the rate, through its lowest loss and the two beside it; None at an edge."""
+    rates, found = sorted(losses), []
+    for seed in range(len(losses[rates[0]])):
+        own = [losses[rate][seed] for rate in rates]
+        i = own.index(min(own))
+        if not 0 < i < len(own) - 1 or not math.isfinite(own[i - 1] + own[i + 1]):
+            return None
+        left, right = own[i - 1] - own[i], own[i + 1] - own[i]
+        shift = (left - right) / (left + right) / 2  # in steps of the grid
+        found.append(rates[i] * (rates[i + 1] / rates[i]) ** shift)
+    return found
+
+
+def rate_ratio(tried, a, b):
+    """The interval of log2 of a's best rate over b's, seed by seed; None if one is not known."""
+    found = [lowest_between(tried[name]["losses"]) for name in (a, b)]
+    return None if None in found else report.interval(
+        math.log2(x / y) for x, y in zip(*found))
 
 
 def tune(arms, args, rates=None, *, seeds=SWEEP_SEEDS, share=SHARE, widen=WIDEN):
-    """{name: {rate: [mean held-out loss of each seed]}} of arms {name: (config, [records,
-    ...])}. A share of each list of training records is held out, alike for all arms; the
-    validation set is not among the arguments."""
+    """{name: sweep_result} of arms {name: (config, [records, ...])} by the mean held-out loss. A
+    share of each list of training records is held out, alike for all arms; the validation set is
+    not among the arguments."""
+    categories = {name: {} for name in arms}
+
     def measure(asked):
         flags = {}
         for name, rate in asked:
@@ -471,32 +521,40 @@ def tune(arms, args, rates=None, *, seeds=SWEEP_SEEDS, share=SHARE, widen=WIDEN)
             for i, records in enumerate(lists):
                 training, held_out = train_val_split(records, share, seed=0)
                 flags[name, rate, i] = run_flags(args, config, rate=rate, records=training,
-                                                 val=held_out, epochs=args.sweep_epochs)
+                                                 val=held_out, epochs=args.sweep_epochs,
+                                                 seed=SWEEP_SEED)
         losses = {}  # {(name, rate): [losses of the seeds, for each list]}
-        flags = {key: {**own, "seed": SWEEP_SEED} for key, own in flags.items()}
         for (name, rate, _), runs in run_seeds(flags, args, seeds, may_diverge=True).items():
             losses.setdefault((name, rate), []).append(values(runs))
+            if all(math.isfinite(loss) for loss in values(runs)):
+                categories[name].setdefault(rate, {}).update(by_category(runs))
         return {key: [statistics.fmean(seed) for seed in zip(*lists)]
                 for key, lists in losses.items()}
 
     print("sweep of the learning rate, on training data only")
-    tried = sweep(arms, rates or args.rates, measure, widen)
-    for name, losses in tried.items():
+    tried = {}
+    for name, losses in sweep(arms, rates or args.rates, measure, widen).items():
+        clip = arms[name][0].get("clip", RECIPE["clip"])
+        tried[name] = sweep_result(losses, clip=clip, categories=categories[name])
         means = mean_losses(losses)
         if math.isinf(min(means.values())):
             raise ValueError(f"{name} diverged at every rate of {sorted(losses)}: give lower "
                              "--rates")
         listed = ", ".join(f"{rate:g}: {means[rate]:.4f}" for rate in sorted(means))
         print(f"{name}: held-out loss by learning rate {listed}; chosen: "
-              f"{best_rate(losses):g}", flush=True)
+              f"{tried[name]['rate']:g}", flush=True)
     return tried
+
+
+def chosen_rates(tried):
+    return {name: own["rate"] for name, own in tried.items()}
 
 
 def tune_and_run(configs, args, records, val, quiz=None):
     """(sweep, {name: [run of each seed]}) of {name: config}, all on the same records, each at the
     rate that its sweep chose."""
     tried = tune({name: (config, [records]) for name, config in configs.items()}, args)
-    return tried, run_methods(configs, best_rates(tried), args, records, val, quiz)
+    return tried, run_methods(configs, chosen_rates(tried), args, records, val, quiz)
 
 
 def rerun(name, runs, args):
@@ -530,13 +588,13 @@ def rerun_text(found):
 
 def rates_table(tried):
     """Mean held-out losses of the sweep; the chosen rate is marked."""
-    rates = sorted({rate for losses in tried.values() for rate in losses})
+    rates = sorted({rate for own in tried.values() for rate in own["losses"]})
     rows = []
-    for name, losses in tried.items():
-        means = mean_losses(losses)
+    for name, own in tried.items():
+        means = mean_losses(own["losses"])
         cells = {rate: f"{loss:.4f}" if math.isfinite(loss) else "diverged"
                  for rate, loss in means.items()}
-        cells[best_rate(losses)] += " *"
+        cells[own["rate"]] += " *"
         rows.append([name, *(cells.get(rate, "") for rate in rates)])
     return report.markdown(["held-out loss by rate, * chosen", *rates], rows)
 
@@ -546,10 +604,10 @@ def conditions(args, records, val):
     return {"records": len(records), "validation_records": len(val), "seeds": args.seeds,
             "epochs": args.epochs, "sweep_epochs": args.sweep_epochs,
             "max_steps": args.max_steps, "max_seq_len": args.max_seq_len, "rates": args.rates,
-            "sweep_seeds": SWEEP_SEEDS, "recipe": RECIPE,
-            "weights": files.weights_fingerprint(args.weights),
-            "data": files.file_fingerprint(args.data),
-            "keep_data": args.keep_data and files.file_fingerprint(args.keep_data),
+            "first_seed": args.first_seed, "sweep_seeds": sweep_seeds(), "recipe": RECIPE,
+            "commit": report.code_commit(), "weights": files.weights_fingerprint(args.weights),
+            **{name: path and files.file_fingerprint(path) for name, path in (
+                ("data", args.data), ("val_data", args.val_data), ("keep_data", args.keep_data))},
             "torch": torch.__version__}
 
 

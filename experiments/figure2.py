@@ -70,13 +70,14 @@ def make_runs(args, configs, rates, records, val):
     return runs
 
 
-def make_claims(gaps, sizes, seeds):
-    """gaps {(name, size): interval of the loss minus full's}."""
+def make_claims(losses, sizes, seeds):
+    """losses {(name, size): [loss of each seed]}."""
     first, last = min(sizes), max(sizes)
-    gaps = {key: stat["values"] for key, stat in gaps.items()}
+    gaps = {(name, size): [a - b for a, b in zip(losses[name, size], losses["full", size])]
+            for name in LINES for size in sizes}
     growth = {name: report.difference(gaps[name, last], gaps[name, first]) for name in LINES}
     found = {f"HydraLoRA's gap on {last} families is smaller than that of {name}":
-             report.difference(gaps[name, last], gaps[HYDRA, last]) for name in LORAS}
+             report.loss_difference(losses[name, last], losses[HYDRA, last]) for name in LORAS}
     if seeds >= GROWTH_SEEDS and first < last:
         less = {name: report.difference(growth[name]["values"], growth[HYDRA]["values"])
                 for name in LORAS}
@@ -118,7 +119,7 @@ def run(args):
                      for group in deal(families, size, 0)[:SWEPT]] for size in args.families}
     tried = common.tune({f"{name}, {size}": (config, groups[size])
                          for name, config in configs.items() for size in args.families}, args)
-    runs = make_runs(args, configs, common.best_rates(tried), records, val)
+    runs = make_runs(args, configs, common.chosen_rates(tried), records, val)
     seeds = range(args.seeds)
     losses = {(name, size): [common.mean_loss(runs[name, size, seed]) for seed in seeds]
               for name in configs for size in args.families}
@@ -135,7 +136,7 @@ def run(args):
                "gaps": {name: {size: gaps[name, size] for size in args.families}
                         for name in LINES}}
     common.publish(args, "figure2", records, val, content, tables=[table], again=again,
-                   claims=make_claims(gaps, args.families, args.seeds),
+                   claims=make_claims(losses, args.families, args.seeds),
                    draw=lambda pyplot: draw_figure2(pyplot, gaps, args.families, args.total))
 
 

@@ -125,7 +125,7 @@ def run(args):
         raise ValueError(f"--families needs two or more of {', '.join(sorted(known))}")
     by_family = [common.of_families(records, [family]) for family in args.families]
     tried = common.tune({"LoRA": (lora(args.rank), by_family)}, args)
-    runs = make_runs(args, common.best_rate(tried["LoRA"]), records, val)
+    runs = make_runs(args, tried["LoRA"]["rate"], records, val)
     found = {start: [[matrices(run) for run in seed] for seed in seeds]
              for start, seeds in runs.items()}
     first = {start: seeds[0] for start, seeds in found.items()}

@@ -31,7 +31,7 @@ def make_claims(rows):
     fewest, most = min(heads), max(heads)
     if fewest == most:
         return []
-    gains = {series: report.difference(losses[series, fewest], losses[series, most])
+    gains = {series: report.loss_difference(losses[series, fewest], losses[series, most])
              for series in ("rank", "parameters")}
     return report.judge({PRIMARY: gains["parameters"],
                          f"at constant rank {most} heads are ahead of {fewest}": gains["rank"]},
@@ -72,11 +72,9 @@ def run(args):
     tried, runs = common.tune_and_run(configs, args, records, val)
     rows = []
     for name, (series, config) in arms.items():
-        settings = runs[name][0]["settings"]
-        rows.append({"series": series, "heads": settings["heads"], "rank": config["rank"],
-                     "rate": settings["lr"],
-                     "trainable": runs[name][0]["parameters"]["trainable"],
-                     **common.intervals(runs[name], ["val_loss", "exact_match"])})
+        heads = runs[name][0]["settings"]["heads"]
+        rows.append({"series": series, "heads": heads, "rank": config["rank"],
+                     **common.make_row(runs[name], ["val_loss", "exact_match"])})
     last = list(arms)[-1]
     common.publish(args, "heads", records, val, {"sweep": tried, "rows": rows},
                    tables=[make_table(rows)], again=common.rerun(last, runs[last], args),

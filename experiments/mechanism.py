@@ -29,7 +29,6 @@ TASKS, RANK = 8, 2
 CUE = 2.0
 LAYERS, KINDS = ("linear", "SwiGLU"), ("contradict", "agree")
 RATES = (8e-3, 1.13e-2, 1.6e-2)  # to begin with
-SWEEP_SEEDS = (100, 101, 102)
 BATCH, TEST = 128, 4096  # tokens, drawn anew every time
 
 
@@ -126,13 +125,16 @@ def run(args):
         layer, kind, _, shape = arms[arm]
         return [unexplained(layer, kind, shape, rate, seed, args.steps) for seed in seeds]
 
-    swept = common.sweep(arms, args.rates, lambda asked: {
-        (arm, rate): shares(arm, rate, SWEEP_SEEDS) for arm, rate in asked})
+    swept = {arm: common.sweep_result(own) for arm, own in common.sweep(
+        arms, args.rates, lambda asked: {(arm, rate): shares(arm, rate, common.sweep_seeds())
+                                         for arm, rate in asked}).items()}
     rows = []
     for arm, (layer, kind, name, shape) in arms.items():
-        rate = common.best_rate(swept[arm])
-        left = report.interval(shares(arm, rate, range(args.seeds)))
-        rows.append({"layer": layer, "tasks": kind, "method": name, "rate": rate, "left": left,
+        rate = swept[arm]["rate"]
+        seeds = range(common.FIRST_SEED, common.FIRST_SEED + args.seeds)
+        left = report.interval(shares(arm, rate, seeds))
+        rows.append({"layer": layer, "tasks": kind, "method": name, "rate": rate,
+                     "seeds": list(seeds), "left": left,
                      "trainable": new_model(layer, *shape)[1]})
         print(f"{arm}: rate {rate:g}, left {report.show(left)}", flush=True)
     claims = make_claims(rows)
@@ -141,7 +143,7 @@ def run(args):
         [[row["layer"], row["tasks"], row["method"], row["trainable"], row["rate"], row["left"]]
          for row in rows])
     conditions = {"seeds": args.seeds, "steps": args.steps, "rates": args.rates,
-                  "torch": torch.__version__}
+                  "commit": report.code_commit(), "torch": torch.__version__}
     report.write_results(
         args, "mechanism",
         {"conditions": conditions, "sweep": swept, "rows": rows, "claims": claims},

@@ -130,7 +130,7 @@ def parse_args(argv):
                    help="difference in loss that counts as none (%(default)s)")
     p.add_argument("--rounds", type=int, default=5, help="of the steps that are timed (5)")
     p.add_argument("--name", default="quantized", help="of the files written (quantized)")
-    p.set_defaults(max_steps=250)
+    p.set_defaults(max_steps=250, first_seed=0)
     args = common.parse_args(p, argv)
     args.quiz = WORLD / "quiz" if Path(args.weights) == WORLD / "base" else None
     return args
@@ -138,7 +138,7 @@ def parse_args(argv):
 
 def run(args):
     records, val = common.load_records(args)
-    configs = {kind: hydra(3, quantize=kind) for kind in ("none", *KINDS)}
+    configs = {kind: hydra(3, quantize=kind, clip=1.0) for kind in ("none", *KINDS)}
     runs = common.run_methods(configs, dict.fromkeys(configs, args.rate), args, records, val,
                               args.quiz)
     rows = make_rows(args, runs, measure_weights(args.weights))

@@ -31,16 +31,16 @@ from hydralora import hydra_layers
 
 PRIMARY = "at equal learning HydraLoRA 3x8 keeps more than one LoRA of its size"
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-HYDRA, UNIFORM, SPLIT = "HydraLoRA 3x8", "uniform gate 3x8", "LoRA (Split) 4x8"
+HYDRA, SPLIT = "HydraLoRA 3x8", "LoRA (Split) 4x8"
 MATCHED = "LoRA, matched"
 STYLES = {"LoRA r8": ("o", ":"), MATCHED: ("s", "--"), "LoRA r32": ("^", ":"),
-          SPLIT: ("P", "-."), HYDRA: ("D", "-"), UNIFORM: ("v", "-."), "full": ("X", ":")}
+          SPLIT: ("P", "-."), HYDRA: ("D", "-"), "full": ("X", ":")}
 EXAMINED = 400  # records of the validation set behind "why"
 
 
 def methods(args):
     return {"LoRA r8": lora(8), MATCHED: lora(common.matched_rank(args)), "LoRA r32": lora(32),
-            SPLIT: split(4, 8), HYDRA: hydra(3), UNIFORM: hydra(3, gate="uniform"), "full": FULL}
+            SPLIT: split(4, 8), HYDRA: hydra(3), "full": FULL}
 
 
 def make_runs(args, configs, records, val):
@@ -97,17 +97,24 @@ def at_equal_learning(runs, level):
     return found
 
 
-def make_claims(kept):
-    """kept {name: [loss of each seed] or None}."""
+def make_claims(kept, runs):
+    """kept {name: [loss of each seed] or None}; the last two say that the rate decides who is
+    ahead in validation loss."""
     def less(worse, better):
         known = kept[worse] and kept[better]
-        return report.difference(kept[worse], kept[better]) if known else None
+        return report.loss_difference(kept[worse], kept[better]) if known else None
 
-    pairs = (("LoRA r8", HYDRA), ("LoRA r32", HYDRA), (UNIFORM, HYDRA), ("LoRA r32", SPLIT),
+    pairs = (("LoRA r8", HYDRA), ("LoRA r32", HYDRA), ("LoRA r32", SPLIT),
              ("full", "LoRA r8"))
-    return report.judge({PRIMARY: less(MATCHED, HYDRA),
-                         **{f"at equal learning {better} keeps more than {worse}":
-                            less(worse, better) for worse, better in pairs}}, PRIMARY, __file__)
+    found = {PRIMARY: less(MATCHED, HYDRA),
+             **{f"at equal learning {better} keeps more than {worse}": less(worse, better)
+                for worse, better in pairs}}
+    for rate, worse, better in ((1e-3, HYDRA, MATCHED), (8e-3, MATCHED, HYDRA)):
+        if rate in runs[worse] and rate in runs[better]:
+            found[f"at a rate of {rate:g} {better} is ahead of {worse} in validation loss"] = \
+                report.loss_difference(*(common.values(runs[name][rate])
+                                         for name in (worse, better)))
+    return report.judge(found, PRIMARY, __file__)
 
 
 # ---------------------------------------------------------------- why
@@ -213,8 +220,7 @@ def run(args):
                       for run in nearest_runs(runs[name], level)] for name in (HYDRA, MATCHED)}
     base = runs[HYDRA][min(runs[HYDRA])][0]["metrics"]["kept"]["loss_base"]
     again = common.rerun(HYDRA, nearest_runs(runs[HYDRA], level), args)
-    curves = {name: {rate: {**common.intervals(seeds, ["val_loss", "kept"]),
-                            "trainable": seeds[0]["parameters"]["trainable"]}
+    curves = {name: {rate: common.make_row(seeds, ["val_loss", "kept"])
                      for rate, seeds in rates.items()} for name, rates in runs.items()}
     curve_table = report.markdown(
         ["method", "rate", "trainable", "validation loss", "kept: loss"],
@@ -228,7 +234,7 @@ def run(args):
                     "at_equal_learning": kept, "reasons": reasons},
                    tables=[f"Before tuning the loss on what is to be kept is {base:.4f}.",
                            curve_table, equal_table],
-                   again=again, claims=make_claims(kept), more=[reasons_table(reasons)],
+                   again=again, claims=make_claims(kept, runs), more=[reasons_table(reasons)],
                    draw=lambda pyplot: draw_retention(pyplot, curves, base, level))
 
 
