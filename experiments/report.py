@@ -186,7 +186,7 @@ def claims_text(claims):
         word = f"equal within {c['margin']:g} %" if c["verdict"] == "equal" else c["verdict"]
         seen = c["power"] and (f"{c['power']:.1f} %" if c["percent"] else f"{c['power']:.2g}")
         rows.append([prefix + c["claim"], show(c["difference"], sign="+"),
-                     show(c["percent"], 1, sign="+"), p_text(c["p"]), p_text(c["p_corrected"]),
+                     show(c["percent"], 2, sign="+"), p_text(c["p"]), p_text(c["p_corrected"]),
                      word, seen or "-"])
         if c["primary"]:
             how = f"fixed by commit {c['fixed_by']}," if c["fixed_by"] else "not committed"

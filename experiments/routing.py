@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from data.corpus import collate, encode_records, length_batches
 from experiments import common, report
 from experiments.common import hydra, lora
-from hydralora import hydra_layers
+from hydralora import hydra_layers, record_gates
 from support.evaluation import target_logits
 
 PRIMARY = "heads specialise: they say more of the category than an untrained router of their norm"
@@ -127,6 +127,21 @@ def gate_sums(model, batches, routers=None):
     return sums, tokens
 
 
+@torch.no_grad()
+def effective_heads(model, batches):
+    """1 / sum of w^2 of a token's gate w, its mean over tokens and layers: the number of heads
+    that act, between 1 and N."""
+    total, count = 0.0, 0
+    for batch in map(collate, batches):
+        with record_gates(model) as gates:
+            model.hidden_states(batch.tokens)
+        for gate in gates.values():
+            acting = 1 / gate[batch.attention_mask].square().sum(-1)  # (tokens,)
+            total += acting.sum().item()
+            count += len(acting)
+    return total / count
+
+
 def mutual_information(table):
     """Bits that row and column say of each other, of a table of counts or weights."""
     p = table.double() / table.sum()
@@ -176,6 +191,7 @@ def examine(run, val):
     return {"loss": {key: loss_with(model, batches, change) for key, change in changes.items()},
             "information": found, "by_chance": chance, "untrained": control, "records": counts,
             "entropy": statistics.fmean(trained["entropy"].values()),
+            "effective": effective_heads(model, batches),
             "gate": {name: list(by.values()) for name, by in trained["gate"].items()},
             "categories": sorted(set(categories))}
 
@@ -217,6 +233,7 @@ def loss_table(header, found):
 def routing_table(found):
     rows = [["entropy of a token's gate (1: uniform, 0: one head)",
              [one["entropy"] for one in found]],
+            ["effective heads of a token, 1 / sum of w^2", [one["effective"] for one in found]],
             ["information of head and category (bits)", [one["information"] for one in found]],
             *([f"the same of an untrained router, {kind} (bits)",
                [one["untrained"][kind] for one in found]] for kind in found[0]["untrained"]),

@@ -177,6 +177,14 @@ def make_table(rows):
         for row in rows])
 
 
+def ratios_table(tried):
+    """Best rates, and how many times full fine-tuning's they are."""
+    full = tried["full"]["rate"]
+    return report.markdown(["method", "best rate", "times full fine-tuning's"],
+                           [[name, own["rate"], f"{own['rate'] / full:.1f}"]
+                            for name, own in tried.items()])
+
+
 def draw_table1(pyplot, rows):
     """The metrics that differ, a row per method; the base's loss would dwarf the rest."""
     rows = [row for row in rows[1:] if TWICE not in row["name"]]
@@ -208,6 +216,7 @@ def run(args):
     content = {"data": runs[HYDRA][0]["data"], "configs": configs, "sweep": tried, "rows": rows}
     common.publish(args, args.name, records, val, content,
                    tables=[make_table(rows)], again=again, claims=make_claims(args, runs, tried),
+                   more=[ratios_table(tried)],
                    draw=lambda pyplot: draw_table1(pyplot, rows))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -20,19 +21,21 @@ import eval_mmlu
 import train
 from data.corpus import encode_records, read_records, train_val_split, without_duplicates
 from experiments import (
+    choices,
     collapse,
     common,
     figure2,
     figure3,
     heads,
     mechanism,
+    real_model,
     report,
     retention,
     routing,
     table1,
 )
-from hydralora import add_hydralora, hydra_layers
-from model import save_llama
+from hydralora import add_hydralora, hydra_layers, record_gates
+from model import load_llama, save_llama
 from support import evaluation, files
 from support.device import autocast
 from support.lock import file_lock
@@ -46,7 +49,8 @@ SCRIPTS = {"table1": (table1, [*SWEPT, "--scaling", "constant", "--quiz", "QUIZ"
            "figure3": (figure3, [*SWEPT, "--families", "tavi", "code", "--rank", "8"]),
            "retention": (retention, ["--keep-data", "KEEP", "--rates", "4e-3", "8e-3"]),
            "routing": (routing, SWEPT), "collapse": (collapse, ["--every", "1"]),
-           "mechanism": (mechanism, ["--steps", "3"])}
+           "mechanism": (mechanism, ["--steps", "3"]),
+           "choices": (choices, ["--rates", "4e-3", "--part", "gate", "d"])}
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +212,8 @@ def test_every_script_runs_and_again_from_its_runs_to_the_same_bytes(name, place
     assert start(name, command) == 0
     assert written == {end: (tmp_path / f"{name}.{end}").read_bytes() for end in ("json", "md")}
     out = capsys.readouterr().out
-    assert "run 1 of" not in out
-    assert name in ("collapse", "mechanism") or "0 of them to be computed" in out
+    assert "run 1 of" not in out and " minutes, " not in out
+    assert name in ("choices", "collapse", "mechanism") or "0 of them to be computed" in out
 
 
 def test_without_matplotlib_the_tables_are_written_and_one_line_says_so(
@@ -888,6 +892,18 @@ def test_gate_sums_are_the_routing_of_train_py(adapted):
             assert mean.tolist() == pytest.approx(known["gate"][name][category], abs=1e-5)
 
 
+def test_effective_heads_are_counted_token_by_token(adapted):
+    model, sequences = adapted
+    found = routing.effective_heads(model, [sequences[:7], sequences[7:]])
+    slow = []
+    for s in sequences:
+        with record_gates(model) as gates:
+            model.hidden_states(torch.tensor([s.ids[:-1]]))
+        slow += [1 / sum(w * w for w in token) for gate in gates.values()
+                 for token in gate[0].tolist()]
+    assert found == pytest.approx(sum(slow) / len(slow), rel=1e-4) and 1 < found < 3
+
+
 def test_an_untrained_router_reads_what_the_trained_layers_read(adapted):
     model, sequences = adapted
     batches = [sequences[:9], sequences[9:]]
@@ -994,3 +1010,258 @@ def test_an_update_is_switched_off_and_measured_against_the_frozen_output(adapte
     x = torch.cat(inputs)
     slow = ((one(x) - one.base(x)).norm() / one.base(x).norm()).item()
     assert retention.update_size(model, batches) == pytest.approx(slow / len(layers), rel=1e-4)
+
+
+# ---------------------------------------------------------------- a real model
+
+
+class NoWheel:
+    """What load_base returns, of the tiny model: its layers are named as Meta's."""
+
+    def __init__(self, place):
+        self.place, self.loaded = place, 0
+
+    def __call__(self, file, folder):
+        self.loaded += 1
+        model, tokenizer = load_llama(self.place / "weights", dtype=torch.float32)
+        return model, tokenizer, "sha256 of the file"
+
+
+@pytest.fixture
+def real(place, tmp_path, monkeypatch):
+    """start() runs real_model on the tiny model and returns (status, its JSON)."""
+    monkeypatch.setattr(real_model, "load_base", NoWheel(place))
+    monkeypatch.setattr(real_model, "ATTENTION", "wq,wv")
+    monkeypatch.setattr(real_model, "FEED_FORWARD", "w1,w2,w3")
+    monkeypatch.setattr(real_model, "LENGTH", 120)
+    monkeypatch.setattr(real_model, "KEPT", 2)
+    monkeypatch.setattr(real_model, "PASSAGE", 1)
+
+    def start():
+        status = common.main("real_model", real_model.parse_args, real_model.run, [
+            "--base", "x", "--data", str(WORLD / "val.jsonl"), "--train", "8", "--sweep", "4",
+            "--val", "4", "--seeds", "3", "--other-seeds", "2", "--rates", "2e-3",
+            "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
+        return status, json.loads((tmp_path / "real_model.json").read_text())
+
+    monkeypatch.setattr(real_model, "draw", functools.partial(draw_with_a_long_record,
+                                                              real_model.draw))
+    return start
+
+
+def draw_with_a_long_record(draw, records, tokenizer, counts):
+    long = {"instruction": "Sum it up.", "context": "a long story " * 200, "response": "No.",
+            "category": "long"}
+    return draw([*records, long], tokenizer, counts)
+
+
+@pytest.mark.slow
+def test_a_real_model_is_measured_and_a_second_call_computes_nothing(
+        real, tmp_path, capsys, monkeypatch):
+    status, result = real()
+    assert status == 0
+    first, *others = result["claims"]
+    assert first["claim"] == real_model.PRIMARY and first["primary"]
+    assert len(first["difference"]["values"]) == 3 and not any(c["primary"] for c in others)
+    shared = {c["claim"]: len(c["difference"]["values"]) for c in others if c["difference"]}
+    assert all(count == (3 if "wq,wv: " in text and "kept" in text else 2)
+               for text, count in shared.items())
+    rows = {(row["name"], row["layers"]): row for row in result["rows"]}
+    assert len(rows) == 6
+    for (name, layers), row in rows.items():
+        fixed = name != real_model.SMALL and layers == "wq,wv"
+        assert row["seeds"] == [20, 21, 22][:3 if fixed else 2] and row["clip"] == 0
+        assert row["kept_passages"]["mean"] != row["kept_world"]["mean"] and row["categories"]
+    hydra, matched = (rows[name, "wq,wv"]["trainable"]
+                      for name in (real_model.HYDRA, real_model.MATCHED))
+    assert matched == pytest.approx(hydra, rel=0.1)
+    assert len(result["sweep"]) == 6
+    monkeypatch.setattr(real_model, "compute", lambda *_: pytest.fail("computed again"))
+    before = (tmp_path / "real_model.json").read_bytes()
+    assert real()[0] == 0 and (tmp_path / "real_model.json").read_bytes() == before
+
+
+def test_no_record_of_the_real_model_is_in_two_parts_or_shortened(place, tokenizer):
+    records = read_records(WORLD / "train.jsonl")
+    parts = real_model.draw(records, tokenizer, {"train": 20, "sweep": 10, "val": 15})
+    drawn = [s.record for part in ("train", "sweep", "val") for s in parts[part]]
+    assert len(set(drawn)) == 45
+    assert not any(s.shortened for s in parts["train"]) and max(
+        len(s.ids) for s in parts["train"]) <= real_model.LENGTH
+    again = real_model.draw(records, tokenizer, {"train": 20, "sweep": 10, "val": 15})
+    assert [s.ids for s in again["val"]] == [s.ids for s in parts["val"]]
+    with pytest.raises(ValueError, match="are needed"):
+        real_model.draw(records[:20], tokenizer, {"train": 30})
+
+
+def test_a_model_of_transformers_has_the_names_that_the_loop_asks_for(tokenizer):
+    transformers = pytest.importorskip("transformers", reason="needs requirements-optional.txt")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
+        num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2))
+    base = real_model.Base(model)
+    sequences, _ = encode_records(read_records(WORLD / "val.jsonl")[:6], tokenizer, 96)
+    found = evaluation.evaluate(base, sequences, precision=autocast("cpu", "fp32"))[""]
+    slow = 0.0
+    for s in sequences:
+        logits = model(torch.tensor([s.ids[:-1]])).logits[0].log_softmax(-1)
+        slow -= sum(logits[i - 1, s.ids[i]].item() for i in s.targets)
+    assert found["loss"] == pytest.approx(slow / found["tokens"], rel=1e-4)
+
+
+def test_a_run_that_another_process_computes_is_left_to_it_and_a_kill_loses_that_run(tmp_path):
+    """The other process holds the lock of run 0 and ends it; this one takes the rest."""
+    taken = []
+
+    def compute(spec):
+        taken.append(spec)
+        if spec == 1:
+            (tmp_path / f"{files.digest(0)}.json").write_text('{"value": "theirs"}')
+            holder.close()
+        return {"value": spec}
+
+    path = tmp_path / f"{files.digest(0)}.json"
+    holder = contextlib.ExitStack()
+    with holder:
+        holder.enter_context(file_lock(path, path))
+        found = common.compute_each({"a": 0, "b": 1, "c": 2}, tmp_path, compute)
+    assert taken == [1, 2] and found["a"] == {"value": "theirs"} and found["c"]["value"] == 2
+    assert found["b"]["commit"] == report.code_commit()
+    path.unlink()  # as after a kill: the lock is free, the run is not there
+    assert common.compute_each({"a": 0}, tmp_path, compute)["a"]["value"] == 0
+
+
+# ---------------------------------------------------------------- the choices
+
+
+def with_change(change, seed=0, **settings):
+    """(tiny model whose B are random and to which a change is made, arguments for train_here)."""
+    torch.manual_seed(seed)
+    model = tiny_model()
+    add_hydralora(model, targets=("w1", "wq"), **{"rank": 4, "heads": 3, **settings})
+    with torch.no_grad():
+        for layer in hydra_layers(model).values():
+            layer.lora_B.normal_(std=0.3)
+    return model, choices.CHANGES[change](model, 1e-3)
+
+
+def gates_of(model, tokens):
+    with record_gates(model) as gates, torch.no_grad():
+        model.hidden_states(tokens)
+    return gates
+
+
+TOKENS = torch.randint(5, 90, (3, 7), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("change", [*choices.CHANGES])
+def test_every_choice_trains_what_it_should_and_leaves_the_base(change, tokenizer):
+    settings = {"gate": "uniform"} if "uniform" in change else {}
+    model, more = with_change(change, **settings)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    sequences, _ = encode_records(read_records(WORLD / "val.jsonl")[:16], tokenizer, 96)
+    list(common.train_here(model, sequences, lr=1e-2, seed=0, batch_size=4, **more))
+    moved = {name.split(".")[-1] for name, p in model.named_parameters()
+             if not torch.equal(p, before[name])}
+    expected = {"lora_A", "lora_B", "router"}
+    if change in ("A frozen", choices.RANDOM):
+        expected -= {"lora_A" if change == "A frozen" else "router"}
+    if "uniform" in change or "per position" in change:
+        expected -= {"router"}
+    assert moved == expected
+
+
+def test_a_router_on_a_x_reads_the_rank():
+    model, _ = with_change("router on A x")
+    layer = model.layers[0].feed_forward.w1
+    x = torch.randn(2, 5, layer.base.in_features)
+    slow = layer.base(x)
+    z = x @ layer.lora_A.T
+    w = (z @ layer.router.T).softmax(-1)
+    for i in range(3):
+        slow = slow + layer.scale * w[..., i:i + 1] * (z @ layer.lora_B[i].T)
+    assert torch.allclose(layer(x), slow, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_top_k_keeps_the_largest_weights_and_gives_the_router_a_gradient(k):
+    dense = {name: gate for name, gate in gates_of(with_change("A frozen")[0], TOKENS).items()}
+    model, _ = with_change(f"top {k}")
+    name = "layers.0.attention.wq"  # its input is the same in both
+    kept, whole = gates_of(model, TOKENS)[name], dense[name]
+    assert ((kept > 0).sum(-1) == k).all()
+    assert kept.argmax(-1).equal(whole.argmax(-1))
+    if k == 1:
+        assert torch.allclose(kept.sum(-1), whole.amax(-1))
+    else:
+        assert torch.allclose(kept.sum(-1), torch.ones(3, 7))
+    model.hidden_states(TOKENS).sum().backward()
+    assert hydra_layers(model)[name].router.grad.abs().sum() > 0
+
+
+def test_the_controls_of_the_gate_have_heads_that_differ_and_read_no_later_token():
+    own = gates_of(with_change("A frozen")[0], TOKENS)
+    name = "layers.0.attention.wq"
+    other = gates_of(with_change("gates of another record")[0], TOKENS)[name]
+    assert other[1].equal(own[name][0]) and other[0].equal(own[name][2])
+    model, _ = with_change("gates drawn per position")
+    drawn = gates_of(model, TOKENS)[name]
+    assert drawn[0].equal(drawn[2]) and drawn.equal(gates_of(model, TOKENS.flip(0))[name])
+    assert torch.allclose(drawn.sum(-1), torch.ones(3, 7)) and drawn[0].std(0).min() > 0.05
+    later = TOKENS.clone()
+    later[:, 5:] = 3
+    for change in ("gates of another record", "gates drawn per position"):
+        model, _ = with_change(change)
+        with torch.no_grad():
+            a, b = (model.hidden_states(tokens)[:, :5] for tokens in (TOKENS, later))
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_balance_is_1_for_even_heads_and_n_for_one_and_ignores_padding():
+    even, one = torch.full((2, 4, 3), 1 / 3), torch.eye(3)[torch.zeros(2, 4, dtype=int)]
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    assert choices.balance({"a": even}, mask) == pytest.approx(1)
+    assert choices.balance({"a": one}, mask) == pytest.approx(3)
+    assert choices.balance({"a": even, "b": one}, mask) == pytest.approx(2)
+    mask[1] = False
+    mixed = torch.stack([even[0], one[0]])
+    assert choices.balance({"a": mixed}, mask) == pytest.approx(1)
+
+
+def test_a_balance_of_no_weight_is_the_plain_step(tokenizer):
+    sequences, _ = encode_records(read_records(WORLD / "val.jsonl")[:16], tokenizer, 96)
+    found = []
+    for more in ({}, choices.balanced(0.0, None, None)):
+        model, _ = with_change("balance loss 1")
+        list(common.train_here(model, sequences, lr=1e-2, seed=0, batch_size=4, **more))
+        found.append(hydra_layers(model)["layers.0.feed_forward.w1"].lora_B)
+    assert torch.allclose(*found, atol=1e-4)
+
+
+def test_lora_plus_scales_the_rate_of_b_alone():
+    model, more = with_change("B's rate times 16")
+    rates = {id(p): group["peak_lr"] for group in more["optimizer"].param_groups
+             for p in group["params"]}
+    for layer in hydra_layers(model).values():
+        assert [rates[id(p)] for p in (layer.lora_A, layer.lora_B, layer.router)] == [
+            1e-3, 16e-3, 1e-3]
+    assert len(rates) == 3 * len(hydra_layers(model))
+
+
+def test_every_variant_of_the_choices_is_compared_with_its_reference():
+    parts = list(choices.variants(1))
+    arms = choices.make_arms(parts, dict.fromkeys(choices.LAYERS, 17))
+    runs = {arm: [{"metrics": {"val_loss": 2.0 - (own["change"] is None)}}] * 2
+            for arm, own in arms.items()}
+    claims = choices.make_claims(parts, runs)
+    assert sum(c["primary"] for c in claims) == 1
+    changed = sum(len(own) for own in choices.variants(1).values())
+    assert len(claims) == 2 * changed
+    for c in claims:  # learned gates were made better, as all references
+        ahead = "ahead of the same with" in c["claim"]
+        expected = 1 if ahead else 0 if "sqrt" in c["claim"] else -1
+        assert c["difference"]["mean"] == expected
+    scales = {own["settings"]["alpha"] / own["settings"]["rank"] for (name, _), own in arms.items()
+              if "sqrt" in name}
+    assert sorted(scales) == pytest.approx([32 / 32 ** 0.5, 32 / 8 ** 0.5])
