@@ -661,6 +661,17 @@ def test_equality_is_two_one_sided_tests():
     assert claim["verdict"] == "undecided" and claim["margin"] is claim["percent"] is None
 
 
+def test_equality_is_corrected_for_the_number_of_claims_too():
+    percent = report.loss_difference([2.0] * 4, [2.05, 1.97, 2.03, 2.0])
+    p = report.equality_p(percent["percent"])
+    assert 0.02 < p < 0.05
+    alone, = report.judge({"x": percent}, None, __file__)
+    assert alone["verdict"] == "equal"
+    claims = report.judge({"x": percent, "y": percent, "z": percent}, "z", __file__)
+    assert [c["verdict"] for c in claims] == ["undecided", "undecided", "equal"]
+    assert claims[0]["p_equal_corrected"] == pytest.approx(2 * p)
+
+
 def test_power_is_what_draws_of_that_difference_are_found_with():
     """A slow twin: of 2,000 drawn samples of that mean, four of five are significant."""
     generator = torch.Generator().manual_seed(0)
@@ -1082,7 +1093,9 @@ def test_a_real_model_is_measured_and_a_second_call_computes_nothing(
 
 
 def test_no_record_of_the_real_model_is_in_two_parts_or_shortened(place, tokenizer):
-    records = read_records(WORLD / "train.jsonl")
+    long = {"instruction": "Sum it up.", "context": "a story " * 200, "response": "No."}
+    records = read_records(WORLD / "val.jsonl")
+    records += [{**long, "category": "long"}] * len(records)  # half of the draw, if shortened
     parts = real_model.draw(records, tokenizer, {"train": 20, "sweep": 10, "val": 15})
     drawn = [s.record for part in ("train", "sweep", "val") for s in parts[part]]
     assert len(set(drawn)) == 45
