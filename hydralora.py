@@ -24,7 +24,7 @@ GATES = ("learned", "uniform")
 
 @dataclass
 class HydraSettings:
-    """The one list of settings, for the layer, the file, flags and memory sums."""
+    """The settings of a layer: what an adapter's file holds, and train.py's flags."""
     rank: int = 8
     heads: int = 3  # number of B matrices; a single one has the weight 1, which is LoRA
     alpha: float = 32.0  # the update is scaled by alpha / rank
@@ -49,10 +49,10 @@ class HydraLinear(nn.Module):
         self.settings = s = HydraSettings(**settings)
         self.scale = s.alpha / s.rank
         self.base = base.requires_grad_(False)
-        # identity; a forward hook on it reads the gate (record_gates), or replaces it
+        # identity; a forward hook on it reads the gate, as record_gates, or replaces it
         self.gate_out = nn.Identity()
         width = base.in_features
-        frozen = [*base.parameters(), *base.buffers()]  # buffers: of a quantised layer
+        frozen = [*base.parameters(), *base.buffers()]  # buffers if quantised
         fp32 = dict(dtype=torch.float32, device=frozen[0].device)
 
         def random(*shape):  # U(-1/sqrt(I), 1/sqrt(I)), Kaiming-uniform with a = sqrt(5)
@@ -66,7 +66,6 @@ class HydraLinear(nn.Module):
         routed = s.gate == "learned" and s.heads > 1
         self.router = random(s.heads, width) if routed else None
         self.train(base.training)  # added to a model in eval mode, it has no dropout
-        # state_dict names the base's tensors as before; load_state_dict takes both names
         self.register_state_dict_post_hook(HydraLinear.hide_base)
         self.register_load_state_dict_pre_hook(HydraLinear.find_base)
 
@@ -88,7 +87,7 @@ class HydraLinear(nn.Module):
         return scores.float().softmax(-1)
 
     def update(self, x: Tensor) -> Tensor:
-        """What is added to W0 x (..., O), in fp32; under autocast in its dtype."""
+        """The update (..., O), to be added to W0 x: fp32, or under autocast its dtype."""
         kind = x.device.type
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             x = x.to(self.lora_A.dtype)  # outside autocast an fp32 adapter needs fp32 input
@@ -107,6 +106,7 @@ class HydraLinear(nn.Module):
         y = self.base(x)  # W0 x
         return y + self.update(x).to(y.dtype)
 
+    # so the state_dict of a model with adapters still fits the model without them
     def hide_base(self, state, prefix, metadata):
         for name in self.base.state_dict():
             state[prefix + name] = state.pop(f"{prefix}base.{name}")
@@ -142,6 +142,7 @@ def target_layers(model, targets):
     """{name: nn.Linear} of the layers whose last name is exactly one of targets."""
     if hydra_layers(model):
         raise ValueError("the model already has adapters")
+    # a parameter may have a target's name, such as fused experts: it is refused below
     parts = [*model.named_modules(), *model.named_parameters()]
     parts = {name.replace("_orig_mod.", ""): part for name, part in parts}
     linears = {name: part for name, part in parts.items() if isinstance(part, nn.Linear)}
@@ -154,16 +155,21 @@ def target_layers(model, targets):
     return {name: linears[name] for name in found}
 
 
+def make_layer(name, base, settings):
+    """The one place to let a layer's settings depend on its name."""
+    return HydraLinear(base, **settings)
+
+
 def add_hydralora(model: nn.Module, *, targets=TARGETS, **settings) -> int:
     """Freezes the model, wraps every nn.Linear whose last name is exactly one of targets,
     and returns the number of trainable parameters, router included. Raises ValueError
     for a target that names nothing or another kind of layer, and if there are adapters."""
-    layers = {name: HydraLinear(base, **settings)
+    layers = {name: make_layer(name, base, settings)
               for name, base in target_layers(model, targets).items()}
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    model.hydralora_config = {"targets": list(targets), **asdict(layer.settings)}
+    model.hydralora_config = {"targets": list(targets), **asdict(HydraSettings(**settings))}
     return sum(p.numel() for p in adapter_parameters(model).values())
 
 
@@ -222,12 +228,12 @@ def check_adapter(model, base, tensors, targets, **settings):
     now = base_fingerprint(model)
     for name in sorted(base.keys() & now.keys()):  # a packed weight is in one alone
         before, here = torch.tensor(base[name][1]), torch.tensor(now[name][1])
-        if not torch.allclose(before, here, rtol=2**-8, atol=1e-7):  # bf16 rounds so far
+        if not torch.allclose(before, here, rtol=2**-8, atol=1e-7):  # bf16's rounding
             raise ValueError(f"it was trained on another base model ({name} differs)")
     shapes = {}
     for name, layer in target_layers(model, targets).items():
         linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        twin = HydraLinear(linear, **settings)  # takes no memory
+        twin = make_layer(name, linear, settings)  # takes no memory
         shapes |= {f"{name}.{key}": p.shape for key, p in twin.named_parameters(recurse=False)}
     good = {name for name, t in tensors.items() if t.shape == shapes.get(name)
             and t.is_floating_point() and t.layout == torch.strided and t.isfinite().all()}
@@ -246,7 +252,7 @@ def save_adapter(model: nn.Module, file) -> None:
     if bad or not tensors:
         raise ValueError(f"{file}: no adapter to save, or not a finite one {bad[:1]}")
     content = {"config": model.hydralora_config, "base": base, "tensors": tensors}
-    if hasattr(model, "quantized"):  # older code refuses the key, so it is only here
+    if hasattr(model, "quantized"):  # only then: older versions refuse the key
         content["quantized"] = model.quantized
     torch.save(content, file)
 

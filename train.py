@@ -49,6 +49,7 @@ from support.base import (
     load_model,
     model_length,
     print_default_length,
+    print_quantize,
     read_adapter_config,
     trained_with,
     warn_of_spare_rows,
@@ -243,6 +244,7 @@ def set_up(args):
     args.max_seq_len = args.max_seq_len or min(MAX_SEQ_LEN, model.args.max_seq_len)
     if args.init_adapter and not args.resume:
         load_adapter(model, args.init_adapter)
+        print_quantize(args.init_adapter, args.quantize)
     elif args.method != "full":
         add_hydralora(model, **adapter_settings(args))
     data, eval_sets = {}, {}

@@ -156,10 +156,8 @@ def encode_prompts(records, tokenizer, max_seq_len):
 
 
 def train_val_split(records, share, seed):
-    """(train, val): val is a random share of the records, drawn by seed. Each has at
-    least one; both keep the file's order."""
-    if len(records) < 2:
-        raise ValueError("one record cannot be split: give more, or a file with --val-data")
+    """(train, val): val is a random share of the records, drawn by seed. Of two records or
+    more each has at least one; both keep the file's order."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(records), generator=generator).tolist()
     n_val = min(max(1, round(share * len(records))), len(records) - 1)
@@ -220,8 +218,11 @@ def load_train_val(paths, val_path, *, share, seed, strict):
         candidates, val = records, read_files([val_path], strict=strict)
     else:
         candidates, val = [], Records()
-        for number in range(len(paths)):
+        for number, path in enumerate(paths):
             own = [record for record in records if record.file == number]
+            if len(own) < 2:
+                raise ValueError(f"{path} has one record, which cannot be split: give more, or "
+                                 "a file with --val-data")
             kept, held_out = train_val_split(own, share, seed)
             candidates += kept
             val += held_out

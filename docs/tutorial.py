@@ -41,8 +41,8 @@ from model import FeedForward, ModelArgs, generate_ids, load_llama
 #
 #     y = W x + scale * B A x
 #
-# The scale is alpha / rank in the paper. B starts at zero, so at first nothing changes. A
-# starts at random. The smaller the rank, the fewer parameters train.
+# The scale is a fixed number (the paper's alpha, divided by the rank). B starts at zero,
+# so at first nothing changes. A starts at random. The smaller the rank, the fewer parameters train.
 
 # %%
 torch.manual_seed(0)
@@ -142,8 +142,9 @@ for rank, share in lora_missing.items():
 # From rank 2 on half of the update is missing, and a higher rank does not help, not
 # even rank 32, which is as much as a layer of this width can have. The picture shows
 # why. The arrows are what the two tasks want for the same content. The marks are what
-# was learned, in the colour of the cue. Whatever the cue says, LoRA gives the same
-# answer, halfway between the two: the mean.
+# was learned: a mark for each cue, in its colour. Whatever the cue says, LoRA gives the
+# same answer, so two marks lie upon each other. From rank 2 on it is halfway between what
+# the tasks want, their mean; rank 1 does not even reach that.
 #
 # It has no choice. B A is one matrix for all tokens. The cue can add something to its
 # output, but it cannot change what is done with the content.
@@ -175,7 +176,7 @@ def draw_answers(axis, layers, title):
 
 
 figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-draw_answers(axis, {f"LoRA of rank {rank}": layer for rank, layer in loras.items()},
+draw_answers(axis, {f"LoRA of rank {rank}": loras[rank] for rank in (1, 2, 32)},
              "LoRA: one answer to both tasks")
 plt.show()
 
@@ -185,7 +186,9 @@ plt.show()
 # The first remedy is a LoRA for each task. If we choose the right one for each token by
 # hand, nothing is missing. But who knows the task of a token? So let a *router* choose:
 # a third small matrix, whose softmax gives each LoRA a weight. It learns with the rest,
-# from the same loss. Nobody tells it what a task is. The paper calls this LoRA (Split).
+# from the same loss. Nobody tells it what a task is. With the router, the paper calls this
+# LoRA (Split). (Each LoRA here adds the frozen layer too. It counts once in the sum, since
+# the weights sum to 1.)
 
 # %%
 class Split(nn.Module):
@@ -258,7 +261,8 @@ plt.show()
 # What does sharing A save, and what does it cost? It saves most where a layer's input
 # is wider than its output, as LLaMA 2 7B shows. It costs where the tasks read different
 # things. In the next cell they do (`own_a`), four directions in all, and an A of rank 2
-# cannot keep four. HydraLoRA then needs the rank that the tasks need together.
+# cannot keep four. HydraLoRA then needs the rank that the tasks need together, and in this
+# narrow layer it ends with more parameters than two whole LoRAs.
 
 # %%
 for name, shape in {"w1": (4096, 11008), "w2": (11008, 4096)}.items():
@@ -284,7 +288,8 @@ for name, layer in {"LoRA (Split) 2 x rank 2": Split(by_hand=False),
 # nothing, so it would get no gradient at all. The heads would remain one LoRA for ever.
 #
 # A random router is what tells the heads apart. It gives each head a slightly different
-# share of the first gradient, and the loss pulls them further apart.
+# share of the first gradient. At first both heads learn what the tasks share and become
+# more alike; then the loss pulls them apart.
 
 # %%
 def history(layer):
@@ -318,7 +323,7 @@ for axis, key, title in zip(axes, ("missing", "alike"),
         axis.plot([row[key] for row in rows[1:]], line, color="black",
                   label=f"router starts {name}")
     axis.set(title=title, xlabel="step")
-axes[0].legend()
+    axis.legend()
 plt.show()
 
 # %% [markdown]
@@ -343,7 +348,7 @@ axis.legend(loc="center right")
 plt.show()
 
 # %% [markdown]
-# ## 7. The honest turn: a SwiGLU
+# ## 7. Where LoRA is ahead: a SwiGLU
 #
 # So far HydraLoRA was perfect and LoRA was helpless. But a linear layer alone is not
 # what a LLaMA has. Its feed-forward block is a SwiGLU, `W2 (silu(W1 x) * W3 x)`, in
@@ -403,7 +408,8 @@ for question, answer in zip(chosen, before):
 
 # %% [markdown]
 # `add_hydralora` freezes the model and wraps its feed-forward layers. The rest is the
-# loop that you know. `collate` turns records into a batch and says at which positions
+# loop that you know. An EOS ends a prompt as well as an answer, which is how the corpus is
+# laid out. `collate` turns records into a batch and says at which positions
 # the answers' tokens are to be predicted; nothing else counts in the loss. 200 steps
 # see an eighth of the corpus. That is enough for most of the answers below. Sums take
 # longer.
@@ -457,8 +463,9 @@ for question, answer in zip(chosen, after):
 # %% [markdown]
 # Which head takes which token? Each adapted layer has a router of its own, and there
 # are eighteen. The picture shows one of them on two records, prompt and answer. Bright
-# is a weight near 1. Unlike in section 6, no head belongs to a task. Within one record
-# each head has tokens of its own, and in another layer these are other tokens.
+# is a weight near 1; `▁` is the tokenizer's sign for a space. Unlike in section 6, no head
+# belongs to a task. In this layer the first head takes most tokens and the others a few
+# each, within one and the same record. Set `layer_name` to another layer and look again.
 
 # %% picture
 layer_name = "layers.2.feed_forward.w2"
@@ -479,8 +486,8 @@ plt.show()
 #
 # The model also knew things that the corpus does not ask for. Look at what became of
 # them. One of the ten tasks answers questions with the letter of an option, and now the
-# model hears that question where nobody asked it. The loss on what it knew rises, and
-# neither a low rank nor a router prevents that.
+# model answers with a letter where no options were given. The loss on what it knew rises,
+# and neither a low rank nor a router prevents that.
 
 # %%
 known_after = test_loss(known)
@@ -589,5 +596,5 @@ for question, old, new in zip(facts, base_facts, answers(facts)):
 #
 # ### Where to go on
 #
-# `hydralora.py` is the method on one page. `python train.py --heads
+# `hydralora.py` is the method in one file. `python train.py --heads
 # 3 --rank 8` is section 8 in earnest: all records, validation by task, a saved adapter.

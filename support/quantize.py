@@ -21,9 +21,10 @@ outlier spoils the 63 weights beside it, not a whole row.
 Where the error goes. The layer computes (W + E) x. Of normal weights, E is 9 % with nf4
 (10 % with even levels) and 0.8 % with int8. It is no larger in the product: 6 % on
 average in the embedded world's base, whose loss moves by 0.8 %. And it is constant. The
-adapters learn on top of W + E and may correct what matters of it for the task. The
-gradient is exact for the model that runs: the backward pass uses the same W + E, and no
-code ever changes, so nothing has to be differentiated through a rounding.
+adapters learn on top of W + E and correct what matters of it for the task: here, four
+fifths of what NF4 costs the base (docs/performance.md). The gradient is exact for the
+model that runs: the backward pass uses the same W + E, and no code ever changes, so
+nothing has to be differentiated through a rounding.
 
 What it costs. The dense weight is made anew for each product, forward and backward, and
 dropped at once: a step takes longer, and one dense weight exists at a time. An nf4
@@ -64,7 +65,7 @@ def encode(blocks: Tensor, levels: Tensor | None) -> tuple[Tensor, Tensor]:
     """(codes, scales) of weights (blocks, weights per block), each by the nearest of 16
     levels, or of int8's 255 without them. Scales are (blocks, 1)."""
     scales = blocks.abs().amax(1, keepdim=True)
-    relative = blocks.float() / scales.float().clamp_min(1e-30)  # of zeros: zeros
+    relative = blocks.float() / scales.float()  # NaN in a block of zeros, whose scale is 0
     if levels is None:
         return (127 * relative).round().to(torch.int8), scales
     middles = (levels[1:] + levels[:-1]) / 2  # the nearest level changes there

@@ -19,6 +19,7 @@ from data.corpus import (
     length_batches,
     load_train_val,
     prompt_text,
+    read_files,
     read_records,
     split_weight,
     train_val_split,
@@ -281,8 +282,6 @@ def test_validation_records_are_drawn_by_seed_and_the_rest_is_for_training():
     assert train_val_split(records, 0.05, seed=3) == (train, val)
     assert train_val_split(records, 0.05, seed=4) != (train, val)
     assert [len(part) for part in train_val_split(records[:2], 0.05, seed=0)] == [1, 1]
-    with pytest.raises(ValueError, match="cannot be split"):
-        train_val_split(records[:1], 0.05, seed=0)
 
 
 def test_duplicates_of_validation_are_found_by_prompt_and_response():
@@ -296,11 +295,12 @@ def test_duplicates_of_validation_are_found_by_prompt_and_response():
 
 def test_fields_that_are_not_used_are_named_once_with_their_counts(tmp_path, capsys):
     rows = fish(12, hint="Think.") + fish(30) + fish(1, note="Done.")
-    train, _ = load_train_val([write_rows(tmp_path / "a.jsonl", rows)], None, share=0.1, seed=0,
-                              strict=False)
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    train, _ = load_train_val([path], None, share=0.1, seed=0, strict=False)
     out = capsys.readouterr().out
     assert out.count("not used: hint (12 records), note (1)") == 1
     assert train.report["not_used"] == {"hint": 12, "note": 1}
+    assert read_files([path, path]).report["not_used"] == {"hint": 24, "note": 2}
 
 
 # ---------------------------------------------------------------- several files

@@ -247,8 +247,9 @@ def test_the_heads_are_counted_over_every_record_once_in_the_order_of_files(
 
 @pytest.mark.parametrize("data, message", [
     ("tavi:0", "a weight must be above 0"), ("absent:2", "no data file at"),
-    ("tavi:half", "no data file at")])
+    ("tavi:half", "no data file at"), ("one:9", "one.jsonl has one record, which cannot be")])
 def test_a_weight_or_a_file_that_cannot_be_is_refused_in_one_line(place, data, message, capsys):
+    (place / "one.jsonl").write_text('{"instruction": "a", "response": "b"}')
     assert status_of(train.main, flags(place, "classification", data)) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and message in error[0]

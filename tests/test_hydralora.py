@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import hydralora
 from hydralora import (
     HydraLinear,
     adapter_parameters,
@@ -416,6 +417,30 @@ def test_quantised_layers_train_and_their_adapters_move_to_the_dense_base_and_ba
             load_adapter(packed_model(in_buffers, seed=1), tmp_path / name)
 
 
+class PackedTensor(torch.Tensor):
+    """A weight of another library, which knows a linear layer's product and little else."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), others=None):
+        assert function is not torch.Tensor.flatten, "not implemented"
+        return super().__torch_function__(function, types, arguments, others)
+
+
+def test_an_adapter_over_tensors_of_another_type_is_saved_and_loaded(tmp_path):
+    def model(seed=0):
+        model = tiny_model(seed)
+        for block in model.layers:
+            weight = block.feed_forward.w1.weight.detach().as_subclass(PackedTensor)
+            block.feed_forward.w1.weight = nn.Parameter(weight, requires_grad=False)
+        return model
+
+    save_adapter(adapted(model()), tmp_path / "a.pt")
+    load_adapter(model(), tmp_path / "a.pt")
+    load_adapter(tiny_model(), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="another base model"):
+        load_adapter(model(seed=1), tmp_path / "a.pt")
+
+
 def test_a_layer_that_kept_its_dense_fingerprint_is_compared_by_it(tmp_path):
     save_adapter(adapted(packed_model(True)), tmp_path / "a.pt")
     model = tiny_model()
@@ -464,6 +489,24 @@ def test_a_loaded_adapter_equals_the_saved_one(tmp_path, settings):
     assert [p for p in tmp_path.iterdir()] == [tmp_path / "a.pt"]
 
 
+def test_settings_of_a_single_layer_have_one_place_and_survive_saving_and_loading(
+        tmp_path, monkeypatch, model):
+    make_layer = hydralora.make_layer
+
+    def more_heads_in_w2(name, base, settings):
+        return make_layer(name, base, {**settings, "heads": 4 if name.endswith("w2") else 2})
+
+    monkeypatch.setattr(hydralora, "make_layer", more_heads_in_w2)
+    adapted(model, targets=("w1", "w2"), rank=2)
+    tokens = torch.tensor([[1, 2, 3]])
+    wanted = model(tokens)
+    save_adapter(model, tmp_path / "adapter.pt")
+    remove_adapters(model)
+    load_adapter(model, tmp_path / "adapter.pt")
+    assert {len(layer.lora_B) for layer in hydra_layers(model).values()} == {2, 4}
+    assert torch.equal(model(tokens), wanted)
+
+
 def test_the_file_holds_exactly_the_adapters_tensors(tmp_path):
     model = adapted(tiny_model())
     save_adapter(model, tmp_path / "a.pt")
@@ -505,6 +548,8 @@ def test_an_adapter_passes_between_compiled_and_plain_models(tmp_path, compiled)
     save_adapter(compiled(adapted(tiny_model())), tmp_path / "a.pt")
     load_adapter(tiny_model(), tmp_path / "a.pt")
     load_adapter(compiled(tiny_model()), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="another base model"):
+        load_adapter(compiled(tiny_model(seed=1)), tmp_path / "a.pt")
 
 
 @pytest.mark.slow

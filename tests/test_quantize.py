@@ -337,7 +337,10 @@ def test_an_adapter_is_trained_further_on_the_base_it_had(place, tmp_path, capsy
     assert train.main([*flags, "--out", str(tmp_path / "further")]) == 0
     run = json.loads((tmp_path / "further" / "run.json").read_text())
     assert run["settings"]["quantize"] == "nf4"
-    assert train.parse_args([*flags, "--quantize", "none"]).quantize == "none"
+    assert train.main([*flags, "--out", str(tmp_path / "dense"), "--quantize", "none"]) == 0
+    out = capsys.readouterr().out
+    for now in ("nf4", "none"):
+        assert out.count(f"--quantize nf4; the base here is loaded with --quantize {now}\n") == 1
     # a resumed run asks its checkpoint instead
     assert train.parse_args([*flags, "--resume"]).quantize is None
 

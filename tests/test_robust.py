@@ -912,7 +912,7 @@ BAD = {
     "data that is no object": (T, text("data.jsonl", GOOD + "7"), [], "line 2 is not a JSON obj"),
     "data with half a surrogate": (T, text("data.jsonl", GOOD + GOOD.replace("a\"", "\\ud800\"")),
                                    [], "line 2 has half a surrogate pair"),
-    "data of one record": (T, text("data.jsonl", GOOD), [], "one record cannot be split"),
+    "data of one record": (T, text("data.jsonl", GOOD), [], "one record, which cannot be split"),
     "data too long": (T, text("data.jsonl", GOOD.replace('"a', f'"{"a" * 500}') + GOOD.replace(
         '"a', f'"{"c" * 500}')), [],
                       "none of the 1 records fits max_seq_len 128"),

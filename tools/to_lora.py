@@ -40,7 +40,8 @@ def flatten(model, gates):
     its gated B side by side."""
     config = model.hydralora_config
     for name, layer in hydra_layers(model).items():
-        gate = torch.tensor(gates.get(name) or [1 / config["heads"]] * config["heads"])
+        heads = len(layer.lora_B)
+        gate = torch.tensor(gates.get(name) or [1 / heads] * heads)
         b = gate.to(layer.lora_B)[:, None, None] * layer.lora_B  # (N, O, R)
         b = b.sum(0) if config["share_a"] else b.transpose(0, 1).flatten(1)  # (O, R or N * R)
         rank = b.shape[1]
