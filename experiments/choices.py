@@ -20,10 +20,10 @@ import train
 from data.corpus import collate, encode_records, train_val_split
 from experiments import common, report
 from experiments.common import SCALE
-from hydralora import HydraLinear, add_hydralora, hydra_layers, record_gates, remove_adapters
+from hydralora import HydraLinear, hydra_layers, record_gates
 from model import load_llama
-from support import evaluation, files
-from support.device import autocast
+from support import files
+from support.evaluation import target_logits
 
 PRIMARY = "wq,wv: HydraLoRA 3x8 ahead of the same with a frozen random router"
 LAYERS = {"feed-forward": ("w1", "w2", "w3"), "wq,wv": ("wq", "wv")}
@@ -121,7 +121,7 @@ def balanced_step(model, batches, optimizer, scaler, *, clip, precision, weight)
     [sequences] = batches
     batch = collate(sequences)
     with record_gates(model) as gates:
-        loss = F.cross_entropy(evaluation.target_logits(model, batch), batch.labels)
+        loss = F.cross_entropy(target_logits(model, batch), batch.labels)
         (loss + weight * balance(gates, batch.attention_mask)).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -222,29 +222,19 @@ def make_claims(parts, runs):
 # ---------------------------------------------------------------- runs
 
 
-def compute(spec, model, parts, max_steps, epochs):
-    """Trains and measures an adapter; in the end the model is the base again. In a sweep the loss
-    may be not finite: None."""
-    torch.manual_seed(spec["seed"])
-    add_hydralora(model, **spec["settings"])
-    try:
-        change = CHANGES[spec["change"]] if spec["change"] else lambda model, lr: {}
-        more = change(model, spec["rate"])
-        parameters = evaluation.count_parameters(model)
-        training, measured = parts[spec["part"]]
-        list(common.train_here(model, training, lr=spec["rate"], seed=spec["seed"], epochs=epochs,
-                               max_steps=max_steps, **more))
-        found = evaluation.evaluate(model, measured, precision=autocast("cpu", "fp32"))
-    except ValueError:  # not finite
-        if spec["part"] != "sweep":
-            raise
-        return {"metrics": {"val_loss": None}, "parameters": parameters}
-    finally:
-        remove_adapters(model)
-    return {"metrics": {"val_loss": found.pop("")["loss"],
-                        "categories": {name: {"val_loss": row["loss"]}
-                                       for name, row in found.items()}},
-            "parameters": parameters}
+def compute(spec, model, parts, **options):
+    """A run; its loss on the held-out records may be None: not finite."""
+    training, measured = parts[spec["part"]]
+
+    def measure():
+        try:
+            return common.measure_here(model, measured)
+        except ValueError:
+            if spec["part"] != "sweep":
+                raise
+            return {"val_loss": None}
+
+    return common.run_here(spec, model, training, measure, CHANGES.get(spec["change"]), **options)
 
 
 def make_table(rows):
@@ -278,16 +268,10 @@ def run(args):
              "records": files.digest([[s.ids for s in own] for pair in parts.values()
                                       for own in pair])}
 
-    def measure(asked):
-        specs = {key: {**fixed, **own, "part": part, "rate": rate, "seed": seed}
-                 for key, own in asked.items() for _, part, rate, seed in [key]}
-        found = common.compute_each(specs, args.runs / "choices", partial(
-            compute, model=model, parts=parts, max_steps=args.max_steps, epochs=args.epochs))
-        return {key: {**run, "settings": {"lr": key[2], "seed": key[3], "clip": 0}}
-                for key, run in found.items()}
-
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    tried, runs = common.tune_and_run_here(arms, args.rates, seeds, measure)
+    tried, runs = common.tune_and_run_here(
+        arms, args, seeds, fixed, args.runs / "choices",
+        partial(compute, model=model, parts=parts, max_steps=args.max_steps, epochs=args.epochs))
     rows = [{"name": name, "layers": layers, **common.make_row(runs[name, layers], ["val_loss"])}
             for name, layers in arms]
     claims = make_claims(args.part, runs)

@@ -23,11 +23,12 @@ import train
 from data import QUIZ_SHOTS
 from data.corpus import read_records, train_val_split, without_duplicates
 from experiments import report
-from hydralora import TARGETS, add_hydralora, load_adapter
+from hydralora import TARGETS, add_hydralora, load_adapter, remove_adapters
 from model import Transformer, load_llama, read_params
 from support import files
 from support.cli import Parser, check_min, flag, run_script
 from support.device import autocast
+from support.evaluation import TOTAL, count_parameters, evaluate
 from support.lock import file_lock
 from support.run_folder import fingerprints
 
@@ -557,9 +558,40 @@ def tune_and_run(configs, args, records, val, quiz=None):
     return tried, run_methods(configs, chosen_rates(tried), args, records, val, quiz)
 
 
-def tune_and_run_here(arms, rates, seeds, measure):
-    """tune_and_run of {arm: settings} whose runs measure computes: {(arm, part, rate, seed):
-    settings}, where the part is "sweep" or "val"."""
+def run_here(spec, model, training, measure, change=None, **options):
+    """A run in this process: the adapter of spec["settings"] on a model that is the base before
+    and after, trained on sequences and measured by measure(). change(model, rate) alters the
+    layers and returns more options of train_here."""
+    torch.manual_seed(spec["seed"])
+    add_hydralora(model, **spec["settings"])
+    try:
+        options |= change(model, spec["rate"]) if change else {}
+        parameters = count_parameters(model)
+        norms = list(train_here(model, training, lr=spec["rate"], seed=spec["seed"], **options))
+        metrics = measure()
+    finally:
+        remove_adapters(model)
+    clipped = sum(norm > 1 for norm in norms) / len(norms)
+    return {"metrics": {**metrics, "clipped_at_1": clipped}, "parameters": parameters}
+
+
+def measure_here(model, sequences):
+    """{"val_loss", "categories"} of a model, as in run.json."""
+    found = evaluate(model, sequences, precision=autocast("cpu", "fp32"))
+    return {"val_loss": found.pop(TOTAL)["loss"],
+            "categories": {name: {"val_loss": row["loss"]} for name, row in found.items()}}
+
+
+def tune_and_run_here(arms, args, seeds, fixed, folder, compute):
+    """tune_and_run of {arm: part of a spec} in this process, by compute_each in that folder. A
+    spec has what is fixed, the arm's own, the part ("sweep" or "val"), rate and seed. In a sweep a
+    loss may be None: not finite."""
+    def measure(asked):
+        specs = {key: {**fixed, **own, "part": part, "rate": rate, "seed": seed}
+                 for key, own in asked.items() for _, part, rate, seed in [key]}
+        return {key: {**run, "settings": {"lr": key[2], "seed": key[3], "clip": 0}}
+                for key, run in compute_each(specs, folder, compute).items()}
+
     categories = {arm: {} for arm in arms}
 
     def held_out(asked):
@@ -574,7 +606,7 @@ def tune_and_run_here(arms, rates, seeds, measure):
         return losses
 
     tried = {arm: sweep_result(losses, clip=0, categories=categories[arm])
-             for arm, losses in sweep(arms, rates, held_out).items()}
+             for arm, losses in sweep(arms, args.rates, held_out).items()}
     runs = {}
     for (arm, *_), run in measure({(arm, "val", tried[arm]["rate"], seed): arms[arm]
                                    for arm in arms for seed in seeds}).items():

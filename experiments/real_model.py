@@ -24,9 +24,8 @@ from data.corpus import Sequence, encode_record, encode_records
 from data.records import read_records
 from experiments import common, report
 from hydralora import add_hydralora, remove_adapters
-from support import evaluation, files
+from support import files
 from support.cli import Parser, check_min
-from support.device import autocast
 
 PRIMARY = "q_proj,v_proj: HydraLoRA 3x8 ahead of one LoRA of its size in validation loss"
 ATTENTION, FEED_FORWARD = "q_proj,v_proj", "gate_proj,up_proj,down_proj"
@@ -110,7 +109,7 @@ def draw(records, tokenizer, counts):
 
 
 def methods(model):
-    """{(name, layers): settings of add_hydralora}; those of the primary claim come first."""
+    """{(name, layers): {"settings": those of add_hydralora}}."""
     def count(targets, **shape):
         trainable = add_hydralora(model, targets=targets, **shape)
         remove_adapters(model)
@@ -121,41 +120,20 @@ def methods(model):
         targets = layers.split(",")
         matched = round(count(targets, rank=8, heads=3) / count(targets, rank=1, heads=1))
         shapes = {MATCHED: (matched, 1), HYDRA: (8, 3), SMALL: (8, 1)}
-        found |= {(name, layers): {"targets": targets, "rank": rank, "heads": heads,
-                                   "alpha": common.SCALE * rank}
+        found |= {(name, layers): {"settings": {"targets": targets, "rank": rank, "heads": heads,
+                                                "alpha": common.SCALE * rank}}
                   for name, (rank, heads) in shapes.items()}
     return found
 
 
-def measure_all(model, parts, part):
+def measure(model, parts, part):
     """The metrics of a model on a part of the records; the texts to be kept are measured with the
     validation records alone."""
-    def losses(name):
-        found = evaluation.evaluate(model, parts[name], precision=autocast("cpu", "fp32"))
-        return {category: row["loss"] for category, row in found.items()}
-
-    found = losses(part)
-    metrics = {"val_loss": found.pop(evaluation.TOTAL),
-               "categories": {name: {"val_loss": loss} for name, loss in found.items()}}
+    metrics = common.measure_here(model, parts[part])
     if part == "val":
-        kept = losses("kept")
-        metrics |= {f"kept_{name}": kept[name] for name in ("passages", "world")}
+        kept = common.measure_here(model, parts["kept"])["categories"]
+        metrics |= {f"kept_{name}": row["val_loss"] for name, row in kept.items()}
     return metrics
-
-
-def compute(spec, model, parts):
-    """A run: trains the adapter of a spec on the model and measures it on its part of the records;
-    in the end the model is the base again."""
-    torch.manual_seed(spec["seed"])
-    add_hydralora(model, **spec["settings"])
-    parameters = evaluation.count_parameters(model)
-    try:
-        norms = list(common.train_here(model, parts["train"], lr=spec["rate"], seed=spec["seed"]))
-        metrics = measure_all(model, parts, spec["part"])
-    finally:
-        remove_adapters(model)
-    metrics["clipped_at_1"] = sum(norm > 1 for norm in norms) / len(norms)
-    return {"metrics": metrics, "parameters": parameters}
 
 
 # ---------------------------------------------------------------- what is written
@@ -235,24 +213,20 @@ def run(args):
              "records": files.digest({part: [s.ids for s in own] for part, own in parts.items()})}
     arms = methods(model)
 
-    def measure(asked):
-        specs = {key: {**fixed, "settings": settings, "part": part, "rate": rate, "seed": seed}
-                 for key, settings in asked.items() for _, part, rate, seed in [key]}
-        found = common.compute_each(specs, args.runs, lambda spec: compute(spec, model, parts))
-        return {key: {**run, "settings": {"lr": key[2], "seed": key[3], "clip": 0}}
-                for key, run in found.items()}
+    def compute(spec):
+        return common.run_here(spec, model, parts["train"],
+                               lambda: measure(model, parts, spec["part"]))
 
-    first = {arm: settings for arm, settings in arms.items()
-             if arm[0] != SMALL and arm[1] == ATTENTION}
-    rest = {arm: settings for arm, settings in arms.items() if arm not in first}
+    primary = {(name, ATTENTION): arms[name, ATTENTION] for name in (MATCHED, HYDRA)}
+    others = {arm: own for arm, own in arms.items() if arm not in primary}
     tried, runs = {}, {}
-    for group, count in ((first, args.seeds), (rest, args.other_seeds)):
+    for group, count in ((primary, args.seeds), (others, args.other_seeds)):
         seeds = range(common.FIRST_SEED, common.FIRST_SEED + count)
-        for found, new in zip((tried, runs),
-                              common.tune_and_run_here(group, args.rates, seeds, measure)):
-            found |= new
+        swept, found = common.tune_and_run_here(group, args, seeds, fixed, args.runs, compute)
+        tried |= swept
+        runs |= found
     base = common.cached(args.runs / f"base-{files.digest(fixed)}.json",
-                         lambda: measure_all(model, parts, "val"))
+                         lambda: measure(model, parts, "val"))
     base = {metric: report.interval([base[metric]]) for metric in METRICS}
     rows = [{"name": name, "layers": layers,
              **common.make_row(runs[name, layers], (*METRICS, "clipped_at_1"))}
@@ -266,7 +240,7 @@ def run(args):
     report.write_results(
         args, "real_model",
         {"conditions": conditions, "data": conditions["counts"],
-         "configs": {", ".join(arm): settings for arm, settings in arms.items()},
+         "configs": {", ".join(arm): own["settings"] for arm, own in arms.items()},
          "sweep": tried, "base": base, "rows": rows, "claims": claims},
         [make_table(base, rows), report.claims_text(claims), common.rates_table(tried)],
         lambda pyplot: draw_real_model(pyplot, rows))

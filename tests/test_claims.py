@@ -1088,7 +1088,7 @@ def test_a_real_model_is_measured_and_a_second_call_computes_nothing(
                       for name in (real_model.HYDRA, real_model.MATCHED))
     assert matched == pytest.approx(hydra, rel=0.1)
     assert len(result["sweep"]) == 6
-    monkeypatch.setattr(real_model, "compute", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(common, "run_here", lambda *_: pytest.fail("computed again"))
     before = (tmp_path / "real_model.json").read_bytes()
     assert real()[0] == 0 and (tmp_path / "real_model.json").read_bytes() == before
 
