@@ -83,7 +83,7 @@ def draw_collapse(pyplot, traces):
 
 def parse_args(argv):
     p = common.parser("collapse", __doc__, seeds=1, epochs=1, rates=None, sweep_epochs=None)
-    p.set_defaults(max_steps=300, first_seed=0)
+    p.set_defaults(max_steps=300)
     p.add_argument("--every", type=int, default=5, help="steps between two looks (5)")
     return common.parse_args(p, argv)
 
@@ -92,9 +92,10 @@ def run(args):
     records, val = common.load_records(args)
     torch.set_num_threads(1)
     traces = {start: [] for start in STARTS}
-    for start, seed in product(STARTS, range(args.seeds)):
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    for start, seed in product(STARTS, seeds):
         flags = common.run_flags(args, hydra(3), rate=train.WORLD_RECIPE["lr"], records=records,
-                                 val=val, seed=seed, clip=1.0)
+                                 val=val, seed=seed)
         key = [start, STARTS[start], args.every, common.run_folder(flags, args.runs).name]
         path = args.runs / f"collapse-{files.digest(key)}.json"
         trace = common.cached(path, partial(watch, flags, records, start, args.every))
