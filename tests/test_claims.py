@@ -127,8 +127,8 @@ def run_flags(args, config, records, val, rate=4e-3, **more):
 
 
 # until they run again: clipped at 1, the lower of two rates within the scatter of two seeds
-FORMER_RULES = ("collapse", "figure2", "figure3", "heads", "mechanism", "quantized",
-                "quantized-dolly", "retention", "routing", "table1", "table1-dolly")
+FORMER_RULES = ("figure2", "figure3", "heads", "quantized", "quantized-dolly", "retention",
+                "routing", "table1", "table1-dolly")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in common.RESULTS.glob("*.json")))
@@ -180,7 +180,8 @@ def test_the_readmes_findings_have_the_p_values_of_the_results(question):
     for name, text in FINDINGS[question]:
         claims = json.loads((common.RESULTS / f"{name}.json").read_text())["claims"]
         found = next(c for c in claims if c["claim"].startswith(text))
-        assert ("p < 0.001" if found["p"] < 0.001 else f"p {found['p']:.3f}") in row
+        p = found.get("p_corrected", found["p"])  # the latter was corrected by the former rules
+        assert ("p < 0.001" if p < 0.001 else f"p {p:.3f}") in row
 
 
 # ---------------------------------------------------------------- the scripts
