@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from data import WORLD
 from data.corpus import (
+    NO_CATEGORY,
     encode_prompts,
     length_batches,
     pad,
@@ -35,7 +36,7 @@ from data.corpus import (
 from hydralora import base_fingerprint
 from model import Tokenizer, read_params
 from support.base import load_model, print_default_length
-from support.cli import Parser, check_min, progress, run_script
+from support.cli import Parser, cell, check_min, progress, run_script
 from support.cluster_scores import ari, contingency, keywords, nmi, silhouette
 from support.device import DTYPES, pick_device, pick_dtype
 from support.distributed import add_shard_flag, process_group, run_on_rank0
@@ -101,9 +102,9 @@ def normalise(x):
     return x / length.masked_fill(length < 1e-5 * largest, torch.inf)
 
 
-def cached(path, key, compute):
-    """compute(), kept in the file at path (None: not kept) under a key of its inputs.
-    Raises ValueError if the file has another key."""
+def cached(path, key, records, compute):
+    """compute(), features of so many records, kept in the file at path (None: not kept) under
+    a key of its inputs. Raises ValueError if the file has another key."""
     if path is None:
         return compute()
     key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -116,7 +117,11 @@ def cached(path, key, compute):
         raise ValueError(f"{path} holds the features of other data, weights or settings: "
                          "give another --cache, or delete it")
     check_tensors({"features": content.get("features")})
-    return content["features"]
+    x = content["features"]
+    if x.ndim != 2 or len(x) != records or x.dtype != torch.float32:
+        raise ValueError(f"{path} holds {tuple(x.shape)} in {x.dtype}, not fp32 features of "
+                         f"{records} records: delete it")
+    return x
 
 
 # ---------------------------------------------------------------- k-means
@@ -282,13 +287,14 @@ def prompt_features(sequences, model, vocab_size, *, features="hidden", layer=No
     well on both corpora of experiments/compare_clusters.py."""
     ids = [sequence.ids for sequence in sequences]
     if features == "tfidf":
-        x = cached(cache, [features, ids], lambda: tfidf_features(sequences, vocab_size))
+        x = cached(cache, [features, ids], len(ids),
+                   lambda: tfidf_features(sequences, vocab_size))
         return x, None
     layer = math.ceil(2 * len(model.layers) / 3) if layer is None else layer
     key = [features, layer, ids, base_fingerprint(model)]
     if hasattr(model, "quantized"):  # it has the base's fingerprint and other states
         key.append(model.quantized)
-    x = cached(cache, key, lambda:
+    x = cached(cache, key, len(ids), lambda:
                hidden_features(model, sequences, layer=layer, batch_size=batch_size))
     return normalise(x), layer
 
@@ -357,7 +363,7 @@ def print_report(result):
 def print_categories(names, table, nmi, ari):
     print(f"\n{'category':24}" + "".join(f"{j:>7}" for j in range(1, len(table) + 1)))
     for name, counts in zip(names, zip(*table)):
-        print(f"{name or '(none)':24}" + "".join(f"{count:7}" for count in counts))
+        print(cell(name or NO_CATEGORY) + "".join(f"{count:7}" for count in counts))
     print(f"NMI {nmi:.3f} (mutual information over mean entropy), ARI {ari:.3f} (pairs kept "
           "together or apart, 0: chance)")
 
@@ -383,11 +389,12 @@ def run(args):
                               layer=args.layer, batch_size=args.batch_size,
                               cache=args.cache)
         result["settings"].update(weights=args.weights, data=args.data, device=args.device,
-                                  batch_size=args.batch_size, cache=args.cache,
+                                  batch_size=args.batch_size,
+                                  cache=args.cache and str(args.cache),
                                   quantize=args.quantize or "none")
         result.update(records.report)
-        print_report(result)
         write_text(args.out, json.dumps(result))
+        print_report(result)
         print(f"\nwrote {args.out}")
 
 
@@ -415,8 +422,10 @@ def parse_args(argv):
                    help="cpu, mps (in fp32), cuda (in bf16) (cuda if there is one)")
     add_quantize_flag(p)
     add_shard_flag(p)
-    p.add_argument("--cache", help="file that keeps the features for the next run (none)")
-    p.add_argument("--out", default="clusters.json", help="file to write (clusters.json)")
+    p.add_argument("--cache", type=Path,
+                   help="file that keeps the features for the next run (none)")
+    p.add_argument("--out", type=Path, default="clusters.json",
+                   help="file to write (clusters.json)")
     args = p.parse_args(argv)
     try:
         check_min(args, k_max=1, batch_size=1, max_seq_len=2)
@@ -427,7 +436,7 @@ def parse_args(argv):
     if not 0 <= args.seed < 2**32:
         p.error(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
     for path in (args.out, args.cache):  # writing would fail only after clustering
-        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
             p.error(f"{path} is a folder, or in a folder that does not exist: name a file")
     return args
 

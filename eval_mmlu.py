@@ -25,8 +25,14 @@ from torch.nn.utils.rnn import pad_sequence
 from data import WORLD
 from data.mmlu import CATEGORY, LETTERS, encode_prompt, letter_ids, read_questions
 from hydralora import HydraLinear
-from support.base import base_digest, load_model_and_adapter, print_default_length, stated_length
-from support.cli import Parser, check_min, progress, run_script
+from support.base import (
+    base_digest,
+    check_unchanged,
+    load_model_and_adapter,
+    print_default_length,
+    stated_length,
+)
+from support.cli import Parser, cell, check_min, comma_list, progress, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
 from support.distributed import add_shard_flag, process_group
 from support.files import digest, read_json, write_json
@@ -204,7 +210,7 @@ def summarise(questions):
 
 def print_summary(result):
     def line(name, n, accuracy, interval):
-        print(f"{name:40}{n:6}{accuracy:10.2%}   [{interval[0]:.2%}, {interval[1]:.2%}]")
+        print(f"{cell(name, 40)}{n:6}{accuracy:10.2%}   [{interval[0]:.2%}, {interval[1]:.2%}]")
 
     intervals = result["intervals"]
     print(f"\n{'':40}{'n':>6}{'accuracy':>10}   95 % interval")
@@ -230,12 +236,19 @@ def read_result(path):
 
 
 def compare(path_a, path_b):
-    """Prints what result B gains on result A; raises ValueError where their questions differ."""
+    """Prints what result B gains on result A; raises ValueError where their questions differ.
+    An older result knows the digest of its questions and shots alone."""
     (settings_a, a), (settings_b, b) = read_result(path_a), read_result(path_b)
     if a.keys() != b.keys():
         raise ValueError(f"{path_a} and {path_b} are not on the same questions: "
                          f"{len(a.keys() - b.keys())} are only in the first, "
                          f"{len(b.keys() - a.keys())} only in the second")
+    same = settings_a.get("shots") == settings_b.get("shots")
+    for key in ("questions_digest", *["data_digest"] * same):
+        digests = {settings[key] for settings in (settings_a, settings_b) if key in settings}
+        if len(digests) > 1:
+            raise ValueError(f"{path_a} and {path_b} are not on the same questions ({key} "
+                             f"{settings_a[key]} and {settings_b[key]})")
     for key in settings_a:
         if settings_a[key] != settings_b.get(key):
             print(f"{key:16}A {settings_a[key]}, B {settings_b.get(key)}")
@@ -254,7 +267,7 @@ def compare(path_a, path_b):
     means = {subject: sum(values) / len(values) for subject, values in moves.items()}
     for subject in sorted(means, key=lambda name: (-abs(means[name]), name))[:MOST_MOVED]:
         if means[subject]:
-            print(f"{subject:40}{100 * means[subject]:+10.2f} points")
+            print(f"{cell(subject, 40)}{100 * means[subject]:+10.2f} points")
 
 
 # ---------------------------------------------------------------- the run
@@ -294,7 +307,8 @@ def score_questions(args):
         "subjects": len(questions), "max_seq_len": model.args.max_seq_len, "dtype": args.dtype}
     settings = {"weights": str(args.weights), "adapter": args.adapter and str(args.adapter),
                 "data": str(args.data), "device": args.device, "batch_size": args.batch_size,
-                "quantize": getattr(model, "quantized", "none"), **cache_key}
+                "quantize": getattr(model, "quantized", "none"),
+                "questions_digest": digest(questions), **cache_key}
     print("\n".join(f"{key:16}{value}" for key, value in settings.items()))
     print_default_length(args.weights, model.args.max_seq_len, args.max_seq_len)
     partial = Path(f"{args.out}.partial")
@@ -305,19 +319,20 @@ def score_questions(args):
         prompts = answer_questions(model, tokenizer, questions, examples,
                                    batch_size=args.batch_size, done=done, file=file)
     seconds = time.perf_counter() - started
+    check_unchanged(model, cache_key["weights_digest"], args.weights, partial)
     answers = [done[key] for key in sorted(done)]
     shortened = shortened_prompts(prompts, args.shots)
     result = {"settings": settings, **summarise(answers), **shortened}
+    result["prompts_beyond"] = count_overlong(args.weights, model.args.max_seq_len, prompts)
+    result["questions"] = answers
+    write_json(args.out, result)
+    remove_partial(partial)
     print_summary(result)
     print(f"{shortened['shots_dropped']} shots dropped from {shortened['prompts_shortened']} "
           f"prompts too long for {model.args.max_seq_len} tokens, {shortened['prompts_cut']} of "
           "them cut as well")
-    result["prompts_beyond"] = count_overlong(args.weights, model.args.max_seq_len, prompts)
-    result["questions"] = answers
     print(f"{len(done) - before} questions in {seconds:.1f} s, "
           f"{(len(done) - before) / seconds:.1f} per second")
-    write_json(args.out, result)
-    remove_partial(partial)
     print(f"wrote {args.out}")
 
 
@@ -338,7 +353,7 @@ def parse_args(argv):
                    help="folder with dev/SUBJECT_dev.csv, test/SUBJECT_test.csv (the world's quiz)")
     p.add_argument("--adapter", type=Path, help="adapter.pt to put on the base (none)")
     p.add_argument("--shots", type=int, default=5, help="solved examples per prompt, 0: none (5)")
-    p.add_argument("--subjects", help="names with commas between (all in --data)")
+    p.add_argument("--subjects", type=comma_list, help="names with commas between (all in --data)")
     p.add_argument("--limit", type=int, help="only the first N questions of each subject (all)")
     p.add_argument("--max-seq-len", type=int, help="tokens per prompt (the checkpoint's)")
     p.add_argument("--batch-size", type=int, default=8, help="questions per forward pass (8)")
@@ -349,7 +364,6 @@ def parse_args(argv):
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), type=Path,
                    help="print what result B gains on result A, and measure nothing (off)")
     args = p.parse_args(argv)
-    args.subjects = None if args.subjects is None else args.subjects.split(",")
     args.out = args.out or (args.adapter.parent if args.adapter else Path("runs")) / "mmlu.json"
     try:
         args.device = pick_device(args.device)
@@ -357,6 +371,7 @@ def parse_args(argv):
         check_min(args, shots=0, limit=1, max_seq_len=2, batch_size=1)
         if args.out.is_dir():
             raise ValueError(f"--out {args.out} is a folder: name a file in it")
+        args.out = None if args.compare else args.out
     except ValueError as error:
         p.error(str(error))
     return args

@@ -236,7 +236,8 @@ def check_adapter(model, base, tensors, targets, **settings):
         twin = make_layer(name, linear, settings)  # takes no memory
         shapes |= {f"{name}.{key}": p.shape for key, p in twin.named_parameters(recurse=False)}
     good = {name for name, t in tensors.items() if t.shape == shapes.get(name)
-            and t.is_floating_point() and t.layout == torch.strided and t.isfinite().all()}
+            and t.is_floating_point() and t.layout == torch.strided
+            and t.nbytes <= t.untyped_storage().nbytes() and t.float().isfinite().all()}
     wrong = sorted((shapes.keys() | tensors.keys()) - good)
     if wrong:
         raise ValueError("its tensors do not match its config (missing, unexpected, wrong "

@@ -58,25 +58,20 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (B, T, 1, E) in fp32, of the angle position * theta^(-2i/E) of
-    pair i, repeated for both numbers of the pair."""
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """exp(i angle) (B, T, 1, E/2) in complex64: the angle of pair j at a position is
+    position * theta^(-2j/E)."""
     pair = torch.arange(0, head_dim, 2, device=positions.device).float()
     angle = positions[..., None, None].float() * theta ** (-pair / head_dim)
-    angle = angle.repeat_interleave(2, -1)  # (B, T, 1, E/2) to (B, T, 1, E)
-    return angle.cos(), angle.sin()
+    return torch.complex(angle.cos(), angle.sin())
 
 
-def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates x (B, T, H, E) in fp32: a pair (a, b) becomes (a cos - b sin, b cos + a sin).
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Rotates x (B, T, H, E): a pair (a, b) is the complex number a + ib, times the table's.
     Meta's layout pairs neighbours (0, 1), (2, 3), ..., Hugging Face's i with i + E/2.
     Weights in the other row order load without an error but generate gibberish."""
-    cos, sin = table
-    x32 = x.float()
-    a, b = x32.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, E/2)
-    # (a, b) cos + (-b, a) sin; number by number, a small model's step takes 4 % longer
-    turned = torch.stack([-b, a], -1).flatten(-2)
-    return (x32 * cos + turned * sin).type_as(x)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, E/2)
+    return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -242,6 +237,8 @@ def check_args(args, path):
         raise ValueError(f"{path}: dim {args.dim} must be an even multiple of n_heads "
                          f"{args.n_heads}, and that a multiple of n_kv_heads "
                          f"{args.n_kv_heads}")
+    if args.ffn_dim > 2**24:
+        raise ValueError(f"{path}: feed-forward layers cannot be {args.ffn_dim:.3g} wide")
 
 
 def open_shard(path: str | Path) -> dict[str, Tensor]:
@@ -315,9 +312,9 @@ def empty_model(args, tensors, directory):
 def load_llama(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None,
                max_seq_len: int | None = None,
                on_load: Callable | None = None) -> tuple[Transformer, "Tokenizer"]:
-    """(Transformer, Tokenizer) of a folder in Meta's layout. Shards are merged tensor by
-    tensor, so peak memory is one copy of the model plus one tensor. dtype=None keeps the
-    stored dtype. on_load(model, copy) may return keep(name, tensor) -> {name: tensor}, what
+    """(Transformer, Tokenizer) of a folder in Meta's layout, in eval mode. Shards are merged
+    tensor by tensor, so peak memory is one copy of the model plus one tensor. dtype=None keeps
+    the stored dtype. on_load(model, copy) may return keep(name, tensor) -> {name: tensor}, what
     is kept of a tensor. Raises ValueError if config, tensors and tokenizer do not match."""
     args = read_params(directory, max_seq_len)
     tokenizer = Tokenizer(f"{directory}/tokenizer.model")
@@ -337,9 +334,9 @@ def load_llama(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype
                              f"its params.json asks for {tuple(shape)}")
         for part, kept in (keep(name, tensor) if keep else {name: tensor}).items():
             floats = dtype if kept.is_floating_point() else None  # codes stay integers
-            state[part] = kept.to(device=device, dtype=floats or kept.dtype)
+            state[part] = kept.to(device=device, dtype=floats or kept.dtype).contiguous()
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(on_load is None), tokenizer
+    return model.requires_grad_(on_load is None).eval(), tokenizer
 
 
 def save_llama(model: Transformer, tokenizer_path: str | Path, directory: str | Path,
@@ -370,7 +367,9 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            # its bytes, since sentencepiece takes no path that is not UTF-8
+            proto = Path(path).read_bytes()
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except Exception as error:
             raise ValueError(f"there is no tokenizer at {path}, or it is not a sentencepiece "
                              "model: copy the model's own there") from error
@@ -381,6 +380,7 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of the text, with BOS in front and EOS behind if asked for."""
+        text.encode()  # half a surrogate pair is refused, by UnicodeEncodeError
         return self.model.encode(text, add_bos=bos, add_eos=eos)
 
     def decode(self, ids: list[int]) -> str:
@@ -407,11 +407,12 @@ def sample(logits: Tensor, temperature: float, top_p: float, generators: list) -
 @torch.no_grad()
 def generate_tokens(model: Transformer, tokenizer: Tokenizer, ids: list[list[int]], *,
                     max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-                    seed: int = 0) -> Iterator[list[int | None]]:
+                    seed: int = 0, choose=sample) -> Iterator[list[int | None]]:
     """Yields, step by step, the next token of every row of ids (BOS included), or None
     after the row's EOS. Ends when all rows have, or after max_new_tokens. Each row has its
-    own generator with the same seed, so the rest of the batch does not matter. Raises
-    ValueError if a row and its completion could exceed max_seq_len."""
+    own generator with the same seed, so the rest of the batch does not matter. choose is
+    called as sample is. Raises ValueError if a row and its completion could exceed
+    max_seq_len."""
     if not ids:
         return
     device = model.tok_embeddings.weight.device
@@ -428,7 +429,7 @@ def generate_tokens(model: Transformer, tokenizer: Tokenizer, ids: list[list[int
         h = model.hidden_states(tokens, cache, positions)
         h = h[torch.arange(len(ids), device=device), last]  # (B, D)
         logits = model.output(h)[:, :tokenizer.vocab_size]  # not of rows without a piece
-        tokens = sample(logits, temperature, top_p, generators)[:, None]
+        tokens = choose(logits, temperature, top_p, generators)[:, None]
         done |= tokens[:, 0] == tokenizer.eos_id
         if done.all():
             return

@@ -15,10 +15,11 @@ Shapes: M target tokens of a micro-batch, V vocabulary.
 
 import argparse
 import math
+import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -43,7 +44,9 @@ from hydralora import (
     adapters_disabled,
     add_hydralora,
     load_adapter,
+    target_layers,
 )
+from model import Transformer, read_params
 from support import distributed, evaluation, run_folder
 from support.base import (
     load_model,
@@ -54,7 +57,7 @@ from support.base import (
     trained_with,
     warn_of_spare_rows,
 )
-from support.cli import Parser, check_min, flag, progress, run_script
+from support.cli import Parser, check_min, comma_list, flag, progress, run_script
 from support.device import DTYPES, add_device_flags, autocast, peak_memory, pick_device, pick_dtype
 from support.evaluation import evaluate, target_logits
 from support.lock import file_lock
@@ -120,7 +123,8 @@ def train(model, steps, eval_sets, optimizer, scaler, args, *, start, facts):
     model.train()
     with (Log(out / "log.csv", start, fp16=args.dtype == "fp16") as log,
           catch_signals() as signals, progress(total=len(steps), initial=start) as bar):
-        for step, batches in enumerate(steps[start:], start + 1):
+        for step in range(start + 1, len(steps) + 1):
+            batches = steps[step - 1]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, len(steps), group["peak_lr"], args.warmup)
             lr = optimizer.param_groups[0]["lr"]
@@ -161,7 +165,6 @@ def load_base(args):
     model, tokenizer = load_model(args.weights, device=args.device, dtype=dtype,
                                   shard_base=args.shard_base, quantize=args.quantize)
     warn_of_spare_rows(model, tokenizer, args.weights)
-    validate_for_model(args, model)
     model.checkpoint_activations = args.checkpoint_activations
     return model, tokenizer
 
@@ -169,8 +172,6 @@ def load_base(args):
 def count_heads(args, records, model, tokenizer):
     """What cluster.py finds for --heads auto: the number of heads under "k", and why."""
     from cluster import choose_heads, print_report
-    if args.resume:  # its heads are not chosen again
-        return run_folder.read_checkpoint(Path(args.out) / "checkpoint.pt")["clusters"]
     clusters = choose_heads(records, model, tokenizer, seed=args.seed)
     clusters = distributed.run_on_rank0(lambda: clusters)  # one answer for all ranks
     print_default_length(args.weights, model.args.max_seq_len)
@@ -178,28 +179,46 @@ def count_heads(args, records, model, tokenizer):
     return clusters
 
 
+class Plan:
+    """The steps of a run, each a list of micro-batches; those of one epoch exist at a time.
+    plan_epoch(number) gives an epoch's, as many in each."""
+
+    def __init__(self, plan_epoch, epochs, max_steps):
+        self.plan_epoch = lru_cache(maxsize=1)(plan_epoch)
+        self.per_epoch = len(plan_epoch(0))
+        steps = epochs * self.per_epoch
+        self.length = min(steps, max_steps or steps)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.length:
+            raise IndexError(i)
+        epoch, step = divmod(i, self.per_epoch)
+        return self.plan_epoch(epoch)[step]
+
+
 def plan_steps(sequences, *, batch_size, grad_accum, epochs, max_steps, seed, micro_tokens=0,
                ranks=1, order=ORDER, weights=None):
-    """The steps of a run in an order fixed by the seed, each a list of micro-batches. A step is
-    batch_size * grad_accum records of like length. It is cut into micro-batches of batch_size
-    records, or of micro_tokens positions at most, one per rank at least; which records make a
-    step does not depend on that. Order 1, of older checkpoints: steps of unlike micro-batches.
-    weights are those of the files of --data, None if all are 1."""
-    steps = []
-    for epoch in range(epochs):
+    """The Plan of a run in an order fixed by the seed. A step is batch_size * grad_accum records
+    of like length. It is cut into micro-batches of batch_size records, or of micro_tokens
+    positions at most, one per rank at least; which records make a step does not depend on that.
+    Order 1, of older checkpoints: steps of unlike micro-batches. weights are those of the files
+    of --data, None if all are 1."""
+    def plan_epoch(epoch):
         generator = torch.Generator().manual_seed(seed * 1000 + epoch)
         drawn = draw_epoch(sequences, weights, generator) if weights else sequences
         if order == 1:
             batches = length_batches(drawn, batch_size, generator)
-            steps += [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
-        else:
-            for records in length_batches(drawn, batch_size * grad_accum, generator):
-                steps.append(cut_by_tokens(records, micro_tokens, least=ranks) if micro_tokens else
-                             [records[i:i + batch_size]
-                              for i in range(0, len(records), batch_size)])
-        if max_steps and len(steps) >= max_steps:
-            return steps[:max_steps]
-    return steps
+            return [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
+        steps = length_batches(drawn, batch_size * grad_accum, generator)
+        if micro_tokens:
+            return [cut_by_tokens(records, micro_tokens, least=ranks) for records in steps]
+        return [[records[i:i + batch_size] for i in range(0, len(records), batch_size)]
+                for records in steps]
+
+    return Plan(plan_epoch, epochs, max_steps)
 
 
 def make_optimizer(model, *, lr, betas=BETAS, weight_decay=0.0):
@@ -225,41 +244,67 @@ class Setup:
 
 
 def set_up(args):
-    """Loads the base and the data, chooses the heads, adds the adapters. Fills in the settings
-    that only the checkpoint, the model and the clustering know: quantize, max_seq_len, and heads
-    if they are auto."""
-    if args.resume:  # an older run keeps its own order of records
-        recorded = run_folder.read_checkpoint(Path(args.out) / "checkpoint.pt")["settings"]
-        args.order = recorded.get("order", 1)
-        args.micro_tokens = args.micro_tokens if args.order > 1 else 0
-        args.quantize = args.quantize or recorded.get("quantize")
-    args.quantize = args.quantize or "none"
-    model, tokenizer = load_base(args)
+    """Loads the base and the data, chooses the heads, adds the adapters; what is quick to refuse
+    comes first. Fills in the settings that only the checkpoint, the model and the clustering
+    know: quantize, max_seq_len, and heads if they are auto."""
+    fingerprints, clusters = check_files(args)
     records, val = load_train_val(args.data, args.val_data, share=VAL_SHARE, seed=args.seed,
                                   strict=args.strict)
-    clusters = None
-    if args.heads == "auto":
-        clusters = count_heads(args, records, model, tokenizer)
-        args.heads = clusters["k"]
-    args.max_seq_len = args.max_seq_len or min(MAX_SEQ_LEN, model.args.max_seq_len)
-    if args.init_adapter and not args.resume:
-        load_adapter(model, args.init_adapter)
-        print_quantize(args.init_adapter, args.quantize)
-    elif args.method != "full":
-        add_hydralora(model, **adapter_settings(args))
+    model, tokenizer = load_base(args)
     data, eval_sets = {}, {}
     sequences, data["train"] = encode_records(records, tokenizer, args.max_seq_len)
     eval_sets["val"], data["val"] = encode_records(val, tokenizer, args.max_seq_len)
     if args.keep_data:
         eval_sets["kept"], data["kept"] = encode_texts(args.keep_data, tokenizer,
                                                        args.max_seq_len)
-    fingerprints = run_folder.fingerprints(
-        args.weights, args.data, val_data=args.val_data, keep_data=args.keep_data,
-        init_adapter=args.init_adapter)
-    facts = {"settings": vars(args), "versions": run_folder.versions(),
+    if fingerprint_files(args) != fingerprints:
+        raise ValueError("data or weights changed while they were read: start again")
+    if args.heads == "auto":
+        clusters = count_heads(args, records, model, tokenizer)
+        args.heads = clusters["k"]
+    if args.init_adapter and not args.resume:
+        load_adapter(model, args.init_adapter)
+        print_quantize(args.init_adapter, args.quantize)
+    elif args.method != "full":
+        add_hydralora(model, **adapter_settings(args))
+    facts = {"settings": settings_to_record(args), "versions": run_folder.versions(),
              "fingerprints": fingerprints, "parameters": evaluation.count_parameters(model),
              "data": data, "clusters": clusters}
     return Setup(model, sequences, eval_sets, facts)
+
+
+def check_files(args):
+    """(fingerprints of the files that are read, "clusters" of a run that is resumed). Raises
+    ValueError for what params.json and the checkpoint refuse, before the base is loaded."""
+    path, state = Path(args.out) / "checkpoint.pt", {"clusters": None}
+    if args.resume:  # an older run keeps its own order of records
+        state = run_folder.read_checkpoint(path, mmap=True)
+        args.order = state["settings"].get("order", 1)
+        args.micro_tokens = args.micro_tokens if args.order > 1 else 0
+        args.quantize = args.quantize or state["settings"].get("quantize")
+        if args.heads == "auto" and state["clusters"]:
+            args.heads = state["clusters"]["k"]  # not chosen again
+    args.quantize = args.quantize or "none"
+    shape = read_params(args.weights)
+    args.max_seq_len = args.max_seq_len or min(MAX_SEQ_LEN, shape.max_seq_len)
+    validate_for_model(args, shape)
+    fingerprints = fingerprint_files(args)
+    if args.resume:
+        recipe = WORLD_RECIPE if args.weights == WORLD_RECIPE["weights"] else PAPER_RECIPE
+        defaults = {**default_settings(args.method, recipe), "micro_tokens": 0, "quantize": "none"}
+        run_folder.check_resume(state, path, settings_to_record(args), fingerprints, defaults)
+    return fingerprints, state["clusters"]
+
+
+def fingerprint_files(args):
+    return run_folder.fingerprints(args.weights, args.data, val_data=args.val_data,
+                                   keep_data=args.keep_data, init_adapter=args.init_adapter)
+
+
+def settings_to_record(args):
+    """The settings that have an effect: --method full has no adapter."""
+    without = {"targets", *vars(HydraSettings())} if args.method == "full" else set()
+    return {name: value for name, value in vars(args).items() if name not in without}
 
 
 def start_or_resume(args, setup, optimizer, scaler):
@@ -270,10 +315,8 @@ def start_or_resume(args, setup, optimizer, scaler):
         if args.init_adapter:
             losses["before"] = evaluate_sets(setup.model, setup.eval_sets, args, "adapter")
         return 0, losses
-    recipe = WORLD_RECIPE if args.weights == WORLD_RECIPE["weights"] else PAPER_RECIPE
-    defaults = {**default_settings(args.method, recipe), "micro_tokens": 0, "quantize": "none"}
-    start, losses = run_folder.restore(Path(args.out) / "checkpoint.pt", setup.facts, defaults,
-                                       setup.model, optimizer, scaler)
+    start, losses = run_folder.restore(Path(args.out) / "checkpoint.pt", setup.model, optimizer,
+                                       scaler)
     print(f"resumed after step {start}")
     return start, losses
 
@@ -314,23 +357,25 @@ def run(args):
 
 
 def finish(args, setup, losses, seconds):
-    """Evaluates the tuned model, prints the tables and writes the results."""
-    out = Path(args.out)
+    """Evaluates the tuned model, writes the results, then prints the tables."""
+    out, full = Path(args.out), args.method == "full"
     tuned = evaluate_sets(setup.model, setup.eval_sets, args, "tuned")
     losses = {**losses, "tuned": tuned}
+    result = {**setup.facts, "seconds": seconds, "peak_gib": peak_memory(args.device),
+              "metrics": evaluation.metrics(losses)}
+    if not full and args.heads > 1:
+        result["routing"] = evaluation.routing_report(
+            setup.model, setup.eval_sets["val"], precision=autocast(args.device, args.dtype))
+    run_folder.write_result(setup.model, out, result, weights=args.weights, full=full)
     evaluation.print_losses(losses)
     evaluation.print_history(run_folder.read_log(out / "log.csv"))
     if args.weights == WORLD_RECIPE["weights"]:
-        model = f"--weights {out}" if args.method == "full" else f"--adapter {out / 'adapter.pt'}"
-        print(f"quiz: python eval_mmlu.py --shots {QUIZ_SHOTS} {model}")
-    result = {**setup.facts, "seconds": seconds, "peak_gib": peak_memory(args.device),
-              "metrics": evaluation.metrics(losses)}
-    if args.method != "full" and args.heads > 1:
-        result["routing"] = evaluation.routing_report(
-            setup.model, setup.eval_sets["val"], precision=autocast(args.device, args.dtype))
+        model = ["--weights", str(out)] if full else ["--adapter", f"{out}/adapter.pt"]
+        print(f"quiz: python eval_mmlu.py --shots {QUIZ_SHOTS} {shlex.join(model)}")
+    if "routing" in result:
         evaluation.print_routing(result["routing"])
-    run_folder.write_result(setup.model, out, result, weights=args.weights,
-                            full=args.method == "full")
+    print(f"\nwrote {'the checkpoint' if full else 'adapter.pt'}, run.json and log.csv to {out}\n"
+          f"to see it: python -m tools.plot {shlex.join([str(out), '--out', f'{out}/plot.png'])}")
 
 
 def measure_memory(args, shape, length, checkpoint):
@@ -410,7 +455,7 @@ def make_parser():
     p.add_argument("--alpha", type=float, help="the update is scaled by alpha / rank (32)")
     p.add_argument("--dropout", type=float,
                    help="dropout on A x, one mask for all heads, 0: off (0.05; world: 0)")
-    p.add_argument("--targets",
+    p.add_argument("--targets", type=comma_list,
                    help="adapted layers by exact name (w1,w2,w3: the feed-forward)")
     p.add_argument("--gate", choices=GATES, help="the router, or 1/N (learned)")
     # optimization
@@ -454,7 +499,7 @@ def make_parser():
 
 def default_settings(method, recipe):
     """{name: value} of the flags if none but --method is given."""
-    return {**vars(make_parser().parse_args([])), "targets": ",".join(TARGETS),
+    return {**vars(make_parser().parse_args([])), "targets": list(TARGETS),
             **asdict(HydraSettings()), **recipe, "method": method, **METHODS[method]}
 
 
@@ -470,7 +515,8 @@ def parse_args(argv=None):
         if args.init_adapter:
             take_settings(args)
     except ValueError as error:
-        p.error(str(error))
+        from support.diagnose import diagnose
+        p.error(str(diagnose(error, args) or error))
     args.method = args.method or "hydralora"
     for name, value in METHODS[args.method].items():
         if getattr(args, name, None) not in (None, value):
@@ -480,7 +526,6 @@ def parse_args(argv=None):
     for name, value in default_settings(args.method, recipe).items():
         if getattr(args, name, value) is None:
             setattr(args, name, value)
-    args.targets = args.targets.split(",")
     args.out = args.out or f"runs/{args.method}"
     try:
         files = [split_weight(text) for text in args.data or []]
@@ -507,13 +552,13 @@ def take_settings(args):
         args.quantize = args.quantize or trained_with(args.init_adapter)
     settings = read_adapter_config(args.init_adapter)
     settings["method"] = method_of(settings)
-    settings["targets"] = ",".join(settings["targets"])
     for name, value in settings.items():
         if not hasattr(args, name):
             continue  # the method fixes it
         given = getattr(args, name)
         if given not in (None, value):
-            raise ValueError(f"--init-adapter {args.init_adapter} has {name} {value}, not {given}: "
+            has, wanted = (",".join(x) if isinstance(x, list) else x for x in (value, given))
+            raise ValueError(f"--init-adapter {args.init_adapter} has {name} {has}, not {wanted}: "
                              f"drop {flag(name)}")
         setattr(args, name, value)
 
@@ -555,7 +600,7 @@ def validate_args(args):
          "--dry-run reads no data: --heads auto must be a number"),
         (args.dry_run and args.shard_base,
          "--dry-run asks about a sharded base by --gpus N, not by --shard-base"),
-        (args.gpu_memory is not None and not (args.dry_run and args.gpu_memory > 0),
+        (args.gpu_memory is not None and not (args.dry_run and 0 < args.gpu_memory < 1e6),
          "--gpu-memory is a positive number of GiB, and a question to --dry-run"),
         (args.gpus is not None and not (args.dry_run and args.gpus > 0),
          "--gpus is a number of GPUs from 1, and a question to --dry-run"),
@@ -563,16 +608,22 @@ def validate_args(args):
     for applies, message in refused:
         if applies:
             raise ValueError(message)
+    if args.method != "full" and args.heads != "auto":  # of a fork too
+        HydraSettings(**{k: v for k, v in adapter_settings(args).items() if k != "targets"})
 
 
-def validate_for_model(args, model):
-    """Raises ValueError for settings that ask for more than the model has."""
-    if (args.max_seq_len or 0) > model.args.max_seq_len:
+def validate_for_model(args, shape):
+    """Raises ValueError for settings that ask for more than a model of these ModelArgs has."""
+    if args.max_seq_len > shape.max_seq_len:
         raise ValueError(f"--max-seq-len {args.max_seq_len} is more than "
-                         f"{model_length(args.weights, model.args.max_seq_len)}: give less")
-    if args.method != "full" and args.rank > model.args.ffn_dim:
+                         f"{model_length(args.weights, shape.max_seq_len)}: give less")
+    if args.method == "full":
+        return
+    if args.rank > shape.ffn_dim:
         raise ValueError(f"--rank {args.rank} is more than any layer in {args.weights} is wide "
-                         f"({model.args.ffn_dim}): give less")
+                         f"({shape.ffn_dim}): give less")
+    with torch.device("meta"):
+        target_layers(Transformer(replace(shape, vocab_size=1, n_layers=1)), args.targets)
 
 
 def adapter_settings(args):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.records import Records, read_records, read_rows
+from data.records import NO_CATEGORY, Records, read_records, read_rows
 
 MAX_WEIGHT = 1000  # of a file of records: how often an epoch may repeat it
 
@@ -99,8 +99,9 @@ def encode_record(record, tokenizer, max_seq_len, index=0):
         ids = ids[:keep] + ids[keep + excess:]
         start -= excess
     place = getattr(record, "place", None) or f"record {index + 1}"
-    return Sequence(ids, response_start=start, record=index, category=record["category"],
-                    place=place, shortened=len(ids) < whole, later_prompts=prompts[1:],
+    return Sequence(ids, response_start=start, record=index,
+                    category=record["category"] or NO_CATEGORY, place=place,
+                    shortened=len(ids) < whole, later_prompts=prompts[1:],
                     file=getattr(record, "file", 0))
 
 
@@ -150,7 +151,7 @@ def encode_prompts(records, tokenizer, max_seq_len):
         if len(ids) < 2:
             raise ValueError(f"record {index + 1} has an empty prompt")
         sequences.append(Sequence(ids[:max_seq_len], response_start=len(ids), record=index,
-                                  category=record["category"],
+                                  category=record["category"] or NO_CATEGORY,
                                   shortened=len(ids) > max_seq_len))
     return sequences, sum(sequence.shortened for sequence in sequences)
 

@@ -12,6 +12,8 @@ import csv
 import io
 from typing import NamedTuple
 
+from data.what_it_is import what_it_is
+
 LETTERS = ("A", "B", "C", "D")
 CATEGORIES = {  # the benchmark's own table; a subject outside it counts as "uncategorised"
     "STEM": """abstract_algebra astronomy college_biology college_chemistry college_computer_science
@@ -34,6 +36,8 @@ CATEGORY = {subject: name for name, subjects in CATEGORIES.items() for subject i
 
 def read_rows(path):
     """The rows of a csv file. Raises ValueError if it is absent, broken or empty."""
+    if reason := what_it_is(path):
+        raise ValueError(reason)
     if not path.is_file():
         raise ValueError(f"there is no {path}: --data takes a folder with dev/SUBJECT_dev.csv and "
                          "test/SUBJECT_test.csv, --subjects takes names of its files")

@@ -11,20 +11,24 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from data.what_it_is import check_is_file
+
 FIELDS = {"instruction": ("instruction",), "context": ("context", "input"),
-          "response": ("response", "output"), "category": ("category",)}  # Dolly's, Alpaca's
+          "response": ("response", "output")}  # Dolly's, Alpaca's; and category, a label
 REQUIRED = ("instruction", "response")
 WANTED = "wanted instruction, context or input, response or output"
 CONVERSATION = {"system", "history"}  # Alpaca's names; a chat is read into the same two
 CHAT_NAMES = ("messages", "conversations")  # of OpenAI's layout and of ShareGPT's
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "system": "system"}
+NO_CATEGORY = "(none)"  # what tables call the records without one
 MAX_UNUSABLE = 0.1  # a file with a larger share of unusable records is refused
+MOST_NAMES = 20  # of fields in a message
 N_NAMED = 3  # unusable records that are named one by one
 
 
 class Record(dict):
-    """instruction, context, response, category. If there is any: system, a text, and
+    """instruction, context, response, category, a label. If there is any: system, a text, and
     history, the earlier turns of a chat as [prompt, response] each, oldest first."""
 
     place = None  # "line 3" of its file
@@ -57,10 +61,16 @@ class Records(list):
 
 
 def format_counts(counts):
-    """"history (12 records), system (12)"."""
+    """"history (12 records), system (12)"; of many names the first."""
     (first, n), *rest = counts.items()
-    more = [f"{name} ({count})" for name, count in rest]
-    return ", ".join([f"{first} ({n} record{'s' * (n != 1)})", *more])
+    more = [f"{short(name)} ({count})" for name, count in rest[:MOST_NAMES]]
+    more += ["..."] * (len(rest) > MOST_NAMES)
+    return ", ".join([f"{short(first)} ({n} record{'s' * (n != 1)})", *more])
+
+
+def short(name):
+    """A field's name as part of a line."""
+    return " ".join(str(name)[:60].split())
 
 
 class Unusable(ValueError):
@@ -106,8 +116,7 @@ def read_records(path, *, strict=False):
 
 def read_rows(path):
     """[(place, JSON value)] of a file of JSON lines or of one JSON array."""
-    if not path.is_file():
-        raise ValueError(f"there is no data file at {path}")
+    check_is_file(path, "data file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -142,7 +151,7 @@ def reject_wrapped_json(text, n_lines, path):
         for name, value in whole.items():
             is_records = isinstance(value, list) and any(isinstance(row, dict) for row in value)
             if is_records and name not in CHAT_NAMES:
-                raise ValueError(f"{path} is one JSON object with the records under {name!r}: "
+                raise ValueError(f"{path} is one JSON object with the records under {name!r:.60}: "
                                  "write that list alone into the file, as a JSON array or "
                                  "JSON lines")
     if n_lines > 1:
@@ -155,7 +164,8 @@ def reject_wrapped_json(text, n_lines, path):
 
 def read_record(row, place):
     """(Record, names of the fields whose text is not used). The Record has the four
-    names of FIELDS; an absent context or category is "". Raises Unusable."""
+    names of FIELDS; an absent context or category is "". Raises Unusable, for a text
+    that the model would read alone."""
     if not isinstance(row, dict):
         raise Unusable("not an object", f"{place} is not a JSON object but {type(row).__name__}")
     texts, not_used = row, []
@@ -165,18 +175,19 @@ def read_record(row, place):
         not_used += [name for name in turns if has_text(row.get(name))]
         texts = {**row, **turns}
         del texts[chat[0]]
-    record, used = Record(), set()
+    record, used = Record(), {"category"}
     for name, spellings in FIELDS.items():
-        given = {s: text_of(texts[s], s, place) for s in spellings if texts.get(s) is not None}
+        given = [s for s in spellings if not is_absent(texts.get(s))]
         if not given and name in REQUIRED:
-            found = ", ".join(sorted(map(str, row))) or "no field"
+            found = ", ".join(sorted(map(short, row))[:MOST_NAMES]) or "no field"
             raise Unusable(f"no {name}", f"{place} needs a text under "
                            f"{' or '.join(map(repr, spellings))}: it has {found}; {WANTED}")
-        filled = [text for text in given.values() if text.strip()]
+        filled = [s for s in given if not is_blank(texts[s])]
         if not filled and name in REQUIRED:
             raise Unusable(f"empty {name}", f"{place} has an empty {name}")
-        record[name] = filled[0] if filled else given.get(spellings[0], "")
-        used |= {s for s, text in given.items() if text == record[name]}
+        record[name] = text_of(texts[filled[0]], filled[0], place) if filled else ""
+        used |= {s for s in given if texts[s] == record[name]}
+    record["category"] = label_of(texts.get("category"))
     system, history = texts.get("system"), texts.get("history")
     if isinstance(system, str) and system.strip():
         record["system"] = text_of(system, "system", place)
@@ -193,6 +204,26 @@ def is_history(value):
     return isinstance(value, list) and bool(value) and all(
         isinstance(turn, list) and len(turn) == 2
         and all(isinstance(text, str) and text.strip() for text in turn) for turn in value)
+
+
+def is_absent(value):
+    """Whether a JSON value stands for no text: null, false, NaN, or a list or object
+    of nothing."""
+    nothing = isinstance(value, (list, dict)) and not any(value)
+    return nothing or value is None or value is False or value != value
+
+
+def is_blank(value):
+    return isinstance(value, str) and not value.strip()
+
+
+def label_of(value):
+    """A category as a label: a text as it is, of any other value its JSON, "" of null
+    and blanks."""
+    if value is None or is_blank(value):
+        return ""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.encode(errors="replace").decode()  # no half surrogate pairs
 
 
 def text_of(value, name, place):

@@ -20,9 +20,11 @@ import torch
 
 from data.corpus import length_batches
 from experiments import parts, steps
-from experiments.steps import METHODS, OURS, SMOL, VARIANTS, random_base, random_batch
+from experiments.parts import METHODS
+from experiments.steps import OURS, SMOL, VARIANTS, random_base, random_batch
 from support.cli import Parser, run_script
 from support.files import write_json
+from support.pictures import plain_matplotlib
 
 PARTS = ("step", "memory", "dolly", "growth", "compile", "mmlu")
 HEADS, RANKS, LENGTHS = (1, 2, 4, 8, 16), (4, 8, 16, 32, 64), (128, 256, 512, 1024, 2048)
@@ -97,18 +99,16 @@ def measure_growth(report, base, *, tokens, rounds, picture):
 
 def draw_growth(tables, path):
     """The curves of {axis: rows} side by side, on one scale that starts at zero."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, panels = pyplot.subplots(1, len(tables), figsize=(9, 2.4), sharey=True)
-    for panel, (axis, rows) in zip(panels, tables.items()):
-        places = range(len(rows))
-        panel.plot(places, [row["tokens/s"] for row in rows], marker="o")
-        panel.set_xticks(places, [row[axis] for row in rows])
-        panel.set_xlabel(axis)
-    panels[0].set_ylim(bottom=0)
-    panels[0].set_ylabel("tokens/s")
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    with plain_matplotlib() as pyplot:
+        figure, panels = pyplot.subplots(1, len(tables), figsize=(9, 2.4), sharey=True)
+        for panel, (axis, rows) in zip(panels, tables.items()):
+            places = range(len(rows))
+            panel.plot(places, [row["tokens/s"] for row in rows], marker="o")
+            panel.set_xticks(places, [row[axis] for row in rows])
+            panel.set_xlabel(axis)
+        panels[0].set_ylim(bottom=0)
+        panels[0].set_ylabel("tokens/s")
+        figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
 
 
 def measure_compile(report, base, *, tokens, rounds):

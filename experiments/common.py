@@ -181,7 +181,7 @@ def compute_each(specs, folder, compute):
                     minutes = (time.perf_counter() - clock) / 60
                     print(f"{key}: {minutes:.1f} minutes, {left} of {len(paths)} left", flush=True)
         time.sleep(1)
-    return {key: files.read_json(path) for key, path in paths.items()}
+    return {key: files.read_json(path, "metrics") for key, path in paths.items()}
 
 
 # ---------------------------------------------------------------- the methods
@@ -325,7 +325,7 @@ def run_all(runs, args, *, quiz=None, threads=1, may_diverge=False):
                                  f"{last_line(folder)}; give lower --rates")
             found[key] = {"metrics": {"val_loss": math.inf}}
         else:
-            recorded = files.read_json(folder / "run.json")
+            recorded = files.read_json(folder / "run.json", "metrics")
             commit = Path(f"{folder}.commit")
             found[key] = {**recorded, "folder": folder, "flags": runs[key],
                           "commit": commit.read_text() if commit.exists() else None}
@@ -352,7 +352,7 @@ def quiz_accuracies(runs, quiz, args):
                 "weights": weights, "adapter": adapter, "data": quiz, "shots": QUIZ_SHOTS,
                 "device": "cpu", "dtype": "fp32", "quantize": run.get("quantize"), "out": path})]
     call_all(commands, args.jobs)
-    return {key: files.read_json(path)["accuracy"] for key, path in paths.items()}
+    return {key: files.read_json(path, "accuracy")["accuracy"] for key, path in paths.items()}
 
 
 def run_seeds(arms, args, seeds=None, **options):

@@ -42,7 +42,7 @@ def run(args):
                 status = train.main([str(flag) for flag in flags])
             if status:
                 return status
-            losses[name].append(read_json(f"{OUT}/run.json")["metrics"]["val_loss"])
+            losses[name].append(read_json(f"{OUT}/run.json", "metrics")["metrics"]["val_loss"])
     print(f"\ndropout {args.dropout}, {args.epochs} epochs: validation loss")
     for name, values in losses.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0

@@ -3,7 +3,7 @@
     python -m experiments.gpu                          # writes experiments/results/gpu.json, gpu.md
     python -m experiments.gpu --device cpu --tiny      # all of it in small, to see that it runs
 
-Needs a CUDA card, torch 2.11 or newer, and no weights or data: the models are random
+Needs a CUDA card, torch 2.10 or newer, and no weights or data: the models are random
 and made on the card. Each part (experiments/parts.py) runs in a process of its own
 under its own limit of time. Every figure is written as it comes, so a part that fails
 or runs out of time or memory takes nothing with it; what was left out is named with the

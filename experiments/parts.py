@@ -24,15 +24,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from cluster import kmeans
 from data import WORLD
-from data.corpus import Sequence, length_batches
+from data.corpus import Sequence, cut_by_tokens, length_batches
 from data.mmlu import Prompt
 from eval_mmlu import score_prompts
 from experiments import steps
-from experiments.steps import METHODS, OURS, ours, random_base, random_batch, time_rounds
+from experiments.steps import OURS, floor, ours, random_base, random_batch, time_rounds
 from hydralora import HydraLinear
 from model import ModelArgs
 from support import memory
-from support.cli import is_out_of_memory, one_line
+from support.cli import one_line, out_of_memory
 from support.files import read_json
 from support.memory import GIB, Watch
 
@@ -42,6 +42,20 @@ AIMS = {"LoRA r24": ("HydraLoRA 3 x 8 over LoRA r24, time", "<=", 1.10),
         "floor": ("HydraLoRA 3 x 8 over the floor, time", "<=", 1.20),
         "looped HydraLoRA 3 x 8": ("HydraLoRA over the looped one, tokens/s", ">=", 1.8),
         "PEFT LoRA r24": ("HydraLoRA over PEFT's LoRA r24, tokens/s", ">=", 1.1)}
+
+
+def peft_lora(base, checkpoint=False):
+    from experiments import frameworks  # needs transformers and peft
+    return frameworks.peft_lora(base, rank=24, checkpoint=checkpoint)
+
+
+def looped_hydra(base, checkpoint=False):
+    from experiments import frameworks
+    return frameworks.looped_hydra(base, rank=8, heads=3, checkpoint=checkpoint)
+
+
+METHODS = {OURS: partial(ours, rank=8, heads=3), "LoRA r24": partial(ours, rank=24, heads=1),
+           "floor": floor, "PEFT LoRA r24": peft_lora, "looped HydraLoRA 3 x 8": looped_hydra}
 
 # ---------------------------------------------------------------- reporting
 
@@ -95,7 +109,7 @@ def attempt(report, name, work, where=""):
     try:
         return work()
     except Exception as error:
-        full = is_out_of_memory(error)
+        full = out_of_memory(error)
         if not full and name not in FOREIGN:
             raise
         kind = "too little memory on the card" if full else type(error).__name__
@@ -247,11 +261,14 @@ def profile(report, method, batch, device):
         method.step(batch)
     spent = {}
     for event in record.key_averages(group_by_input_shape=True):
-        if event.device_type != torch.autograd.DeviceType.CPU:
+        if event.device_type != torch.autograd.DeviceType.CPU or event.is_user_annotation:
             continue  # a kernel: the operation that launched it has its time
         kind = kind_of(event.key, event.input_shapes, method.model.args.vocab_size)
         own = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total
         spent[kind] = spent.get(kind, 0) + own
+    if not sum(spent.values()):
+        report.note("where a step's time goes: skipped, the profiler sees no kernels (CUPTI)")
+        return
     for kind in sorted(spent, key=spent.get, reverse=True):
         report.row("where a step's time goes", {
             "where": kind, "share": spent[kind] / sum(spent.values())})
@@ -338,8 +355,8 @@ class Scale:
     thirteen: dict
     tokens: int = 1024
     rounds: int = 5
-    budget: float = 16.0  # seconds after which the rounds of one table end
-    dolly: int = 12  # records that represent Dolly's lengths
+    budget: float = 12.0  # seconds after which the rounds of one table end
+    dolly: int = 4  # micro-batches that represent Dolly's lengths
     heads: tuple = (1, 2, 4, 8, 16)
     ranks: tuple = (4, 8, 16, 32, 64)
     lengths: tuple = (256, 512, 1024, 2048, 4096)
@@ -364,9 +381,12 @@ TINY = Scale(seven=SMALL, thirteen={**SMALL, "n_layers": 3}, tokens=48, rounds=1
 
 
 def dolly_batches(count, tokens):
-    """Batches of one record each, whose lengths are spread like Dolly's."""
-    chosen = steps.evenly_chosen(length_batches(steps.dolly_sequences(), 1), count)
-    return [steps.shortened(batch, tokens + 1) for batch in chosen]
+    """Micro-batches of lengths like Dolly's, as train.py cuts them on a GPU."""
+    records = [Sequence(s.ids[:tokens + 1], min(s.response_start, tokens), s.record, "")
+               for s in steps.dolly_sequences()]
+    cut = [batch for step in length_batches(records, 8, torch.Generator().manual_seed(0))
+           for batch in cut_by_tokens(step, tokens)]
+    return steps.evenly_chosen(cut, count)
 
 
 def rounded_up(batches, multiple=64):
@@ -383,7 +403,7 @@ def measure_step(report, scale, device):
                 "too, per second, over those of the large product above")
     whole = f"1 x {scale.tokens} tokens"
     cases = {whole: [random_batch(1, scale.tokens, base.args.vocab_size)],
-             "Dolly's lengths, one record a step": dolly_batches(scale.dolly, scale.tokens)}
+             "Dolly's lengths": dolly_batches(scale.dolly, scale.tokens)}
     for kind, checkpoint in CHECKPOINT.items():
         methods = {name: partial(make, checkpoint=checkpoint) for name, make in METHODS.items()}
         for case, batches in cases.items():
@@ -401,18 +421,22 @@ def measure_growth(report, scale, device):
     compare_growth(report, base, axes, tokens=scale.tokens, device=device, rounds=scale.rounds)
 
 
+def kernels(events):
+    """Those of a profiler's events that a GPU runs: regions with a name, such as AdamW's
+    step, are among its events too."""
+    return [event for event in events if not event.is_user_annotation
+            and event.device_type != torch.autograd.DeviceType.CPU]
+
+
 def launches(method, batches, seconds):
     """What a GPU launches in a round of so many seconds, as cells of a row; {} on a
     CPU."""
     with torch.profiler.profile() as record:
         method.steps(batches)
-    kernels = [event for event in record.key_averages()
-               if event.device_type != torch.autograd.DeviceType.CPU]
-    if not kernels:
-        return {}
-    busy = sum(event.self_device_time_total for event in kernels) / 1e6 / seconds
-    return {"kernels": sum(event.count for event in kernels),
-            "share with a kernel running": busy, "share waiting for a launch": 1 - busy}
+    found = kernels(record.key_averages())
+    busy = sum(event.self_device_time_total for event in found) / 1e6 / seconds
+    return {"kernels": sum(event.count for event in found),
+            "share with a kernel running": busy} if found else {}
 
 
 def measure_profile(report, scale, device):
@@ -446,7 +470,7 @@ def measure_main(report, scale, device):
         seconds = time.perf_counter() - started
         if status:
             raise RuntimeError(said.getvalue().strip().split("\n")[-1])
-        result = read_json(run / "run.json")
+        result = read_json(run / "run.json", "metrics")
     metrics = result["metrics"]
     report.row("the main command", {
         "dtype": result["settings"]["dtype"], "seconds": seconds, "training": result["seconds"],

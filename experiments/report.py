@@ -14,6 +14,7 @@ import subprocess
 from pathlib import Path
 
 from support.files import write_json, write_text
+from support.pictures import plain_matplotlib
 
 LEVEL = 0.05
 MARGIN = 3.0  # percent of the loss: losses that differ by less are called equal
@@ -241,23 +242,20 @@ def write_results(args, name, content, sections, draw=None):
     returns a figure, and what it needs is installed, NAME.png."""
     args.out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(sections) + "\n"
-    print("\n" + text)
     write_json(args.out / f"{name}.json", finite(content))
     write_text(args.out / f"{name}.md", text)
+    print("\n" + text)
     if draw is None:
         return
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        figure = draw(pyplot)
+        with plain_matplotlib() as pyplot:
+            figure = draw(pyplot)
+            # without matplotlib's version in it, the same numbers give the same file
+            figure.savefig(args.out / f"{name}.png", dpi=100, metadata={"Software": None})
+            pyplot.close(figure)
     except ImportError as error:
         print(f"no picture: {error.name} is not installed "
               "(pip install -r requirements-optional.txt)")
-        return
-    # without matplotlib's version in it, the same numbers give the same file
-    figure.savefig(args.out / f"{name}.png", dpi=100, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def finite(content):

@@ -150,7 +150,7 @@ def examine(run, val, keep_data):
     mix = make_batches(encode_records(records, tokenizer, longest)[0])
     kept = make_batches(encode_texts(keep_data, tokenizer, longest)[0])
     changes = {"as trained": unchanged}
-    if run["settings"]["heads"] > 1:
+    if run["settings"].get("heads", 1) > 1:
         mean = constant_gate(*gate_sums(model, mix))
         changes |= {"gate uniform": uniform_gate, "gate constant": mean}
     changes |= {f"block {i + 1} off": without_block(i) for i in range(len(model.layers))}

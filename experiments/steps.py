@@ -14,7 +14,6 @@ import math
 import random
 import statistics
 import time
-from functools import partial
 from unittest import mock
 
 import torch
@@ -76,12 +75,6 @@ def evenly_chosen(batches, count, offset=0.5):
     """`count` of an epoch's batches, at even distances in the order of their width."""
     ordered = sorted(batches, key=lambda batch: max(len(s.ids) for s in batch))
     return [ordered[int((i + offset) / count * len(ordered))] for i in range(count)]
-
-
-def shortened(batch, tokens):
-    """The sequences cut to so many tokens, each with at least one target."""
-    return [Sequence(s.ids[:tokens], min(s.response_start, len(s.ids[:tokens]) - 1), s.record, "")
-            for s in batch]
 
 
 def positions(batches):
@@ -230,19 +223,8 @@ def floor(base, checkpoint=False):
     return method
 
 
-def peft_lora(base, checkpoint=False):
-    from experiments import frameworks  # needs transformers and peft
-    return frameworks.peft_lora(base, rank=24, checkpoint=checkpoint)
-
-
-def looped_hydra(base, checkpoint=False):
-    from experiments import frameworks
-    return frameworks.looped_hydra(base, rank=8, heads=3, checkpoint=checkpoint)
-
-
 OURS = "HydraLoRA 3 x 8"
-METHODS = {OURS: partial(ours, rank=8, heads=3), "LoRA r24": partial(ours, rank=24, heads=1),
-           "floor": floor, "PEFT LoRA r24": peft_lora, "looped HydraLoRA 3 x 8": looped_hydra}
+
 
 # ---------------------------------------------------------------- ours with one choice undone
 

@@ -20,12 +20,14 @@ from model import load_llama
 from support.device import DTYPES
 from support.distributed import rank, world_size
 from support.files import (
+    check_finite,
     digest,
     file_fingerprint,
     read_json,
     read_torch,
     weights_fingerprint,
 )
+from support.jsonl_resume import remove_partial
 from support.quantize import KINDS, quantize_on_load
 
 MANY_SPARE = 0.1  # of an embedding's rows: more than that gets a warning
@@ -33,20 +35,25 @@ MANY_SPARE = 0.1  # of an embedding's rows: more than that gets a warning
 # ---------------------------------------------------------------- the base
 
 
-def load_model(directory, *, device, shard_base=False, quantize=None, **settings):
+def load_model(directory, *, device="cpu", shard_base=False, quantize=None, **settings):
     """load_llama on the device. With shard_base no process ever holds the whole model; with
-    quantize the linear layers of the blocks are quantised as they are read."""
+    quantize the linear layers of the blocks are quantised as they are read. Raises ValueError if
+    a weight is not finite."""
+    on_load = None
     if quantize in KINDS:
         if shard_base:
             raise ValueError(f"--shard-base cannot share out a base in {quantize}: give "
                              "--quantize none, or drop --shard-base")
-        return load_llama(directory, device=device,
-                          on_load=partial(quantize_on_load, kind=quantize), **settings)
-    if not shard_base:
-        return load_llama(directory, device=device, **settings)
-    model, tokenizer = load_llama(directory, device=device, on_load=fsdp_shard, **settings)
-    with torch.no_grad():  # FSDP learns from the first pass which blocks there are: all of them
-        model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=device))
+        on_load = partial(quantize_on_load, kind=quantize)
+    elif shard_base:
+        on_load = fsdp_shard
+    model, tokenizer = load_llama(directory, device=device, on_load=on_load, **settings)
+    parts = {name: getattr(tensor, "to_local", lambda tensor=tensor: tensor)()
+             for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    check_finite(parts, directory)
+    if shard_base:
+        with torch.no_grad():  # FSDP learns from the first pass which blocks there are: all
+            model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=device))
     return model, tokenizer
 
 
@@ -93,11 +100,25 @@ def load_model_and_adapter(weights, adapter, *, device, dtype, max_seq_len=None,
                                   max_seq_len=max_seq_len, shard_base=shard_base,
                                   quantize=quantize)
     if adapter:
-        load_adapter(model, adapter)
+        load_adapter_file(model, adapter)
         print_quantize(adapter, quantize)
     warn_of_spare_rows(model, tokenizer, weights)
     check_against_run(weights, adapter)
     return model.eval(), tokenizer
+
+
+def load_adapter_file(model, path):
+    """load_adapter of a file that read_torch, which finds more damage, has read."""
+    read_torch(path, "an adapter of this project")
+    return load_adapter(model, path)
+
+
+def check_unchanged(model, digest, weights, partial):
+    """Raises ValueError, and removes the answers so far, if the model's weights, which may still be
+    the file, are no longer those of base_digest."""
+    if base_digest(model) != digest:
+        remove_partial(partial)
+        raise ValueError(f"the files in {weights} changed while they were used: start again")
 
 
 def trained_with(adapter):

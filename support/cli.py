@@ -5,14 +5,22 @@
 """
 
 import argparse
+import errno
+import os
+import re
+import signal
 import sys
 import traceback
 import warnings
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from unicodedata import combining, east_asian_width
 
 import torch
 from tqdm import tqdm
 
 from support.distributed import group_error, rank, wait_for_rank0_error
+from support.files import check_output, check_regular
 from support.signals import (
     ignore,
     raise_interrupt,
@@ -21,20 +29,55 @@ from support.signals import (
     signal_number,
 )
 
+# a closed pipe, a terminal that hung up, a closed pipe of Windows
+ROOT = str(Path(__file__).resolve().parent.parent)
+NO_READER = (errno.EPIPE, errno.EIO, errno.EINVAL)
 LINE_SECONDS = 30  # between two lines of progress if standard error is no terminal
+# what acts on a terminal, but for tabs and line ends
+CONTROL = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+NO_COLOUR = r"(?!\x1b\[\d{0,2}m)"  # where colours, which are our own, may act
+LARGEST = 10**15  # of a setting that is a number
+# settings that name what a script reads
+INPUTS = ("weights", "data", "val_data", "keep_data", "adapter", "init_adapter", "cache",
+          "source", "given", "checkpoint", "tokenizer")
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with --debug, without abbreviations, and with one line for a refused flag."""
 
     def __init__(self, name, doc):
-        super().__init__(prog=name, description=doc.split("\n")[0], allow_abbrev=False)
+        super().__init__(prog=name, description=(doc or "").split("\n")[0], allow_abbrev=False)
         self.add_argument("--debug", action="store_true",
                           help="also print the traceback of a refusal (off)")
 
+    def parse_args(self, args=None):
+        """The flags; a path's ~/ is the home folder, where a shell leaves it, as in --out=~/x."""
+        args = super().parse_args(args)
+        for name in vars(args).keys() - {"prompts"}:
+            setattr(args, name, at_home(getattr(args, name)))
+        return args
+
     def error(self, message):
+        if out_of_memory(sys.exc_info()[1]):  # while a file that a flag names was read
+            raise
         wait_for_rank0_error()
         self.exit(2, f"{self.prog}: {one_line(message)}; --help lists the flags\n")
+
+
+def at_home(value):
+    """A path of the command line, or a list of them, with the home folder for ~."""
+    if isinstance(value, list):
+        return [at_home(path) for path in value]
+    is_path = isinstance(value, (str, Path)) and str(value).startswith("~")
+    return type(value)(os.path.expanduser(value)) if is_path else value
+
+
+def comma_list(text):
+    """The names in a text that has commas between them, each once: the type of a flag."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError("must be names with commas between")
+    return names
 
 
 def flag(name):
@@ -43,19 +86,105 @@ def flag(name):
 
 
 def check_min(args, **least):
-    """Raises ValueError if a setting that is given is below its smallest value."""
+    """Raises ValueError if a setting that is given is below its smallest value, or beyond
+    any use."""
     for name, smallest in least.items():
         value = getattr(args, name)
-        if value is not None and value < smallest:
-            raise ValueError(f"{flag(name)} must be at least {smallest}, got {value}")
+        if value is not None and not smallest <= value <= LARGEST:
+            raise ValueError(f"{flag(name)} must be at least {smallest} and at most {LARGEST}, "
+                             f"got {printable(value, 40)}")
+
+
+def check_paths(args):
+    """Raises ValueError, before any work, for an input that is no regular file or folder,
+    and for an --out that check_output refuses."""
+    given = [getattr(args, name, None) for name in INPUTS]
+    given = [path for value in given for path in (value if isinstance(value, list) else [value])
+             if path]
+    for path in given:
+        check_regular(path)
+    for name in ("weights", "source"):
+        folder = getattr(args, name, None)
+        for entry in os.scandir(folder) if folder and os.path.isdir(folder) else []:
+            check_regular(entry.path)
+    if getattr(args, "out", None) is not None and not getattr(args, "dry_run", False):
+        check_output(args.out, given)
 
 
 def one_line(error):
     """The text of an error in one line; its type if it has no text."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split()), 1200) or type(error).__name__
 
 
-# ---------------------------------------------------------------- progress
+# ---------------------------------------------------------------- what is printed
+
+
+def printable(text, most=200):
+    """A foreign text as part of a line: control characters are escaped, so that none acts on
+    the terminal, and of a longer text the middle is left out."""
+    text = str(text)
+    if len(text) > most:
+        text = f"{text[:most * 2 // 3]} ... {text[-most // 3:]}"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+class Output:
+    """A stream on which no print fails, so that none ends a run: a character that the encoding
+    lacks becomes a question mark, and what nobody reads any more goes nowhere. With `text`,
+    control characters in what is printed do not act: it may be foreign."""
+
+    def __init__(self, stream, text=False):
+        self.text = text
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # None if it is closed
+
+    def write(self, text):
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        if self.text:
+            pattern = NO_COLOUR * self.stream.isatty() + CONTROL
+            text = re.sub(pattern, lambda found: ascii(found[0])[1:-1], text)
+        self.attempt(self.stream.write, text.encode(encoding, "replace").decode(encoding))
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act, *arguments):
+        try:
+            act(*arguments)
+        except OSError as error:
+            if error.errno not in NO_READER:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def cell(text, width=24):
+    """A name that a user chose as a cell of a table: one line of exactly this many columns, of
+    which a wide letter takes two."""
+    text = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    if columns(text) > width:
+        while columns(text) > width - 3:
+            text = text[:-1]
+        text += "..."
+    return text + " " * (width - columns(text))
+
+
+def columns(text):
+    return sum(0 if combining(c) else 1 + (east_asian_width(c) in "WF") for c in text)
+
+
+@contextmanager
+def safe_output():
+    """Within this context standard output and standard error are an Output."""
+    former = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Output(former[0], text=True), Output(former[1])
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # of a full disk; the interpreter says it
+            sys.stdout.flush()  # else the interpreter does, and reports a closed pipe too
+        sys.stdout, sys.stderr = former
 
 
 class Lines:
@@ -80,28 +209,48 @@ def progress(*args, **settings):
 # ---------------------------------------------------------------- start and end of a script
 
 
+@safe_output()
 def run_script(name, parse_args, run, argv=None, *, memory="give it a machine with more memory",
                stopped="interrupted; nothing was written"):
     """The exit status of run(parse_args(argv)), None counting as 0; see report_failure. Meanwhile
     SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does."""
-    args = parse_args(argv)
     former = set_handlers(raise_interrupt)
+    args = argparse.Namespace(debug=False)
     # torch's remark on a file that is refused a moment later
-    warnings.filterwarnings("ignore", message="Detected pickle protocol")
+    warnings.filterwarnings("ignore", module="torch")
     try:
+        args = parse_args(argv)
+        check_paths(args)
         return run(args) or 0
     except (Exception, KeyboardInterrupt) as error:
         return report_failure(error, name, args, stopped=stopped, memory=memory)
     finally:
-        set_handlers(ignore)
-        if argv is not None:  # called from Python; a command's process ends now
+        if argv is None:  # the process ends now: a signal would cost it its status and output
+            set_handlers(signal.SIG_IGN)
+        else:
             restore_handlers(former)
 
 
-def is_out_of_memory(error):
-    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))  # the latter on CUDA
-            # torch has no type for a CPU, for mps and for what CUDA's own libraries need
-            or "DefaultCPUAllocator" in str(error) or "out of memory" in str(error))
+def out_of_memory(error):
+    """The error, or one behind it, that says that there is too little memory; else None.
+    Whoever read a file with too little memory has called it damaged."""
+    if error is None or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return error  # the latter on CUDA
+    # torch has no type for a CPU, for mps and for what CUDA's own libraries need
+    if any(words in str(error) for words in ("DefaultCPUAllocator", "out of memory",
+                                             "Cannot allocate memory")):
+        return error
+    return out_of_memory(error.__cause__)
+
+
+def system_words(error):
+    """The text of an error; of one by the operating system the path, what is wrong with it, and
+    which function of ours met it."""
+    if not isinstance(error, OSError) or not error.errno:
+        return error
+    place = traceback.extract_tb(error.__traceback__)
+    name = next((frame.name for frame in reversed(place) if ROOT in frame.filename), "run")
+    return f"{error.filename or 'a file'}: {error.strerror}, in {name}"
 
 
 def report_failure(error, name, args, *, stopped, memory):
@@ -114,12 +263,12 @@ def report_failure(error, name, args, *, stopped, memory):
     hint = getattr(error, "hint", None)
     if isinstance(error, KeyboardInterrupt):
         status, text = 128 + signal_number(error), f"stopped; {hint}" if hint else stopped
-    elif is_out_of_memory(error):
-        status, text = 1, f"{str(error).split(chr(10))[0] or 'out of memory'}; {memory}"
+    elif short := out_of_memory(error):
+        status, text = 1, f"{str(short).split(chr(10))[0] or 'out of memory'}; {memory}"
     elif lost or isinstance(error, (ValueError, OSError)):
         from support.diagnose import diagnose  # only now: it looks at every file that was read
         status = 2
-        text = lost or one_line(diagnose(error, args) or error)
+        text = lost or one_line(diagnose(error, args) or system_words(error))
         text = f"{text}; {hint}" if hint else text
     else:
         raise error

@@ -1,6 +1,7 @@
 """Where a script computes, and in which precision: --device, --dtype, autocast, peak memory."""
 
 import sys
+import warnings
 from contextlib import nullcontext
 
 import torch
@@ -27,8 +28,10 @@ def pick_device(name):
     try:
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise RuntimeError("torch finds no CUDA device here")
-        torch.zeros(1, device=name).item()  # the meta device has no values
-    except (RuntimeError, AssertionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the line below says it
+            torch.zeros(1, device=name).item()  # the meta device has no values
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"--device {name} cannot be used: {reason}; --device cpu always "
                          "can") from error

@@ -29,8 +29,8 @@ def add_shard_flag(parser):
 
 
 def under_torchrun():
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether torchrun started this process, and not one that it started."""
+    return {"TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK"} <= os.environ.keys()
 
 
 def world_size():
@@ -114,6 +114,13 @@ def map_across_ranks(batches, compute):
         mine = batches[min(i + rank(), len(batches) - 1)]
         dist.all_gather_object(results, compute(mine))
         yield from zip(batches[i:i + world_size()], results)
+
+
+def from_rank0(tensor):
+    """Rank 0's values of a tensor that every rank has."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
 
 
 def run_on_rank0(work):

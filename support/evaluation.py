@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from data.corpus import collate, cut_by_tokens
 from hydralora import adapter_parameters, hydra_layers, record_gates
-from support.cli import progress
+from support.cli import cell, progress
 from support.distributed import map_across_ranks
 from support.quantize import QuantizedLinear
 
@@ -145,6 +145,22 @@ def routing_report(model, sequences, *, precision, tokens=EVAL_TOKENS):
     }
 
 
+def check_routing(report):
+    """Raises ValueError unless a report that was read from a file is as routing_report makes it:
+    the same categories in every layer, gates from 0 to 1, an entropy for each layer."""
+    try:
+        gate, entropy = report["gate"], report["entropy"]
+        families = list(next(iter(gate.values())))
+        "".join([*gate, *families]).encode()
+        for layer, rows in gate.items():
+            values = torch.tensor([[*rows[family], entropy[layer]] for family in families])
+            good = values.ndim == 2 and values.min() >= 0 and values.max() < 1.01
+            if not good or len(rows) > len(families):
+                raise ValueError
+    except (AttributeError, KeyError, RuntimeError, StopIteration, TypeError, ValueError):
+        raise ValueError("its routing is damaged") from None
+
+
 def mean_cosine(matrices):
     """Mean cosine over all pairs of matrices (N, ...), each taken as one vector."""
     pairs = list(combinations(matrices.detach().flatten(1), 2))
@@ -198,12 +214,25 @@ def metrics(losses):
         return {**found, "records": losses["tuned"][part][category]["records"]}
 
     keys = {"loss": "val_loss", "exact": "exact_match"}
-    categories = sorted(set(losses["tuned"]["val"]) - {TOTAL})
+    categories = categories_of(losses)
     result = {**compare("val", TOTAL, keys),
               "categories": {c: compare("val", c, keys) for c in categories}}
     if "kept" in losses["tuned"]:
         result["kept"] = compare("kept", TOTAL, {"loss": "loss"})
     return result
+
+
+def categories_of(losses):
+    """The categories of the validation records, in alphabetical order. (A run that began with an
+    older version has no losses of the records without one.)"""
+    return sorted(set.intersection(*(set(parts["val"]) for parts in losses.values())) - {TOTAL})
+
+
+def row_name(category):
+    """The first cell of a category's row; one that is called all is not the total."""
+    if category == TOTAL:
+        return cell("all")
+    return cell('"all"' if category == "all" else category)
 
 
 def print_losses(losses):
@@ -213,9 +242,9 @@ def print_losses(losses):
     print(f"\n{'':33}{'loss (nats per token)':>{13 + wide}}{'exact match':>{11 + wide}}")
     names = "".join(f"{name:>9}" for name in losses)
     print(f"{'category':24}{'records':>9}    {names}  {names}")
-    for category in [*sorted(set(losses["base"]["val"]) - {TOTAL}), TOTAL]:
+    for category in [*categories_of(losses), TOTAL]:
         rows = [parts["val"][category] for parts in losses.values()]
-        print(f"{category or 'all':24}{rows[0]['records']:9}    "
+        print(f"{row_name(category)}{rows[0]['records']:9}    "
               + "".join(f"{row['loss']:9.4f}" for row in rows) + "  "
               + "".join(f"{row['exact']:9.1%}" for row in rows))
     if "kept" in losses["base"]:
@@ -248,6 +277,6 @@ def print_routing(report):
     print(f"\nmean gate of each head, in the layer where it differs most ({name})")
     print(f"{'category':24}" + "".join(f"{f'head {i + 1}':>9}" for i in range(heads)))
     for category, weights in gate[name].items():
-        print(f"{category or 'all':24}" + "".join(f"{w:9.3f}" for w in weights))
+        print(row_name(category) + "".join(f"{w:9.3f}" for w in weights))
     print(f"over all layers: gate entropy {mean(report['entropy']):.2f} of uniform, mean cosine "
           f"between heads {mean(report['cosine_b']):.2f}")

@@ -32,9 +32,10 @@ def parse_partial(path, settings, columns, name):
             lines.append(json.loads(line))
         except (ValueError, RecursionError):  # cut short
             break
-    if lines and lines[0] != settings:
-        before = lines[0] if isinstance(lines[0], dict) else {}
-        differ = [key for key in settings if before.get(key) != settings[key]]
+    if text and not (lines and isinstance(lines[0], dict)):
+        raise ValueError(f"{path} is not of a stopped run: delete it, or choose another --out")
+    if lines[1:] and lines[0] != settings:
+        differ = [key for key in settings if lines[0].get(key) != settings[key]]
         raise ValueError(f"{path} is of a stopped run with another {', '.join(differ)}: finish it, "
                          "delete that file, or choose another --out")
     done = {tuple(row[key] for key in name): row for row in lines[1:]

@@ -63,12 +63,19 @@ def open_locked(path, what):
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # the last holder just removed file or folder
+            if os.path.lexists(path) and (path.is_symlink() or not is_lock(path)):
+                raise ValueError(f"{path} is no lock of this project: move it away")
             file = open(path, "ab+", buffering=0)
             take_lock(file, what)
             if os.path.samefile(file.fileno(), path):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
                 return file
+
+
+def is_lock(path):
+    """Whether this is a lock's file, which a kill may have left empty, and nobody else's."""
+    return path.is_file() and path.read_bytes()[:8] in (b"", b"process ")
 
 
 def take_lock(file, what):
@@ -82,7 +89,7 @@ def take_lock(file, what):
         time.sleep(PAUSE)
         with file:
             file.seek(0)
-            holder = file.read().decode() or "another process"
+            holder = file.read(200).decode(errors="replace") or "another process"
         raise ValueError(f"{what} is held by {holder}, which writes there: wait for it, or name "
                          "another --out") from None
     except OSError as error:

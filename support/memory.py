@@ -26,6 +26,7 @@ from support.device import DTYPES
 from support.quantize import KINDS, quantize_blocks
 
 GIB = 2**30
+MOST_LAYERS, MOST_POSITIONS = 10_000, 2**24  # beyond any GPU; measuring would take for ever
 # Assumed, not measured:
 CONTEXT = 1.0 * GIB  # CUDA's context and libraries
 FRAGMENTATION = 0.05  # the allocator's loss
@@ -113,6 +114,9 @@ def measure_step(shape, settings, *, make_optimizer, step, dtype, batch_size, le
     shape is a ModelArgs, settings are the arguments of add_hydralora (None: the whole
     model trains, in fp32). make_optimizer(model) and step(model, batches, optimizer) are
     train.py's, for a CPU."""
+    if shape.n_layers > MOST_LAYERS or batch_size * length > MOST_POSITIONS:
+        raise ValueError(f"{shape.n_layers} layers, batches of {batch_size:.3g} x {length} tokens: "
+                         f"at most {MOST_LAYERS} and {MOST_POSITIONS} tokens are measured")
     watch = Watch()
     marks = [0]
 

@@ -14,16 +14,16 @@ import csv
 import math
 import os
 import platform
-import shutil
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import sentencepiece
 import torch
 
+from data.what_it_is import check_is_file
 from hydralora import save_adapter
 from support.base import stated_length
 from support.device import get_rng_state, set_rng_state
@@ -36,6 +36,7 @@ from support.files import (
     read_torch,
     shape_mismatches,
     weights_fingerprint,
+    wrap_disk_errors,
     write_file,
     write_json,
     write_llama,
@@ -50,8 +51,9 @@ SIGNS_OF_A_RUN = RUN_FILES[:3]  # only train.py writes these; --overwrite needs 
 RESUME_MAY_DIFFER = ("resume", "overwrite", "out", "save_every", "eval_every", "debug", "strict",
                      "checkpoint_activations", "shard_base", "processes", "order",
                      "weights", "data", "val_data", "keep_data", "init_adapter")
-CHECKPOINT_KEYS = {"settings", "fingerprints", "step", "before", "init", "clusters", "tensors",
-                   "optimizer", "scaler", "rng", "cuda_rng"}
+CHECKPOINT_KEYS = {"settings", "versions", "fingerprints", "step", "before", "init", "clusters",
+                   "tensors", "optimizer", "scaler", "rng", "cuda_rng"}
+ACTING = ("params", "betas", "eps", "weight_decay", "amsgrad", "maximize")  # of AdamW
 MOST_SKIPPED = 20  # steps in a row: fp16's scale, 2**16 at the start, is below 1 by then
 MOST_NAMED = 20  # records of a step that a message names
 
@@ -65,6 +67,13 @@ def check_out(out, weights, *, resume, overwrite):
     if out.resolve() == Path(weights).resolve():
         raise ValueError(f"--out {out} is the folder of the weights: name another")
     found = [name for name in RUN_FILES if (out / name).exists()]
+    if resume and "run.json" in found and "checkpoint.pt" not in found:
+        result = "--init-adapter", out / "adapter.pt"
+        if not result[1].exists():  # of --method full
+            result = "--weights", out
+        raise ValueError(f"--resume: the run in {out} has ended, its result is {result[1]}: to "
+                         f"train that further, give {result[0]} {quote(str(result[1]))} and "
+                         "another --out")
     if resume and "checkpoint.pt" not in found:
         raise ValueError(f"--resume: {out} holds no checkpoint.pt, found {found or 'no run'}: "
                          "start again without --resume")
@@ -75,31 +84,20 @@ def check_out(out, weights, *, resume, overwrite):
     if found and overwrite and not set(SIGNS_OF_A_RUN) & set(found):
         raise ValueError(f"--overwrite: {out} holds {', '.join(found)} but none of "
                          f"{', '.join(SIGNS_OF_A_RUN)}, so it is no run: name another --out")
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):  # os.access may answer for another user
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written, since {existing} is read-only or no "
-                         f"folder ({error.strerror}): name another") from error
     return out
 
 
 def prepare_out(out, *, resume):
-    """Makes the folder, once the run can start. Removes the former run, unless it is resumed, and
-    what a killed process was writing."""
+    """Makes the folder, once the run can start. Removes the former run, unless it is resumed."""
     if rank():
         return
     out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out / "unfinished.tmp", ignore_errors=True)
-    for name in RUN_FILES:
-        (out / f"{name}.tmp").unlink(missing_ok=True)
-        if not resume:
-            (out / name).unlink(missing_ok=True)
+    for name in () if resume else RUN_FILES:
+        (out / name).unlink(missing_ok=True)
 
 
 def versions():
-    return {"python": platform.python_version(), "torch": torch.__version__,
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
             "numpy": np.__version__, "sentencepiece": sentencepiece.__version__,
             "platform": platform.platform(), "threads": torch.get_num_threads()}
 
@@ -108,9 +106,12 @@ def fingerprints(weights, data, **others):
     """{name: sha256} of what a run reads: the weights, their tokenizer, each file of data (called
     data, data_2, data_3), and each other file that is given."""
     files = {f"data_{i}" if i > 1 else "data": path for i, path in enumerate(data, start=1)}
-    found = {name: file_fingerprint(path) for name, path in {**files, **others}.items() if path}
-    return {**found, "tokenizer": file_fingerprint(Path(weights) / "tokenizer.model"),
-            "weights": weights_fingerprint(weights)}
+    files |= {name: path for name, path in others.items() if path}
+    files["tokenizer"] = Path(weights) / "tokenizer.model"
+    for name, path in files.items():
+        check_is_file(path, "tokenizer" if name == "tokenizer" else "data file")
+    found = {name: file_fingerprint(path) for name, path in files.items()}
+    return {**found, "weights": weights_fingerprint(weights)}
 
 
 def save_adapter_file(model, path):
@@ -134,8 +135,6 @@ def write_result(model, out, result, *, weights, full):
         fingerprints["adapter"] = file_fingerprint(out / "adapter.pt")
     write_json(out / "run.json", result)
     (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"\nwrote {'the checkpoint' if full else 'adapter.pt'}, run.json and log.csv to {out}\n"
-          f"to see it: python -m tools.plot {out} --out {out / 'plot.png'}")
 
 
 def write_tuned(model, weights, out):
@@ -161,6 +160,7 @@ def save_checkpoint(path, step, facts, model, optimizer, scaler):
     tensors = {name: p.detach() for name, p in trained_parameters(model).items()}
     state = {name: facts[name] for name in ("settings", "fingerprints", "clusters")}
     state |= {"before": facts["losses"]["base"], "init": facts["losses"].get("before")}
+    state["versions"] = facts["versions"]
     state |= {"step": step, "tensors": tensors, "optimizer": optimizer.state_dict(),
               "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
               "cuda_rng": get_rng_state(next(iter(tensors.values())).device)}  # of any device
@@ -170,18 +170,19 @@ def save_checkpoint(path, step, facts, model, optimizer, scaler):
     write_file(path, lambda file: torch.save(state, file))
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, mmap=False):
     """The state that save_checkpoint wrote. Raises ValueError for any other file."""
     kind = "a checkpoint of a run"
-    state = read_torch(path, kind)
+    state = read_torch(path, kind, mmap=mmap)
     if isinstance(state, dict):
-        state.setdefault("init", None)  # older checkpoints
+        state = {"init": None, "versions": {}, **state}  # older checkpoints lack these
     if not isinstance(state, dict) or state.keys() != CHECKPOINT_KEYS:
         found = sorted(map(str, state))[:4] if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} is not {kind}: found {found}")
     clusters = state["clusters"]
     if not (type(state["step"]) is int and state["step"] > 0
-            and isinstance(state["settings"], dict) and isinstance(state["fingerprints"], dict)
+            and all(isinstance(state[name], dict)
+                    for name in ("settings", "versions", "fingerprints"))
             and (clusters is None or isinstance(clusters, dict)
                  and clusters.get("k") == state["settings"].get("heads"))):
         raise ValueError(f"{path} is not {kind}: its step, settings, fingerprints or clusters are "
@@ -194,20 +195,26 @@ def compare_settings(recorded, settings, defaults):
     checkpoint lacks did not exist when it was written: it had its default."""
     names = sorted(set(settings) - set(RESUME_MAY_DIFFER))
     before = {name: recorded.get(name, defaults.get(name)) for name in names}
-    changed = [f"{name} was {before[name]}, is {settings[name]}" for name in names
-               if settings[name] != before[name]]
+    changed = [name for name in names if settings[name] != before[name]]
     if changed:
-        raise ValueError(f"--resume with other settings: {', '.join(changed)}: give those of the "
-                         "first command")
+        words = ", ".join(f"{name} was {before[name]}, is {settings[name]}" for name in changed)
+        hint = "give those of the first command"
+        if {"epochs", "max_steps"} & set(changed):
+            hint += ("; to train longer, let the run end (its learning rate falls to zero with the "
+                     "last step), then give its adapter to --init-adapter")
+        raise ValueError(f"--resume with other settings: {words}: {hint}")
 
 
-def restore(path, facts, defaults, model, optimizer, scaler):
-    """Puts a stopped run's state in place; returns (steps done, losses of start_or_resume). Raises
-    ValueError unless its settings, data and weights are those of `facts`; `defaults` are the
-    settings of a command without flags."""
-    state = read_checkpoint(path)
-    settings, now = facts["settings"], facts["fingerprints"]
+def check_resume(state, path, settings, now, defaults):
+    """Raises ValueError unless the settings, and the fingerprints `now` of data and weights, are
+    those of the stopped run with this state; `defaults` are the settings of a command without
+    flags. Prints what rounds differently here."""
     compare_settings(state["settings"], settings, defaults)
+    for name in ("torch", "threads"):
+        before, here = state["versions"].get(name), versions()[name]
+        if before not in (None, here):
+            print(f"the run had {name} {before} and continues with {here}: sums may be rounded "
+                  "differently")
     begun = state["settings"].get("processes", 1)
     if begun != settings["processes"]:
         print(f"the run was started with {begun} processes and continues with "
@@ -218,6 +225,11 @@ def restore(path, facts, defaults, model, optimizer, scaler):
     if changed:
         raise ValueError(f"--resume: {', '.join(changed)} changed since {path} was written: bring "
                          "the old files back, or start again in another --out")
+
+
+def restore(path, model, optimizer, scaler):
+    """Puts a stopped run's state in place; returns (steps done, losses of start_or_resume)."""
+    state = read_checkpoint(path)
     trained = trained_parameters(model)
     try:
         losses = {"base": state["before"]}
@@ -229,7 +241,7 @@ def restore(path, facts, defaults, model, optimizer, scaler):
         check_finite(state["tensors"], path)
         if shape_mismatches({name: p.shape for name, p in trained.items()}, state["tensors"]):
             raise ValueError("its tensors are not those that train here")
-        load_moments(optimizer, state["optimizer"]["state"], path)
+        load_moments(optimizer, state["optimizer"], path)
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         set_rng_state(state["cuda_rng"], next(iter(trained.values())).device)
@@ -254,20 +266,23 @@ def check_losses(losses):
 
 
 def load_moments(optimizer, saved, path):
-    """Copies a saved optimizer state, {parameter's number: {name: tensor}}, into this optimizer.
+    """Copies the state of a saved optimizer into this one.
 
     A step of zero gradients makes the state that the optimizer wants, in each parameter's own
     layout: fused AdamW reads moments of another layout wrongly, and says nothing. (The step's
     effect on the parameters is gone when theirs are loaded.) Raises ValueError if names, shapes or
-    dtypes differ."""
+    dtypes differ, or the settings that act on a step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    fresh = optimizer.state_dict()["state"]
-    if fresh.keys() != saved.keys():
-        raise ValueError("its optimizer state is of other parameters")
+    fresh, groups = (optimizer.state_dict()[name] for name in ("state", "param_groups"))
+    saved, saved_groups = saved["state"], saved["param_groups"]
+    acting, saved_acting = ([{name: group[name] for name in ACTING} for group in part]
+                            for part in (groups, saved_groups))
+    if fresh.keys() != saved.keys() or acting != saved_acting:
+        raise ValueError("its optimizer state is of other parameters, or of another optimizer")
     for i, entry in fresh.items():
         check_tensors(saved[i])
         check_finite(saved[i], path)
@@ -345,14 +360,15 @@ class Log:
         speed = round(tokens / (time.perf_counter() - self.clock))
         rows, problem = to_python([row for row, _ in self.rows]), None
         writer = csv.DictWriter(self.file, COLUMNS)
-        for row, (_, batches) in zip(rows, self.rows):
-            writer.writerow({**row, "tokens_per_second": speed})
-            problem = self.problem_of(row, batches)
-            if problem:
-                break
-        self.file.flush()
-        if not rank():
-            os.fsync(self.file.fileno())
+        with wrap_disk_errors(self.file.name):
+            for row, (_, batches) in zip(rows, self.rows):
+                writer.writerow({**row, "tokens_per_second": speed})
+                problem = self.problem_of(row, batches)
+                if problem:
+                    break
+            self.file.flush()
+            if not rank():
+                os.fsync(self.file.fileno())
         if problem:
             raise ValueError(problem)
         self.rows = []
@@ -380,9 +396,13 @@ def read_log(path):
     file lacks are empty."""
     if not path.exists():
         return []
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith("step,")), len(lines))
+    try:
+        rows = [row for row in csv.DictReader(lines[start:])
                 if None not in row and None not in row.values() and row["step"].isdecimal()]
+    except csv.Error as error:
+        raise ValueError(f"{path} is no log of a run: {error}") from error
     return [{name: row.get(name, "") for name in COLUMNS} for row in rows]
 
 

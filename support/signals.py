@@ -54,4 +54,4 @@ def catch_signals():
     try:
         yield signals
     finally:
-        restore_handlers(former)
+        restore_handlers(dict.fromkeys(former, ignore) if signals else former)

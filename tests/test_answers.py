@@ -85,7 +85,8 @@ def test_answers_are_in_file_order_and_equal_those_to_each_prompt_alone(
             base = slow_answer(model, tokenizer, prompt)
         expected = record["response"].strip()
         assert row == {**record, "answer": want, "exact": want.strip() == expected,
-                       "base_answer": base, "base_exact": base.strip() == expected}
+                       "base_answer": base, "base_exact": base.strip() == expected,
+                       "cut": row["cut"], "base_cut": row["base_cut"]}
     assert [row["exact"] for row in lines] == [True, False, True, False, True]
     table = [line.split() for line in printed.splitlines()]
     assert ["a", "3", "66.7%", "0.0%"] in table and ["b", "2", "50.0%", "0.0%"] in table
@@ -96,7 +97,7 @@ def test_without_an_adapter_the_base_answers_and_there_is_no_second_column(
         answer, weights, tokenizer):
     status, lines, _ = answer(base=True)
     assert status == 0 and lines[0].keys() == {"instruction", "context", "response", "category",
-                                               "answer", "exact"}
+                                               "answer", "cut", "exact"}
     base = load_llama(weights)[0]
     assert [row["answer"] for row in lines][:3] == [slow_answer(base, tokenizer, words)
                                                     for words in WORDS[:3]]
@@ -193,8 +194,8 @@ def test_impossible_flags_and_too_long_records_are_refused_before_the_first_answ
     assert "give prompts or --data" in attempt("one", *both)
     assert "--show-routing" in attempt(*both, "--show-routing")
     assert "--batch-size must be at least 1" in attempt(*both, "--batch-size", 0)
-    assert "or the data itself" in attempt("--data", data, "--out", data)
-    assert "is a folder, or" in attempt("--data", data, "--out", tmp_path)
+    assert "is also read" in attempt("--data", data, "--out", data)
+    assert "is a folder: name" in attempt("--data", data, "--out", tmp_path)
     assert "no data file" in attempt("--data", tmp_path / "absent", *out)
     message = attempt(*both, "--max-seq-len", 16)
     assert "records.jsonl, line 1: the prompt's" in message

@@ -50,7 +50,7 @@ def test_every_part_runs_with_tiny_models_and_writes_its_tables(tmp_path, monkey
     methods = {"HydraLoRA 3 x 8", "LoRA r24", "floor"}
     if not found["parts"]["step"]["notes"][1:]:  # transformers and peft are installed
         methods |= set(parts.FOREIGN)
-    for case in ("1 x 48 tokens", "Dolly's lengths, one record a step"):
+    for case in ("1 x 48 tokens", "Dolly's lengths"):
         for kind in ("plain", "checkpointed"):
             rows = tables["step"][f"{case}, {kind}"]
             assert {row["method"] for row in rows} == methods
@@ -161,7 +161,7 @@ def test_a_method_that_is_absent_or_does_not_fit_leaves_the_table_to_the_others(
     report = parts.Report()
     base = steps.random_base(parts.SMALL)
     seconds = parts.compare_methods(
-        report, "a table", {**steps.METHODS, "LoRA r24": full_memory}, base,
+        report, "a table", {**parts.METHODS, "LoRA r24": full_memory}, base,
         [steps.random_batch(1, 16, 768)], device="cpu", product=1e12, rounds=2)
     parts.report_aims(report, "aims", seconds)
     tables, notes = report.content["tables"], report.content["notes"]
@@ -173,13 +173,13 @@ def test_a_method_that_is_absent_or_does_not_fit_leaves_the_table_to_the_others(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", steps.METHODS | steps.VARIANTS)
+@pytest.mark.parametrize("name", parts.METHODS | steps.VARIANTS)
 def test_every_method_trains_its_adapters_alone_on_the_weights_of_the_base(name):
     if name in parts.FOREIGN:
         pytest.importorskip("peft", reason="peft is not installed")
     base = steps.random_base(parts.SMALL)
     before = [p.clone() for p in base.parameters()]
-    method = (steps.METHODS | steps.VARIANTS)[name](base)
+    method = (parts.METHODS | steps.VARIANTS)[name](base)
     trained = [p for p in method.model.parameters() if p.requires_grad]
     frozen = [p for p in method.model.parameters() if not p.requires_grad]
     starts = [p.clone() for p in trained]
@@ -194,7 +194,7 @@ def test_an_undone_choice_computes_what_ours_does_without_dropout(monkeypatch):
     monkeypatch.setattr(steps, "DROPOUT", 0.0)
     base = steps.random_base(parts.SMALL)
     found = []
-    for make in (steps.METHODS[steps.OURS], *steps.VARIANTS.values()):
+    for make in (parts.METHODS[steps.OURS], *steps.VARIANTS.values()):
         torch.manual_seed(0)
         method = make(base)
         method.steps([steps.random_batch(2, 12, 768)] * 3)
@@ -214,12 +214,30 @@ def test_rounds_go_through_all_works_in_turn_and_end_with_the_budget():
 
 def test_dollys_lengths_rounded_up_to_64_keep_their_records():
     rows = parts.dolly_batches(parts.FULL.dolly, 1024)
-    lengths = [len(s.ids) - 1 for (s,) in rows]
+    lengths = [len(s.ids) - 1 for batch in rows for s in batch]
     assert len(rows) == parts.FULL.dolly and max(lengths) <= 1024 and len(set(lengths)) > 6
+    assert all(len(batch) * (len(batch[0].ids) - 1) <= 1024 for batch in rows)
     assert steps.positions(rows) == sum(lengths)
-    for (exact,), (up,) in zip(rows, parts.rounded_up(rows)):
+    longer = [s for batch in parts.rounded_up(rows) for s in batch]
+    for exact, up in zip([s for batch in rows for s in batch], longer, strict=True):
         assert (len(up.ids) - 1) % 64 == 0 and len(up.ids) - len(exact.ids) < 64
         assert up.ids[:len(exact.ids)] == exact.ids and up.response_start == exact.response_start
+
+
+def test_a_named_region_is_not_counted_as_a_kernel():
+    kinds = torch.autograd.DeviceType
+    events = [SimpleNamespace(device_type=kind, is_user_annotation=named, name=name)
+              for kind, named, name in ((kinds.CPU, False, "aten::mm"), (kinds.CUDA, False, "gemm"),
+                                        (kinds.CUDA, True, "Optimizer.step#AdamW.step"))]
+    assert [event.name for event in parts.kernels(events)] == ["gemm"]
+
+
+def test_a_profiler_that_sees_no_kernel_is_a_note():
+    report = parts.Report()
+    args = SimpleNamespace(args=SimpleNamespace(vocab_size=9))
+    method = SimpleNamespace(model=args, step=lambda batch: torch.ones(3) + 1)
+    parts.profile(report, method, [], "cuda")  # on a CPU nothing has a time of a GPU
+    assert not report.content["tables"] and "sees no kernels" in report.content["notes"][0]
 
 
 def test_the_drawn_prompts_are_as_many_as_asked_and_share_a_subjects_shots():

@@ -1132,19 +1132,19 @@ def test_a_run_that_another_process_computes_is_left_to_it_and_a_kill_loses_that
     def compute(spec):
         taken.append(spec)
         if spec == 1:
-            (tmp_path / f"{files.digest(0)}.json").write_text('{"value": "theirs"}')
+            (tmp_path / f"{files.digest(0)}.json").write_text('{"metrics": "theirs"}')
             holder.close()
-        return {"value": spec}
+        return {"metrics": spec}
 
     path = tmp_path / f"{files.digest(0)}.json"
     holder = contextlib.ExitStack()
     with holder:
         holder.enter_context(file_lock(path, path))
         found = common.compute_each({"a": 0, "b": 1, "c": 2}, tmp_path, compute)
-    assert taken == [1, 2] and found["a"] == {"value": "theirs"} and found["c"]["value"] == 2
+    assert taken == [1, 2] and found["a"] == {"metrics": "theirs"} and found["c"]["metrics"] == 2
     assert found["b"]["commit"] == report.code_commit()
     path.unlink()  # as after a kill: the lock is free, the run is not there
-    assert common.compute_each({"a": 0}, tmp_path, compute)["a"]["value"] == 0
+    assert common.compute_each({"a": 0}, tmp_path, compute)["a"]["metrics"] == 0
 
 
 # ---------------------------------------------------------------- the choices

@@ -145,6 +145,7 @@ def two(place, alone):
                     "--shard-base", "--cache", str(place / "two-features"),
                     "--out", str(place / "two-clusters.json")],
         "talk": ["run", "talk", "Say it.", *model, "--max-new-tokens", "3", "--shard-base"],
+        "ties": ["talk_with_ties", "Say it.", *model, "--max-new-tokens", "3", "--shard-base"],
         "scaling": ["scaling_steps", "--rounds", "2", "--layers", "1", "--tokens", "8"]}
     results, printed = run_jobs(2, place, list(plan.values()))
     return dict(zip(plan, results)), printed
@@ -313,6 +314,11 @@ def test_scores_clusters_and_answers_of_a_sharded_base_are_those_of_one_process(
     from tools import generate
     assert generate.main(["Say it.", *model, "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.strip() in printed
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_sharded_base_go_on_with_the_token_that_rank_0_takes(two):
+    assert two[0]["ties"] == [[40, 40, 40], [40, 40, 40]]
 
 
 # ---------------------------------------------------------------- the end

@@ -448,8 +448,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(evaluate, tmp_path, monkeypat
 
 def test_a_run_with_other_settings_does_not_go_on_from_a_partial_file(
         evaluate, weights, quiz, tmp_path, monkeypatch, capsys):
-    def stop(*_):
-        raise KeyboardInterrupt
+    answer, calls = eval_mmlu.letter_logprobs, []
+
+    def stop(*args):  # after the first rows
+        calls.append(args)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return answer(*args)
 
     with monkeypatch.context() as patched:
         patched.setattr(eval_mmlu, "letter_logprobs", stop)
@@ -527,7 +532,7 @@ BROKEN = {
                  "my_own_test.csv is not UTF-8"),
     "empty": (lambda quiz: (quiz / "test" / "my_own_test.csv").write_text(""),
               "my_own_test.csv is empty"),
-    "no name": (lambda quiz: ["--subjects", ""], "there is no", "_test.csv"),
+    "no name": (lambda quiz: ["--subjects", " ,"], "--subjects", "names with commas"),
     "out": (lambda quiz: ["--out", quiz], "is a folder"),
     "too few shots": (lambda quiz: ["--shots", 4], "has 3 rows, --shots asks for 4"),
     "shots": (lambda quiz: ["--shots", -1], "--shots must be at least 0"),

@@ -3,6 +3,7 @@ refused in one line and nothing is written. Offline; the real files are used if 
 
 import contextlib
 import hashlib
+import http.server
 import io
 import json
 import signal
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 
 import pytest
 
@@ -209,9 +211,11 @@ def test_hostile_tar_members_are_ignored(tmp_path):
 
 def test_what_is_not_the_whole_tar_is_refused(tmp_path):
     source, out = tmp_path / "data.tar", tmp_path / "mmlu"
-    for data in (b"", b"<html>not found</html>", b"\x1f\x8b\x08" + b"\0" * 600):
+    for data, words in ((b"", "not a whole, uncompressed tar"),
+                        (b"<html>not found</html>", "is a web page"),
+                        (b"\x1f\x8b\x08" + b"\0" * 600, "compressed with gzip")):
         source.write_bytes(data)
-        refuses(prepare_mmlu, source, out, "not a whole, uncompressed tar")
+        refuses(prepare_mmlu, source, out, words)
     whole = make_tar(source, mmlu_files()).read_bytes()
     source.write_bytes(whole[:len(whole) // 2 + 100])
     refuses(prepare_mmlu, source, out, "tar")
@@ -292,3 +296,31 @@ def test_ctrl_c_before_the_rename_leaves_nothing(tmp_path, monkeypatch, made_dol
 
     monkeypatch.setattr(download.os, "replace", interrupt)
     refuses(prepare_dolly, made_dolly, tmp_path / "out", "nothing is half written", status=130)
+
+
+@pytest.mark.parametrize("status, words", [(200, "more than"), (500, r"\x1b]0;x\x07")])
+def test_a_server_that_sends_without_end_or_escapes_gets_one_line(tmp_path, monkeypatch, status,
+                                                                  words):
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status, "\x1b]0;x\x07")
+            self.send_header("Content-Length", str(10**14))
+            self.end_headers()
+            self.wfile.write(b"x" * 500)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(download, "LARGEST", 400)
+    monkeypatch.setenv("no_proxy", "*")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/x"
+        refuses(prepare_dolly, url, tmp_path / "out", words)
+        server.shutdown()
+
+
+def test_a_file_larger_than_any_source_is_not_read(tmp_path):
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(6 << 30)
+    refuses(prepare_dolly, tmp_path / "sparse", tmp_path / "out", "it is another file")

@@ -4,14 +4,20 @@ import contextlib
 import functools
 import importlib
 import io
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
 
 from hydralora import adapter_parameters, hydra_layers
-from tests.conftest import ROOT, tiny_model
+from model import save_llama
+from tests.conftest import ROOT, WORLD, tiny_model
 
 PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "experiments" / "README.md",
          *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,6 +64,59 @@ def test_the_readmes_use_in_python_runs_as_it_is_printed(tmp_path, monkeypatch):
     layers = hydra_layers(model).values()
     assert names["trainable"] == sum(p.numel() for p in adapter_parameters(model).values())
     assert len(layers) == 6 and all(layer.lora_B.any() for layer in layers)  # it was trained
+
+
+FORKED = """
+import torch, train
+from hydralora import HydraLinear
+layer = HydraLinear(torch.nn.Linear(6, 4), top_k=1)
+layer.lora_B.data.normal_()
+layer(torch.randn(9, 6)).sum().backward()
+assert layer.router.grad.any()  # it trains though one head is left
+for method in train.METHODS:
+    for k in (0, 1, 2, 4, -1):
+        try:
+            status = train.main([*FLAGS, "--method", method, "--top-k", str(k), "--overwrite"])
+        except SystemExit as refused:
+            status = refused.code
+        heads = {"lora": 1, "full": None}.get(method, 3)
+        assert status == (0 if heads == 3 and 0 <= k <= heads else 2), (method, k, status)
+"""
+
+
+@pytest.mark.slow
+def test_the_readmes_recipes_run_as_they_are_printed_in_every_method(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)\n```", read(ROOT / "README.md"), re.S)
+    [balance] = [block for block in blocks if "balance" in block]
+    [top_k] = [block for block in blocks if "top_k" in block]
+    setting, check, gate, flag = top_k.split("\n\n")
+    begin, _, rest = balance.partition("\n    ...\n")
+
+    def put(path, *changes):
+        text = read(ROOT / path)
+        for old, new, column in changes:
+            assert text.count(old) == 1, old
+            text = text.replace(old, textwrap.indent(new, " " * column) + "\n")
+        (tmp_path / path).write_text(text, encoding="utf-8")
+
+    put("train.py", ("        with precision:\n", begin, 8), (
+        "        loss = weight * loss / n_targets\n", rest, 8),
+        ("    # optimization\n", flag, 4), ("    target_layers,\n",
+                                            "target_layers,\nrecord_gates,", 4))
+    put("hydralora.py", ("    def __post_init__(self):\n", f"{setting}\n\n"
+                         f"def __post_init__(self):\n{textwrap.indent(check, '    ')}", 4),
+        ("        return scores.float().softmax(-1)\n", gate, 8))
+    save_llama(tiny_model(n_layers=1), WORLD / "base" / "tokenizer.model", tmp_path / "w")
+    rows = [{"instruction": f"Count to {i}.", "response": f"{i}."} for i in range(12)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--weights", "w", "--data", "d.jsonl", "--device", "cpu", "--max-steps", "1", "--out",
+             "run"]
+    done = subprocess.run([sys.executable, "-c", FORKED.replace("*FLAGS", f"*{flags}")],
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert all("top_k must be" in line or "no router to balance" in line for line in lines)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

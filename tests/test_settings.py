@@ -24,6 +24,7 @@ from tools import generate, hf_layout, official_adapter, to_lora
 
 DEFAULT = HydraSettings()
 SETTINGS = [field.name for field in fields(HydraSettings)]
+FLAGS = {action.dest: action for action in train.make_parser()._actions if action.dest in SETTINGS}
 
 
 def other(name):
@@ -32,8 +33,16 @@ def other(name):
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
-        return "uniform"
-    return value + 1 if isinstance(value, int) else value / 2 + 0.1
+        choices = getattr(FLAGS.get(name), "choices", None)
+        assert choices, f"{name} is a text: its flag in train.py needs choices=..."
+        return next(choice for choice in choices if choice != value)
+    return (value or 0) + 1 if isinstance(value, (int, type(None))) else value / 2 + 0.1
+
+
+def flag_of(name, value):
+    """The flag of train.py that gives a setting this value."""
+    flag = f"--{name.replace('_', '-')}"
+    return [flag] if FLAGS[name].nargs == 0 else [flag, str(value)]
 
 
 def layer_with(**settings):
@@ -68,10 +77,11 @@ def test_a_loaded_layer_has_the_settings_of_the_saved_one_and_computes_the_same(
     assert torch.equal(loaded.eval()(x), model.eval()(x))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_an_adapted_model_is_causal_with_every_setting(name):
+@pytest.mark.parametrize("settings", [*({name: other(name)} for name in SETTINGS),
+                                      *train.METHODS.values()], ids=str)
+def test_an_adapted_model_is_causal_with_every_setting_and_method(settings):
     model, x = tiny_model().eval(), torch.randint(768, (2, 9))
-    add_hydralora(model, **{name: other(name)})
+    add_hydralora(model, **settings)
     for layer in hydra_layers(model).values():
         layer.lora_B.data.normal_()
     assert torch.allclose(model(x)[:, :5], model(x[:, :5]), atol=1e-4)
@@ -95,8 +105,7 @@ def test_every_setting_has_a_flag_of_train_py_or_is_fixed_by_a_method(name):
     if not hasattr(args, name):
         assert any(name in fixed for fixed in train.METHODS.values())
         return
-    flag = f"--{name.replace('_', '-')}"
-    args = train.parse_args([flag, str(other(name))])
+    args = train.parse_args(flag_of(name, other(name)))
     assert train.adapter_settings(args)[name] == other(name)
     usual = train.adapter_settings(train.parse_args([]))[name]
     assert usual == (train.WORLD_RECIPE[name] if name in train.WORLD_RECIPE
@@ -109,8 +118,10 @@ def test_a_flag_that_a_method_fixes_is_refused_and_what_is_fixed_is_shown(method
     for name, value in train.METHODS[method].items():
         if hasattr(args, name):
             assert getattr(args, name) == value
+            usual = getattr(DEFAULT, name)
             with pytest.raises(SystemExit):
-                train.parse_args(["--method", method, f"--{name}", str(value + 1)])
+                train.parse_args(["--method", method, *flag_of(
+                    name, other(name) if usual == value else usual)])
             assert f"--method {method} has {name} {value}" in capsys.readouterr().err
 
 
@@ -136,28 +147,32 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", train.METHODS)
-def test_every_method_runs_through_every_tool(method, place, tmp_path, capsys):
+@pytest.mark.parametrize("method, flags", [
+    *((method, []) for method in train.METHODS),
+    *(("hydralora", flag_of(name, other(name))) for name in FLAGS)], ids=str)
+def test_every_method_and_setting_runs_through_every_tool(method, flags, place, tmp_path, capsys):
     weights, data = str(place / "weights"), str(place / "data.jsonl")
     assert train.main(["--weights", weights, "--data", data, "--method", method, "--device", "cpu",
                        "--max-seq-len", "100", "--max-steps", "2", "--rank", "2", "--dropout", "0",
-                       "--out", str(tmp_path / "run")]) == 0
+                       "--out", str(tmp_path / "run"), *flags]) == 0
     base = ["--weights", weights, "--device", "cpu"]
     if method == "full":
         tuned = ["--weights", str(tmp_path / "run"), "--device", "cpu"]
     else:
         tuned = [*base, "--adapter", str(tmp_path / "run" / "adapter.pt")]
-    assert train.main(["--weights", weights, "--method", method, "--dry-run"]) == 0
+    assert train.main(["--weights", weights, "--method", method, "--dry-run", *flags]) == 0
     assert generate.main(["Say it.", *tuned, "--max-new-tokens", "2"]) == 0
     assert eval_mmlu.main([*tuned, "--shots", "0", "--limit", "1", "--max-seq-len", "100",
                            "--out", str(tmp_path / "m.json")]) == 0
     if method == "full":
         return
     adapter = str(tmp_path / "run" / "adapter.pt")
-    assert to_lora.main([adapter, str(tmp_path / "lora"), "--weights", weights, "--constant",
-                         "uniform", "--val-data", data, "--device", "cpu"]) == 0
-    held = train.METHODS[method].keys() <= set(official_adapter.SUPPORTED)
-    status = official_adapter.main([adapter, str(tmp_path / "theirs"), "--weights", weights])
-    assert status == (0 if held else 2), capsys.readouterr().err
     model, _ = load_llama(weights)
-    assert load_adapter(model, adapter).items() >= train.METHODS[method].items()
+    config = load_adapter(model, adapter)
+    assert config.items() >= train.METHODS[method].items()
+    unusual = {name for name in SETTINGS if config[name] != getattr(DEFAULT, name)}
+    for tool, more in [(official_adapter, []), (to_lora, ["--constant", "uniform", "--val-data",
+                                                          data, "--device", "cpu"])]:
+        status = tool.main([adapter, str(tmp_path / tool.__name__), "--weights", weights, *more])
+        held = unusual <= set(tool.SUPPORTED)
+        assert status == (0 if held else 2), capsys.readouterr().err

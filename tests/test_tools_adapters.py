@@ -93,7 +93,7 @@ def test_a_file_that_is_neither_adapter_is_refused(model, weights, tmp_path, cap
         return refused(capsys, official_adapter, source, tmp_path / out, "--weights", weights,
                        *flags)
 
-    assert "No such file or directory: '" in attempt(weights)
+    assert "adapter_model.bin: No such file or directory" in attempt(weights)
     assert "is not an adapter of this project" in attempt(weights / "consolidated.00.pth")
     assert "there is no adapter at" in attempt(tmp_path / "absent.pt")
     make_adapter(weights, tmp_path / "split.pt", share_a=False)
@@ -253,6 +253,7 @@ def test_compare_answers_an_instruction_with_the_base_and_with_the_adapter(
     out = spoken(capsys, "What is 3?", "--weights", weights, "--adapter", adapter, "--compare",
                  "--max-new-tokens", 9)
     base = slow_answer(load_llama(weights)[0], tokenizer, "What is 3?", 9)
+    base = base.replace("\x7f", "\\x7f")  # on a terminal it would act
     with_adapter = slow_answer(tuned(weights, adapter), tokenizer, "What is 3?", 9)
     assert out == f"> What is 3?\nbase:     {base}\nadapter:  {with_adapter}\n\n"
     assert base != with_adapter

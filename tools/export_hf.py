@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from model import load_llama
-from support.base import model_length, stated_length
+from support.base import load_model, model_length, stated_length
 from support.cli import Parser, run_script
 from support.files import atomic_dir, write_json
 from tools.hf_layout import hf_rows, rotary_heads, tensor_names, write_safetensors
@@ -46,7 +45,7 @@ def tokenizer_config_of(tokenizer):
 def export_folder(source, out):
     """Writes the checkpoint `source` to the new folder `out`, or raises and leaves nothing."""
     with atomic_dir(out) as folder:
-        model, tokenizer = load_llama(source)
+        model, tokenizer = load_model(source)
         state = dict(model.named_parameters())
         dtype = state["tok_embeddings.weight"].dtype
         tied = torch.equal(state["output.weight"], state["tok_embeddings.weight"])

@@ -19,14 +19,17 @@ from pathlib import Path
 
 import torch
 
-from data import WORLD, corpus
+try:
+    from data import WORLD, corpus
+except ModuleNotFoundError as error:  # python tools/generate.py, and python -P
+    raise SystemExit(f"{error}: start it in the repository as `python -m tools.generate`") from None
 from hydralora import adapters_disabled, hydra_layers, record_gates
-from model import generate_ids, generate_tokens
-from support.base import base_digest, load_model_and_adapter, model_length
+from model import generate_ids, generate_tokens, sample
+from support.base import base_digest, check_unchanged, load_model_and_adapter, model_length
 from support.cli import Parser, check_min, flag, progress, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
-from support.distributed import add_shard_flag, process_group
-from support.evaluation import most_specialised_layer
+from support.distributed import add_shard_flag, from_rank0, process_group
+from support.evaluation import TOTAL, most_specialised_layer, row_name
 from support.files import digest, write_text
 from support.jsonl_resume import append_row, open_partial, read_partial, remove_partial
 from support.lock import file_lock
@@ -34,6 +37,7 @@ from support.quantize import add_quantize_flag
 
 ADAPTER = Path("runs/hydralora/adapter.pt")  # of the README's first command
 FAMILIES_SHOWN = 8  # of the embedded world: a record of each is answered without prompts
+SMALLEST = 1e-6  # temperature and top-p: in fp32, less makes infinities
 NO_ROUTER = "has no router (one head, or the uniform gate)"
 COLOURS = [31, 32, 34, 33, 35, 36, 91, 92, 94, 93, 95, 96]  # ANSI: red, green, blue, ...
 
@@ -67,6 +71,12 @@ def text_pieces(tokenizer, tokens, before=()):
     return [text[len(shown):] for shown, text in zip(texts, texts[1:])]
 
 
+def choose(logits, *settings):
+    """The next tokens, as rank 0 samples them: the ranks of a shared base must go on with the
+    same ones, and a near tie may round differently on each GPU."""
+    return from_rank0(sample(logits, *settings))
+
+
 def sampling(args):
     """The flags that generate_tokens takes."""
     return {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
@@ -92,7 +102,7 @@ def stream_answer(model, tokenizer, ids, args):
     """Prints the answer to an encoded prompt token by token, and returns its tokens."""
     before = ids if args.raw else []
     new, shown = [], ""
-    for step in generate_tokens(model, tokenizer, [ids], **sampling(args)):
+    for step in generate_tokens(model, tokenizer, [ids], choose=choose, **sampling(args)):
         new += step
         text = text_of(tokenizer, new, before)
         print(text[len(shown):], end="", flush=True)
@@ -193,11 +203,12 @@ def encode_file(model, tokenizer, records, args):
 
 
 def batch_answers(model, tokenizer, batch, args):
-    """The text that stream_answer would print for each Sequence alone."""
+    """[(text that stream_answer would print, whether it was cut at --max-new-tokens)], one for
+    each Sequence."""
     ids = [s.ids for s in batch]
-    new = generate_ids(model, tokenizer, ids, **sampling(args))
-    return [text_of(tokenizer, answer, prompt if args.raw else ())
-            for prompt, answer in zip(ids, new)]
+    new = generate_ids(model, tokenizer, ids, choose=choose, **sampling(args))
+    return [(text_of(tokenizer, answer, prompt if args.raw else ()),
+             len(answer) == args.max_new_tokens) for prompt, answer in zip(ids, new)]
 
 
 def answer_missing(model, tokenizer, sequences, args, done, file):
@@ -207,25 +218,28 @@ def answer_missing(model, tokenizer, sequences, args, done, file):
         for batch in corpus.length_batches(sequences, args.batch_size):
             if all(s.record in done for s in batch):
                 continue
-            texts = {"answer": batch_answers(model, tokenizer, batch, args)}
+            answers = {"": batch_answers(model, tokenizer, batch, args)}
             if args.compare:
                 with adapters_disabled(model):
-                    texts["base_answer"] = batch_answers(model, tokenizer, batch, args)
+                    answers["base_"] = batch_answers(model, tokenizer, batch, args)
             for i, s in enumerate(batch):
                 if s.record not in done:
-                    answers = {name: column[i] for name, column in texts.items()}
-                    done[s.record] = {"index": s.record, **answers}
+                    row = {"index": s.record}
+                    for base, column in answers.items():
+                        row[f"{base}answer"], row[f"{base}cut"] = column[i]
+                    done[s.record] = row
                     append_row(file, done[s.record])
             file.flush()
             bar.update(len(done) - bar.n)
 
 
 def scored(record, row):
-    """A line of the output: the record, the answers, and which equal the response."""
+    """A line of the output: the record, the answers, which were cut at --max-new-tokens, and
+    which equal the response."""
     line = dict(record)
     for base in ("", "base_"):
         if f"{base}answer" in row:
-            line[f"{base}answer"] = row[f"{base}answer"]
+            line |= {key: row[key] for key in (f"{base}answer", f"{base}cut")}
             line[f"{base}exact"] = row[f"{base}answer"].strip() == record["response"].strip()
     return line
 
@@ -235,10 +249,12 @@ def print_exact(lines):
     columns = ["exact", "base_exact"] if "base_exact" in lines[0] else ["exact"]
     print(f"\n{'category':24}{'records':>8}"
           + "".join(f"{column.removesuffix('_exact'):>8}" for column in columns))
-    for category in [*sorted({line["category"] for line in lines} - {""}), None]:
-        part = [line for line in lines if category in (None, line["category"])]
+    parts = {}
+    for line in lines:
+        parts.setdefault(line["category"] or corpus.NO_CATEGORY, []).append(line)
+    for category, part in [*sorted(parts.items()), (TOTAL, lines)]:
         shares = [sum(line[column] for line in part) / len(part) for column in columns]
-        print(f"{category or 'all':24}{len(part):8}" + "".join(f"{x:8.1%}" for x in shares))
+        print(f"{row_name(category)}{len(part):8}" + "".join(f"{x:8.1%}" for x in shares))
 
 
 def answer_file(args):
@@ -252,7 +268,8 @@ def answer_file(args):
         "adapter_digest": digest(args.adapter.read_bytes()) if args.adapter else None,
         "data_digest": digest([*map(dict, records)]), "dtype": args.dtype,
         "raw": args.raw, "compare": args.compare, **sampling(args)}
-    columns = {"index": int, "answer": str, **({"base_answer": str} if args.compare else {})}
+    columns = {"index": int, "answer": str, "cut": bool}
+    columns |= {"base_answer": str, "base_cut": bool} if args.compare else {}
     partial = Path(f"{args.out}.partial")
     rows = read_partial(partial, settings, columns=columns, name=("index",)).values()
     done = {row["index"]: row for row in rows}
@@ -263,10 +280,13 @@ def answer_file(args):
     with open_partial(partial, settings, done) as file:
         answer_missing(model, tokenizer, sequences, args, done, file)
     seconds = time.perf_counter() - started
+    check_unchanged(model, settings["weights_digest"], args.weights, partial)
     lines = [scored(record, done[i]) for i, record in enumerate(records)]
-    print_exact(lines)
     write_text(args.out, "".join(json.dumps(line) + "\n" for line in lines))
     remove_partial(partial)
+    print_exact(lines)
+    if cut := sum(line["cut"] for line in lines):
+        print(f"{cut} of {len(lines)} answers were cut at --max-new-tokens {args.max_new_tokens}")
     print(f"\nwrote {len(lines)} answers to {args.out}, {len(lines) - before} of them new, in "
           f"{seconds:.1f} s")
 
@@ -298,9 +318,10 @@ def add_talk_flags(p):
 
 def resolve_talk_args(args, has_input):
     """Fills in adapter, weights, device and dtype, or raises ValueError."""
-    check_min(args, max_new_tokens=1, temperature=0)
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+    check_min(args, max_new_tokens=1, temperature=0, seed=0)
+    if not SMALLEST <= args.top_p <= 1 or 0 < args.temperature < SMALLEST:
+        raise ValueError(f"--top-p must be above 0 and at most 1, and not below {SMALLEST}, like a "
+                         f"--temperature above 0; got {args.top_p} and {args.temperature}")
     if not args.weights and not args.adapter:
         if not ADAPTER.is_file():
             raise ValueError(f"there is no {ADAPTER}: make it with `python train.py --heads 3 "
@@ -326,8 +347,8 @@ def check_file_args(args):
         raise ValueError("--data FILE and --out FILE need one another")
     if args.data and (args.prompts or args.show_routing):
         raise ValueError("give prompts or --data, not both; --show-routing is for prompts")
-    if args.data and (args.out.is_dir() or args.out.resolve() == args.data.resolve()):
-        raise ValueError(f"--out {args.out} is a folder, or the data itself: name another file")
+    if args.data and args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder: name a file in it")
 
 
 def parse_args(argv):

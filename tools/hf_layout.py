@@ -16,9 +16,11 @@ import struct
 
 import torch
 
+from data.what_it_is import what_it_is
 from hydralora import HydraSettings
 from model import ModelArgs, Transformer, check_args
-from support.files import parse_json, placeholder_reason
+from support.diagnose import HF_TARGETS
+from support.files import parse_json, wrap_disk_errors
 
 # ---------------------------------------------------------------- names
 
@@ -29,8 +31,7 @@ INNER = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
          "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
          "ffn_norm": "post_attention_layernorm"}
 # target of add_hydralora -> target_modules of an adapter_config.json
-TARGETS = {meta.split(".")[1]: hf.split(".")[1] for meta, hf in INNER.items() if "." in meta}
-TARGETS["output"] = OUTER["output"]
+TARGETS = {meta: hf for hf, meta in HF_TARGETS.items()}
 
 
 def hf_name(name):
@@ -160,7 +161,7 @@ def read_safetensors(path):
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
-            raise ValueError(placeholder_reason(path) or f"{path} ({size} bytes) is not a whole "
+            raise ValueError(what_it_is(path) or f"{path} ({size} bytes) is not a whole "
                              "safetensors file: it is something else, or cut short; get it again")
         header = parse_json(file.read(length), f"the header of {path}")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -185,7 +186,8 @@ def parse_entry(name, entry, path):
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)
-            and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in shape + offsets)):
+            and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in shape + offsets)
+            and math.prod(max(n, 1) for n in shape) < 2**60):
         raise ValueError(f"{path} is damaged: {name!r} has no dtype, shape and data_offsets")
     if dtype not in SAFETENSORS_DTYPES:
         raise ValueError(f"{path}: {name!r} is {dtype!r}; quantised or integer weights cannot be "
@@ -202,12 +204,14 @@ def write_safetensors(path, tensors, convert=lambda name, tensor: tensor):
     """Writes convert(name, tensor) of every tensor, one converted copy at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name} is in {tensor.dtype}, which is not written here")
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [end, end + tensor.nbytes]}
         end += tensor.nbytes
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)  # spaces, so that the data is aligned
-    with open(path, "wb") as file:
+    with wrap_disk_errors(path), open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors.items():
             data = convert(name, tensor.detach()).contiguous().flatten()

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
+from data.what_it_is import what_it_is
 from model import Tokenizer, save_llama
-from support.cli import Parser, run_script
+from support.cli import Parser, printable, run_script
 from support.diagnose import is_cut_short
 from support.files import (
     atomic_dir,
     check_tensors,
-    placeholder_reason,
     read_json,
     read_torch,
     wrap_disk_errors,
@@ -67,7 +67,7 @@ def read_pickle(path, kind):
     PyTorch 1.6. Raises ValueError for other files, and runs nothing in them."""
     if is_cut_short(path):
         raise ValueError(f"{path} is not {kind}: it is cut short, get it again")
-    return read_torch(path, kind, mmap=zipfile.is_zipfile(path))
+    return read_torch(path, kind, mmap=zipfile.is_zipfile(path), crc=True)
 
 
 def plain_tensors(tensors, path):
@@ -83,6 +83,15 @@ def plain_tensors(tensors, path):
 def read_bin(path):
     """{name: tensor} of a pytorch_model.bin."""
     return plain_tensors(read_pickle(path, "a file of tensors alone"), path)
+
+
+def print_zeros(tensors, source):
+    """Prints a warning that counts the tensors that are all zeros. A download that stopped can
+    have its full size; what never arrived is zero."""
+    zeros = [name for name, tensor in tensors.items() if tensor.numel() and not tensor.any()]
+    if zeros:
+        print(f"warning: {len(zeros)} of the {len(tensors)} tensors in {source} are all zeros, "
+              f"{', '.join(zeros[:3])} the first: was it downloaded whole?")
 
 
 def read_weights(source):
@@ -133,7 +142,7 @@ def in_meta_order(state, args, tied, scratch):
 
 def check_tokenizer(path, rows):
     """The tokenizer. Raises ValueError if it has more pieces than the embedding has rows."""
-    if reason := placeholder_reason(path):
+    if reason := what_it_is(path):
         raise ValueError(reason)
     if not path.is_file():
         raise ValueError(f"there is no {path}, the sentencepiece file that is read here: take it "
@@ -163,7 +172,7 @@ def print_left_out(source, tokenizer):
     pieces = tokenizer.vocab_size
     added = {id: text for id, text in added_tokens(source).items() if id >= pieces}
     if added:
-        names = ", ".join(f"{text} {id}" for id, text in sorted(added.items())[:4])
+        names = ", ".join(f"{printable(text, 40)} {id}" for id, text in sorted(added.items())[:4])
         more = ", ..." if len(added) > 4 else ""
         print(f"not carried over: {len(added)} added tokens without a piece in tokenizer.model "
               f"({names}{more}): their text is encoded letter by letter, and they are never "
@@ -200,6 +209,7 @@ def import_folder(source, out, tokenizer):
         hf_layout.check_shapes(wanted, weights, source)
         print(f"{source}: {describe(args)}, "
               f"{sum(w.numel() for w in weights.values()):,} weights", flush=True)
+        print_zeros(weights, source)
         state = {name: weights[hf] for name, hf in names.items()}
         state = in_meta_order(state, args, tied, folder.parent / "scratch")
         model.load_state_dict(state, assign=True)

@@ -18,9 +18,9 @@ import torch
 
 from model import save_llama
 from support.cli import Parser, run_script
-from support.files import atomic_dir, placeholder_reason, wrap_disk_errors
+from support.files import atomic_dir, wrap_disk_errors
 from tools.hf_layout import check_shapes, model_without_storage, read_args
-from tools.import_hf import check_tokenizer, describe, plain_tensors, read_pickle
+from tools.import_hf import check_tokenizer, describe, plain_tensors, print_zeros, read_pickle
 
 COMPILED = "_orig_mod."  # torch.compile puts it before every name
 TABLES = ("freqs_cos", "freqs_sin")  # of rotary embedding, computed here
@@ -104,12 +104,11 @@ def import_checkpoint(source, tokenizer, out):
     with atomic_dir(out) as folder:
         if tokenizer.suffix == ".bin":
             raise ValueError(f"{tokenizer} is run.c's form of a tokenizer: give the .model file")
-        if reason := placeholder_reason(source):
-            raise ValueError(reason)
         args, state = (read_bin if source.suffix == ".bin" else read_pt)(source)
         check_tokenizer(tokenizer, args.vocab_size)
         model = model_without_storage(args, len(state), source)
         check_shapes(model.state_dict(), state, source)
+        print_zeros(state, source)
         model.load_state_dict(state, assign=True)
         with wrap_disk_errors(out):
             save_llama(model, tokenizer, folder)

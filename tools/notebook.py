@@ -22,6 +22,7 @@ from pathlib import Path
 
 from support.cli import Parser, run_script
 from support.files import write_file, write_text
+from support.pictures import plain_matplotlib
 
 DPI = 100  # figures of 8 inches are 800 pixels wide
 FENCE = "# %%"
@@ -98,15 +99,14 @@ def notebook(cells, results):
 
 
 def run(args):
-    import matplotlib
-    matplotlib.use("Agg")
     cells, namespace, results = read_cells(args.file), {"__name__": "__main__"}, []
-    for cell in cells:
-        result = ("", [])
-        if cell.kind != "[markdown]":
-            result = run_cell(cell, args.file, namespace)
-        results.append(result)
-        print(result[0], end="")
+    with plain_matplotlib():
+        for cell in cells:
+            result = ("", [])
+            if cell.kind != "[markdown]":
+                result = run_cell(cell, args.file, namespace)
+            results.append(result)
+            print(result[0], end="")
     text = json.dumps(notebook(cells, results), indent=1, ensure_ascii=False) + "\n"
     write_text(args.file.with_suffix(".ipynb"), text)
     if args.picture:

@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 
 from data import WORLD
-from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
-from model import load_llama
-from support.base import print_quantize
+from hydralora import add_hydralora, hydra_layers, save_adapter
+from support.base import load_adapter_file, load_model, print_quantize
 from support.cli import Parser, run_script
 from support.files import atomic_dir, read_json, write_file, write_json
 from tools.hf_layout import (
@@ -115,7 +114,7 @@ def to_ours(source, out, weights):
     """Their folder -> adapter.pt, in fp32, with the base's fingerprint."""
     if out.exists():
         raise ValueError(f"{out} exists already: name another file, or move it away")
-    model, _ = load_llama(weights)
+    model, _ = load_model(weights)
     tensors = read_bin(source / "adapter_model.bin")
     add_hydralora(model, **read_settings(source / "adapter_config.json", tensors))
     fill(model, tensors, source / "adapter_model.bin")
@@ -126,8 +125,8 @@ def to_ours(source, out, weights):
 def to_official(adapter, out, weights, base):
     """adapter.pt -> their folder, in fp32."""
     with atomic_dir(out) as folder:
-        model, _ = load_llama(weights)
-        config = load_adapter(model, adapter)
+        model, _ = load_model(weights)
+        config = load_adapter_file(model, adapter)
         print_quantize(adapter, "none")
         check_settings(config, SUPPORTED, "the authors' format, without an A for every head,")
         tensors = official_tensors(model)

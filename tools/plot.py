@@ -12,25 +12,29 @@ import math
 import re
 import sys
 import textwrap
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
+from data.records import NO_CATEGORY
 from hydralora import HydraSettings
 from support.cli import Parser, run_script
-from support.evaluation import most_specialised_layer
+from support.evaluation import TOTAL, check_routing, most_specialised_layer, row_name
 from support.files import read_json, write_file
+from support.pictures import plain_matplotlib
 from support.run_folder import RESUME_MAY_DIFFER, read_log
 
+STYLE = {"font.size": 9, "axes.titlesize": 10, "hatch.linewidth": 0.6, "legend.fontsize": 8.5}
 WIDTH, DPI = 8.3, 100  # 830 pixels, the width of a README
+MOST_FAMILIES = 200  # a picture of thousands takes minutes
 WINDOWS = 50  # the smoothed loss is a mean over a 50th of the longest run
 # seven of each kind; colours of Okabe and Ito, which colour-blind people can tell apart
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 MARKERS, HATCHES = "os^Dv<>", ["///", "\\\\\\", "xxx", "...", "---", "+++", "|||"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 3))]
 BASE_STYLES = [("#8a8a8a", "P", ""), ("#bbbbbb", "*", "oo"), ("#666666", "X", "OO")]
-TOTAL = "all"
 EVALUATIONS = ("val_loss", "exact_match", "kept_loss")  # columns of log.csv, of --eval-every
 # settings that are not worth a label, and those that have no meaning for --method full
 NO_LABEL = {*RESUME_MAY_DIFFER, "dry_run", "gpu_memory", "max_steps"} - {
@@ -78,7 +82,9 @@ def read_run(folder):
         table = {**metrics["categories"], TOTAL: metrics}
         base, tuned = ({name: (float(row["val_loss" + end]), float(row["exact_match" + end]))
                         for name, row in table.items()} for end in ("_base", ""))
-        routing = result.get("routing") if settings["gate"] == "learned" else None
+        routing = result.get("routing") if settings.get("gate") == "learned" else None
+        if routing:
+            check_routing(routing)
         gate, entropy = (routing["gate"], routing["entropy"]) if routing else ({}, {})
         return Run(folder.resolve().name, settings, steps, losses, evaluations, base, tuned, gate,
                    entropy)
@@ -157,6 +163,11 @@ def most_divided_layer(run):
 # ---------------------------------------------------------------- the drawing
 
 
+def tick_label(name):
+    """The name of a family beside its row, short enough for it."""
+    return escape(row_name(name).rstrip())
+
+
 def escape(text, width=60):
     """The text in lines of this width; between dollars, matplotlib sets mathematics."""
     return textwrap.fill(text, width).replace("$", r"\$")
@@ -232,7 +243,7 @@ def draw_families(loss_axes, exact_axes, runs):
                               fontsize=7.5)
     for axes in (loss_axes, exact_axes):
         axes.set_ylim(len(names) - 0.5, -0.5)  # the first on top
-        axes.set_yticks(range(len(names)), [escape(name, 24) for name in names])
+        axes.set_yticks(range(len(names)), [tick_label(name) for name in names])
         for line in range(1, len(names)):
             axes.axhline(line - 0.5, color="#cccccc", linewidth=0.6)
     losses = [loss for _, rows, *_ in series for loss, _ in rows.values()]
@@ -253,7 +264,7 @@ def draw_gate(axes, run):
     heads = len(rows[0])
     axes.imshow(rows, aspect="auto", cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(heads), [str(i + 1) for i in range(heads)])
-    axes.set_yticks(range(len(names)), [escape(name or TOTAL, 24) for name in names])
+    axes.set_yticks(range(len(names)), [tick_label(name or NO_CATEGORY) for name in names])
     if heads <= 12:
         for i, row in enumerate(rows):
             for j, w in enumerate(row):
@@ -324,21 +335,28 @@ def draw(runs):
 
 
 def run(args):
+    runs = [read_run(folder) for folder in args.runs]
+    add_labels(runs)
+    if len(families(runs)) > MOST_FAMILIES:
+        raise ValueError(f"{len(families(runs))} categories cannot be told apart in a picture: "
+                         f"at most {MOST_FAMILIES} are drawn; run.json has the figures")
     try:
-        import matplotlib
+        with plain_matplotlib() as pyplot, warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            pyplot.rcParams.update(STYLE)
+            figure = draw(runs)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            # without the version in it, the same numbers give the same file
+            write_file(args.out, lambda file: figure.savefig(file, format="png", dpi=DPI,
+                                                             metadata={"Software": None}))
     except ImportError:
         raise ValueError("no picture: matplotlib is not installed (pip install -r "
                          "requirements-optional.txt)") from None
-    runs = [read_run(folder) for folder in args.runs]
-    add_labels(runs)
-    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "hatch.linewidth": 0.6,
-                                "legend.fontsize": 8.5}):
-        figure = draw(runs)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        # without the version in it, the same numbers give the same file
-        write_file(args.out, lambda file: figure.savefig(file, format="png", dpi=DPI,
-                                                         metadata={"Software": None}))
     print(f"wrote {args.out}")
+    missing = {str(warning.message) for warning in found if "missing from" in str(warning.message)}
+    if missing:
+        print(f"{len(missing)} characters of its names are not in matplotlib's font: boxes stand "
+              "for them")
 
 
 def parse_args(argv):

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
+from data.records import NO_CATEGORY
 from model import generate_ids
 from support.cli import Parser, run_script
 from support.device import autocast
 from support.distributed import process_group
-from support.evaluation import most_specialised_layer
+from support.evaluation import check_routing, most_specialised_layer
 from support.files import read_json, write_text
 from tools import generate
 
@@ -49,13 +50,20 @@ def run_table(adapter, layers):
     path = adapter.parent / "run.json"
     if adapter.name != "adapter.pt" or not path.is_file():
         return None
-    gate = (read_json(path).get("routing") or {}).get("gate", {})
+    routing = read_json(path).get("routing")
+    if not routing:
+        return None
+    try:
+        check_routing(routing)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; move it away, or take the run's own") from error
+    gate = routing["gate"]
     if gate.keys() != set(layers):
         return None
     families = list(gate[layers[0]])
     means = torch.tensor([[gate[layer][family] for layer in layers] for family in families])
     return {"title": "validation records of the run",
-            "rows": [family or "all" for family in families], "gates": packed(means)}
+            "rows": [family or NO_CATEGORY for family in families], "gates": packed(means)}
 
 
 def page_data(texts, gates_of_texts, run_means=None):
@@ -89,7 +97,8 @@ def write_page(args):
     texts, gates_of_texts = [], []
     for prompt, expected, name in generate.prompts_of(args):
         ids = generate.encode_prompt(model, tokenizer, prompt, args)
-        new = generate_ids(model, tokenizer, [ids], **generate.sampling(args))[0]
+        new = generate_ids(model, tokenizer, [ids], choose=generate.choose,
+                           **generate.sampling(args))[0]
         # prompt and answer are decoded apart, as they were encoded
         tokens = labelled(tokenizer, ids)
         tokens += labelled(tokenizer, new, before=ids if args.raw else ())

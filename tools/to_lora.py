@@ -17,9 +17,13 @@ import torch
 
 from data import WORLD
 from data.corpus import encode_records, read_records, train_val_split
-from hydralora import HydraLinear, adapters_disabled, hydra_layers, load_adapter
-from model import load_llama
-from support.base import load_model_and_adapter, print_quantize
+from hydralora import HydraLinear, adapters_disabled, hydra_layers
+from support.base import (
+    load_adapter_file,
+    load_model,
+    load_model_and_adapter,
+    print_quantize,
+)
 from support.cli import Parser, run_script
 from support.device import add_device_flags, autocast, pick_device, pick_dtype
 from support.evaluation import TOTAL, evaluate, routing_report
@@ -112,8 +116,8 @@ def run(args):
     args.dtype = pick_dtype(args.dtype, args.device)
     base = args.base or args.weights.resolve().name
     with atomic_dir(args.out) as folder:
-        model, _ = load_llama(args.weights)
-        config = load_adapter(model, args.adapter)
+        model, _ = load_model(args.weights)
+        config = load_adapter_file(model, args.adapter)
         check_settings(config, SUPPORTED, "an ordinary LoRA")
         if has_router(model):
             if not args.constant:

@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 from data import WORLD
-from hydralora import add_hydralora, hydra_layers, load_adapter, save_adapter
-from model import load_llama
-from support.base import print_quantize, trained_with
+from hydralora import add_hydralora, hydra_layers, save_adapter
+from support.base import load_adapter_file, load_model, print_quantize, trained_with
 from support.cli import Parser, run_script
 from support.files import write_file
 from tools.hf_layout import TARGETS, hf_name, hf_rows, meta_rows, rotary_heads
@@ -51,11 +50,11 @@ def convert(adapter, out, weights, back):
     written, if it was trained on another base."""
     if out.exists():
         raise ValueError(f"{out} exists already: name another file, or move it away")
-    meta, _ = load_llama(weights)
+    meta, _ = load_model(weights)
     hf = hf_modules(meta)
     source, target = (hf, meta) if back else (meta, hf)
     names = {theirs: ours for ours, theirs in TARGETS.items()} if back else TARGETS
-    config = load_adapter(source, adapter)
+    config = load_adapter_file(source, adapter)
     print_quantize(adapter, "none")
     if trained_with(adapter) != "none":
         target.quantized = trained_with(adapter)  # nothing is; the new file says it as well
