@@ -9,13 +9,13 @@
     python -m experiments.check_world
 
 Every arm sweeps its own learning rate on a held-out part of its training data; the validation set
-and the quiz are read at the rate so chosen. HydraLoRA is not run here: the world is not chosen by
-it. The runs are cached in runs/check_world/, so an interrupted check continues where it was.
+and the quiz are read at the rate so chosen. HydraLoRA is not run: the world is not chosen by it.
 """
 
 import math
 import statistics
 import sys
+from itertools import chain
 from pathlib import Path
 
 import train
@@ -30,7 +30,9 @@ from support.cli import Parser
 RATES = {"full": (2.5e-4, 5e-4, 1e-3, 2e-3), "lora": (1e-3, 2e-3, 4e-3, 8e-3)}
 ALONE_RATES = (4e-3, 8e-3)  # of LoRA on a family alone, which takes few steps
 ALONE_SEEDS = 2
-ARMS = {"full": FULL, "LoRA r8": lora(8), "LoRA r24": lora(24)}
+# clipped as when the world was chosen
+ARMS = {"full": {**FULL, "clip": 1.0}, "LoRA r8": lora(8, clip=1.0),
+        "LoRA r24": lora(24, clip=1.0)}
 CHANCE = 0.25  # accuracy of guessing
 COLLAPSED = 1.5  # loss at twice the best rate, divided by the loss at the best
 NAMES = list(FAMILIES)
@@ -38,23 +40,17 @@ NAMES = list(FAMILIES)
 SWEEP = dict(seeds=1, share=train.VAL_SHARE, widen=0)
 
 
-def check(holds, text):
-    """Prints one measure and whether it holds."""
-    print(f"{'holds' if holds else 'MISSED':8}{text}", flush=True)
-    return holds
-
-
-# ---------------------------------------------------------------- the measures
+# ---------------------------------------------------------------- the measures: (holds, text) each
 
 
 def check_quiz(args, runs):
     """The base's accuracy, the size of the quiz, and what tuning adds."""
-    base = common.quiz_accuracy(args.weights, None, WORLD / "quiz", args.runs / "base-quiz.json")
+    world = {"base": {"folder": WORLD / "base"}}
+    base = common.quiz_accuracies(world, WORLD / "quiz", args)["base"]
     count = sum(len(p.read_text(encoding="utf-8").splitlines())
                 for p in (WORLD / "quiz" / "test").glob("*.csv"))
-    checks = [check(0.30 <= base <= 0.50,
-                    f"the base answers {base:.1%} of {count} quiz questions: 30 to 50"),
-              check(count >= 1000, f"{count} questions: at least 1,000")]
+    yield 0.30 <= base <= 0.50, f"the base answers {base:.1%} of {count} quiz questions: 30 to 50"
+    yield count >= 1000, f"{count} questions: at least 1,000"
     gains = []
     for name in ("full", "LoRA r8"):
         scores = common.values(runs[name], "quiz")
@@ -62,14 +58,13 @@ def check_quiz(args, runs):
         spread = statistics.stdev(scores) if scores[1:] else math.nan
         print(f"        {name}: quiz {show(interval(scores), percent=True)}, over the base "
               f"{100 * gains[-1]['mean']:+.1f} points")
-        checks += [check(spread <= 0.02,
-                         f"{name}: its seeds differ by {100 * spread:.1f} points: at most 2"),
-                   check(min(scores) > CHANCE + 0.03,
-                         f"{name}: its lowest seed has {min(scores):.1%}: above chance, 25")]
+        yield spread <= 0.02, f"{name}: its seeds differ by {100 * spread:.1f} points: at most 2"
+        yield (min(scores) > CHANCE + 0.03,
+               f"{name}: its lowest seed has {min(scores):.1%}: above chance, 25")
     best = max(gains, key=lambda gain: gain["mean"])
-    return [*checks, check(best["mean"] >= 0.05 and (best["low"] or 0) > 0,
-                           f"tuning raises the quiz by {show(best, percent=True)}: at least 5 "
-                           "points, the interval above zero")]
+    yield (best["mean"] >= 0.05 and (best["low"] or 0) > 0,
+           f"tuning raises the quiz by {show(best, percent=True)}: at least 5 points, the "
+           "interval above zero")
 
 
 def check_atoms(records, val):
@@ -80,78 +75,66 @@ def check_atoms(records, val):
                           for part in (records, val))
         new.append(len(asked - trained) / len(asked))
         print(f"        {name:16}{len(asked):5} atoms in validation, {new[-1]:.0%} new")
-    return [check(new.count(1) >= len(NAMES) / 2,
-                  "in at least half of the families all atoms are new")]
+    yield new.count(1) >= len(NAMES) / 2, "in at least half of the families all atoms are new"
 
 
 def check_answers(runs):
     """Exact matches, with LoRA of as many ranks as the main command has."""
-    def exact(name, family=None):
-        metrics = [run["metrics"] for run in runs[name]]
-        return statistics.mean((m["categories"][family] if family else m)["exact_match"]
-                               for m in metrics)
-
+    exact = {name: {family: statistics.mean(run["metrics"]["categories"][family]["exact_match"]
+                                            for run in found) for family in NAMES}
+             for name, found in runs.items()}
+    right = {name: interval(common.values(found, "exact_match")) for name, found in runs.items()}
     for name, found in runs.items():
-        loss, right, kept = (interval(common.values(found, metric))
-                             for metric in ("val_loss", "exact_match", "kept"))
+        loss, kept = (interval(common.values(found, metric)) for metric in ("val_loss", "kept"))
         base = found[0]["metrics"]["kept"]["loss_base"]
-        print(f"        {name}: validation loss {show(loss)}, right {show(right, percent=True)}, "
-              f"kept: loss {base:.2f} -> {show(kept, digits=2)}")
+        print(f"        {name}: validation loss {show(loss)}, right "
+              f"{show(right[name], percent=True)}, kept: loss {base:.2f} -> {show(kept, digits=2)}")
         for part in (NAMES[:5], NAMES[5:]):
-            print(10 * " " + ", ".join(f"{family} {exact(name, family):.0%}" for family in part))
-    worst = min(NAMES, key=lambda family: exact("LoRA r24", family))
-    lowest = exact("LoRA r24", worst)
-    return [check(exact("LoRA r24") >= 0.5,
-                  f"LoRA r24 answers {exact('LoRA r24'):.1%}: at least 50"),
-            check(lowest >= 0.15,
-                  f"LoRA r24 in its worst family, {worst}: {lowest:.1%}: at least 15"),
-            check(exact("full") >= 0.8,
-                  f"full fine-tuning answers {exact('full'):.1%}: at least 80")]
+            print(10 * " " + ", ".join(f"{family} {exact[name][family]:.0%}" for family in part))
+    tuned, full = right["LoRA r24"]["mean"], right["full"]["mean"]
+    worst = min(NAMES, key=exact["LoRA r24"].get)
+    lowest = exact["LoRA r24"][worst]
+    yield tuned >= 0.5, f"LoRA r24 answers {tuned:.1%}: at least 50"
+    yield lowest >= 0.15, f"LoRA r24 in its worst family, {worst}: {lowest:.1%}: at least 15"
+    yield full >= 0.8, f"full fine-tuning answers {full:.1%}: at least 80"
 
 
 def check_gap(args, runs, best, records):
     """Full fine-tuning ends ahead of LoRA, and no arm collapses at twice its best rate."""
     full, small = (common.values(runs[name]) for name in ("full", "LoRA r8"))
     share = interval([1 - a / b for a, b in zip(full, small)])
-    checks = [check(share["mean"] >= 0.15,
-                    f"full fine-tuning ends {show(share, percent=True)} below LoRA r8 in "
-                    "validation loss: at least 15")]
+    yield (share["mean"] >= 0.15, f"full fine-tuning ends {show(share, percent=True)} below LoRA "
+           "r8 in validation loss: at least 15")
     for name, rate in best.items():
         tried = common.tune({name: (ARMS[name], [records])}, args, (rate, 2 * rate), **SWEEP)
-        ratio = tried[name][2 * rate][0] / tried[name][rate][0]
-        checks.append(check(ratio < COLLAPSED,
-                            f"{name}: at {2 * rate:g}, twice its best rate, the loss is "
-                            f"{ratio:.2f} times as high: no collapse"))
-    return checks
+        ratio = tried[name]["losses"][2 * rate][0] / tried[name]["losses"][rate][0]
+        yield (ratio < COLLAPSED, f"{name}: at {2 * rate:g}, twice its best rate, the loss is "
+               f"{ratio:.2f} times as high: no collapse")
 
 
 def check_interference(args, records, val, mixed):
     """LoRA r8 on one family alone, at the same number of its records."""
-    alone = {name: [common.of_families(part, [name]) for part in (records, val)]
-             for name in NAMES}
     config = ARMS["LoRA r8"]
-    best = sweep(args, {name: (config, [alone[name][0]]) for name in NAMES}, ALONE_RATES)
-    seeds = range(min(ALONE_SEEDS, args.seeds))
-    paths = {name: [common.write_records(part, args) for part in alone[name]] for name in NAMES}
-    runs = common.run_all({(name, seed): common.run_settings(
-        args, config, rate=best[name], seed=seed, data=paths[name][0], val=paths[name][1])
-        for name in NAMES for seed in seeds}, args)
+    alone = {name: common.of_families(records, [name]) for name in NAMES}
+    best = sweep(args, {name: (config, [alone[name]]) for name in NAMES}, ALONE_RATES)
+    runs = common.run_seeds({name: common.run_flags(
+        args, config, rate=best[name], records=alone[name],
+        val=common.of_families(val, [name])) for name in NAMES}, args,
+        seeds=min(ALONE_SEEDS, args.seeds))
     better = 0
     print(f"        {'family':16}{'LoRA r8 on the mix':>20}{'on it alone':>20}{'change':>9}")
     for name in NAMES:
-        own = interval(common.values([runs[name, seed] for seed in seeds]))
+        own = interval(common.values(runs[name]))
         together = interval(run["metrics"]["categories"][name]["val_loss"] for run in mixed)
         change = own["mean"] / together["mean"] - 1
         better += change < 0
         print(f"        {name:16}{show(together):>20}{show(own):>20}{change:9.1%}")
-    return [check(better >= 6,
-                  f"{better} of {len(NAMES)} families are learned better alone: at least 6")]
+    yield better >= 6, f"{better} of {len(NAMES)} families are learned better alone: at least 6"
 
 
 def sweep(args, arms, rates):
     """{name: best rate} of arms as in common.tune."""
-    return {name: common.best_rate(tried)
-            for name, tried in common.tune(arms, args, rates, **SWEEP).items()}
+    return {name: tried["rate"] for name, tried in common.tune(arms, args, rates, **SWEEP).items()}
 
 
 def parse_args(argv):
@@ -161,9 +144,9 @@ def parse_args(argv):
                    help="passes over the data (%(default)s)")
     p.add_argument("--jobs", type=int, default=2, help="processes of one thread each (2)")
     p.add_argument("--runs", type=Path, default=Path("runs/check_world"),
-                   help="folder that caches the runs (runs/check_world)")
+                   help="folder that keeps the runs (runs/check_world)")
     p.set_defaults(weights=str(WORLD / "base"), keep_data=str(WORLD / "keep.jsonl"), max_steps=0,
-                   max_seq_len=None)
+                   max_seq_len=None, first_seed=0)
     args = p.parse_args(argv)
     args.sweep_epochs = args.epochs
     return args
@@ -175,10 +158,13 @@ def run(args):
     for name, config in ARMS.items():
         best |= sweep(args, {name: (config, [records])}, RATES[config["method"]])
     rates = {**best, "LoRA r24": train.WORLD_RECIPE["lr"]}  # it represents the main command
-    runs = common.run_seeds(ARMS, rates, args, records, val, WORLD / "quiz")
-    checks = [*check_quiz(args, runs), *check_atoms(records, val), *check_answers(runs),
-              *check_gap(args, runs, best, records),
-              *check_interference(args, records, val, runs["LoRA r8"])]
+    runs = common.run_methods(ARMS, rates, args, records, val, WORLD / "quiz")
+    checks = []
+    for holds, text in chain(check_quiz(args, runs), check_atoms(records, val),
+                             check_answers(runs), check_gap(args, runs, best, records),
+                             check_interference(args, records, val, runs["LoRA r8"])):
+        print(f"{'holds' if holds else 'MISSED':8}{text}", flush=True)
+        checks.append(holds)
     print(f"\n{sum(checks)} of {len(checks)} measures hold")
 
 

@@ -11,6 +11,8 @@ is the mean cosine between the B matrices (1: copies), and how many steps it tak
 
 import statistics
 import sys
+from functools import partial
+from itertools import product
 
 import torch
 
@@ -20,7 +22,6 @@ from experiments import common, report
 from experiments.common import hydra
 from hydralora import hydra_layers
 from support import files
-from support.device import autocast
 from support.evaluation import mean_cosine
 
 APART = 0.9
@@ -28,13 +29,13 @@ APART = 0.9
 STARTS = {"router 0, B 0": (0.0, 0.0), "router x 1e-6, B 0": (1e-6, 0.0),
           "router x 1e-3, B 0": (1e-3, 0.0), "router random, B 0": (1.0, 0.0),
           "router 0, B random": (0.0, 1e-3)}
-STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (1, 3)), "v"))
 
 
-def watch(settings, records, start, every):
+def watch(flags, records, start, every):
     """{steps, cosine, apart}, each with a value per `every` steps of the run: the mean cosine
     between the heads' B matrices, and the largest difference between two of them."""
-    model, tokenizer = common.starting_model(settings)
+    settings = train.parse_args(common.command_line(flags))
+    model, tokenizer = common.starting_model(flags)
     layers = hydra_layers(model).values()
     router, b = STARTS[start]
     with torch.no_grad():
@@ -42,24 +43,17 @@ def watch(settings, records, start, every):
             layer.router.mul_(router)
             layer.lora_B.normal_().mul_(b)
     longest = settings.max_seq_len or min(train.MAX_SEQ_LEN, model.args.max_seq_len)
-    steps = train.plan_steps(encode_records(records, tokenizer, longest)[0],
-                             batch_size=settings.batch_size, grad_accum=settings.grad_accum,
-                             epochs=settings.epochs, max_steps=settings.max_steps,
-                             seed=settings.seed)
-    optimizer = train.make_optimizer(model, lr=settings.lr)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    trace = {"steps": [], "cosine": [], "apart": []}
-    for step, batches in enumerate(steps):
-        rate = train.learning_rate(step, len(steps), settings.lr, settings.warmup)
-        optimizer.param_groups[0]["lr"] = rate
-        train.train_step(model, batches, optimizer, scaler, clip=settings.clip,
-                         precision=autocast("cpu", "fp32"))
-        if step % every == 0 or step + 1 == len(steps):
-            matrices = [layer.lora_B.detach() for layer in layers]  # (N, O, R)
-            trace["steps"].append(step + 1)
-            trace["cosine"].append(statistics.fmean(map(mean_cosine, matrices)))
-            trace["apart"].append(max((b.amax(0) - b.amin(0)).max().item() for b in matrices))
-    return trace
+    sequences, _ = encode_records(records, tokenizer, longest)
+    steps = common.train_here(model, sequences, lr=settings.lr, seed=settings.seed,
+                              batch_size=settings.batch_size, epochs=settings.epochs,
+                              max_steps=settings.max_steps, clip=settings.clip)
+    rows = []
+    for step, _ in enumerate(steps, 1):
+        matrices = [layer.lora_B.detach() for layer in layers]  # (N, O, R)
+        rows.append([step, statistics.fmean(map(mean_cosine, matrices)),
+                     max((b.amax(0) - b.amin(0)).max().item() for b in matrices)])
+    looked = [row for row in rows if row[0] % every == 1 % every or row is rows[-1]]
+    return dict(zip(("steps", "cosine", "apart"), map(list, zip(*looked))))
 
 
 def separated(trace):
@@ -81,15 +75,10 @@ def make_table(traces):
 
 
 def draw_collapse(pyplot, traces):
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for (start, seeds), (line, marker) in zip(traces.items(), STYLES):
-        mean = [statistics.fmean(values) for values in zip(*(trace["cosine"] for trace in seeds))]
-        axes.plot(seeds[0]["steps"], mean, linestyle=line, marker=marker, markersize=4,
-                  markevery=max(1, len(mean) // 8), label=start)
-    axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("mean cosine between the B matrices")
-    axes.legend()
-    return figure
+    lines = {start: (seeds[0]["steps"], [report.interval(cosines) for cosines in zip(
+        *(trace["cosine"] for trace in seeds))]) for start, seeds in traces.items()}
+    return report.line_chart(pyplot, lines, "optimizer steps",
+                             "mean cosine between the B matrices").figure
 
 
 def parse_args(argv):
@@ -101,19 +90,17 @@ def parse_args(argv):
 
 def run(args):
     records, val = common.load_records(args)
-    data, val_data = (common.write_records(part, args) for part in (records, val))
     torch.set_num_threads(1)
     traces = {start: [] for start in STARTS}
-    for start in STARTS:
-        for seed in range(args.seeds):
-            settings = common.run_settings(args, hydra(3), rate=train.WORLD_RECIPE["lr"],
-                                           seed=seed, data=data, val=val_data)
-            key = [start, STARTS[start], args.every, common.run_folder(settings, args.runs).name]
-            path = args.runs / f"collapse-{files.digest(key)}.json"
-            trace = common.cached(path, key, lambda settings=settings, start=start: watch(
-                settings, records, start, args.every))
-            traces[start].append(trace)
-            print(f"{start}, seed {seed}: cosine {trace['cosine'][-1]}", flush=True)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    for start, seed in product(STARTS, seeds):
+        flags = common.run_flags(args, hydra(3), rate=train.WORLD_RECIPE["lr"], records=records,
+                                 val=val, seed=seed)
+        key = [start, STARTS[start], args.every, common.run_folder(flags, args.runs).name]
+        path = args.runs / f"collapse-{files.digest(key)}.json"
+        trace = common.cached(path, partial(watch, flags, records, start, args.every))
+        traces[start].append(trace)
+        print(f"{start}, seed {seed}: cosine {trace['cosine'][-1]}", flush=True)
     report.write_results(
         args, "collapse",
         {"conditions": common.conditions(args, records, val), "traces": traces},

@@ -1,64 +1,53 @@
-"""What the experiments on HydraLoRA's claims share: flags, data, cached runs, one sweep.
+"""What the experiments on HydraLoRA's claims share: flags, data, kept runs, one sweep.
 
-A run is one call of train.py. Its folder under --runs is named after its settings and the
-sha256 of weights and data: an interrupted script continues where it was, scripts share runs,
-and a run on other weights or data is never mistaken for this one. The learning rate of every
-method is the one with the lowest loss on a held-out tenth of the training data: rates a factor
-of sqrt 2 apart, two seeds, the lower rate if two are within the scatter of the seeds.
+A run is one call of train.py. Its folder in --runs is named after its flags and the sha256 of
+weights and data: an interrupted script continues where it was, scripts share runs, and a run on
+other weights or data is never mistaken for this one. The learning rate of every method is the one
+with the lowest loss on a held-out tenth of the training data, as experiments/README.md explains.
 report.py turns the numbers into intervals, claims and tables.
 """
 
-import argparse
-import io
 import json
 import math
-import multiprocessing
 import os
-import signal
 import statistics
-import threading
+import subprocess
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-import eval_mmlu
 import train
 from data import QUIZ_SHOTS
 from data.corpus import read_records, train_val_split, without_duplicates
-from data.mmlu import read_questions
 from experiments import report
-from hydralora import add_hydralora, load_adapter
+from hydralora import TARGETS, add_hydralora, load_adapter, remove_adapters
 from model import Transformer, load_llama, read_params
 from support import files
-from support.base import load_model
 from support.cli import Parser, check_min, flag, run_script
+from support.device import autocast
+from support.evaluation import TOTAL, count_parameters, evaluate
 from support.lock import file_lock
-from support.output import one_line
-from support.run_folder import RESUME_MAY_DIFFER, fingerprints
+from support.run_folder import fingerprints
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
 # peak learning rates, a factor of sqrt 2 apart; how many more if the best is an edge
 RATES = (2.83e-3, 4e-3, 5.66e-3)
 WIDEN = 6
-SWEEP_SEEDS = 2  # behind the choice of a rate
+# of the runs that are reported, and of those that choose the rate: none is in both
+FIRST_SEED, SWEEP_SEED, SWEEP_SEEDS = 20, 100, 3
 THREADS = 2  # of a rerun; all other runs have one
 MIXED = 4000  # records of the mix in table1, heads and routing, which share their runs
 SHARE = 0.1  # held out for the sweep; and for validation if the data comes without any
 SCALE = 4.0  # alpha / rank, the paper's 32 / 8
-# settings that all runs share
+# flags that all runs share
 RECIPE = {"batch-size": 8, "grad-accum": 1, "dropout": 0, "device": "cpu", "dtype": "fp32",
-          "save-every": 0}
+          "save-every": 0, "clip": 0}
 DIVERGED = ("gradient norm", "tuned model", "not finite")  # in train.py's words for it
 PATHS = ("weights", "data", "val_data", "keep_data")
-# settings that are part of a run's name whatever their value; any other one, a later flag of
-# train.py, only if it is not the default, so that it does not rename the runs of before
-NAMED = ("alpha", "batch_size", "device", "dropout", "dry_run", "dtype", "epochs", "gate",
-         "gpu_memory", "gpus", "grad_accum", "heads", "lr", "max_seq_len", "max_steps", "method",
-         "rank", "seed", "targets")
 
 
 # ---------------------------------------------------------------- flags and data
@@ -68,8 +57,6 @@ def parser(name, doc, *, seeds, epochs, records=0, rates=RATES, sweep_epochs=1):
     """The flags that the scripts share; a script adds its own. Without rates none are tried,
     without sweep_epochs none is chosen."""
     p = Parser(f"experiments.{name}", doc)
-    p.description = doc
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("--weights", help="checkpoint folder in Meta's layout (the embedded world's)")
     p.add_argument("--data", help="training records (the embedded world's)")
     p.add_argument("--val-data", help="validation records (the world's; else a tenth of --data)")
@@ -77,13 +64,15 @@ def parser(name, doc, *, seeds, epochs, records=0, rates=RATES, sweep_epochs=1):
     p.add_argument("--records", type=int, default=records,
                    help=f"number of records to draw from --data, 0: all ({records})")
     p.add_argument("--seeds", type=int, default=seeds, help=f"runs per method ({seeds})")
+    p.add_argument("--first-seed", type=int, default=FIRST_SEED,
+                   help="their seeds count from it (%(default)s)")
     p.add_argument("--epochs", type=int, default=epochs,
                    help=f"passes of these runs over the data ({epochs})")
     p.add_argument("--max-steps", type=int, default=0,
                    help="stop any run after so many steps, 0: off (%(default)s)")
     p.add_argument("--max-seq-len", type=int, help="tokens per record (the model's own limit)")
     p.add_argument("--runs", type=Path, default=Path("runs/claims"),
-                   help="folder that caches the runs (runs/claims)")
+                   help="folder that keeps the runs (runs/claims)")
     p.add_argument("--out", type=Path, default=RESULTS,
                    help="folder of the results (experiments/results)")
     p.set_defaults(sweep_epochs=1, rates=list(RATES), jobs=1)
@@ -102,19 +91,18 @@ def add_rates_flag(p, rates):
                         f"highest of several ({' '.join(f'{rate:g}' for rate in rates)})")
 
 
-def parse_args(p, argv):
-    """The flags; the four paths default as in train.py."""
+def parse_args(p, argv, **least):
+    """The flags, some of which have a smallest value; the four paths default as in train.py."""
     args = p.parse_args(argv)
     try:
-        check_min(args, seeds=1, epochs=1, sweep_epochs=1, jobs=1, records=0, max_steps=0)
+        check_min(args, seeds=1, epochs=1, sweep_epochs=1, jobs=1, records=0, max_steps=0, **least)
     except ValueError as error:
         p.error(str(error))
     if min(args.rates) <= 0:
         p.error("--rates must be positive")
     given = {name: getattr(args, name) for name in PATHS}
     defaults = train.parse_args(command_line({**given, **RECIPE}))
-    for name in PATHS:
-        setattr(args, name, getattr(defaults, name))
+    vars(args).update({name: getattr(defaults, name) for name in PATHS})
     [args.data] = args.data  # one file
     return args
 
@@ -146,13 +134,13 @@ def draw_records(records, count, seed=0):
     return [records[i] for i in sorted(order[:count].tolist())]
 
 
-def write_records(records, args):
+def write_records(records, folder):
     """The path of a file with these records, named after its content."""
     text = "".join(json.dumps(record) + "\n" for record in records)
-    path = args.runs / "data" / f"{files.digest(text)}.jsonl"
+    path = folder / f"{files.digest(text)}.jsonl"
     if not path.exists():
-        with file_lock(f"{path}.lock", path):
-            files.write_text(path, text)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, text)
     return path
 
 
@@ -164,25 +152,43 @@ def of_families(records, families):
     return [record for record in records if record["category"] in families]
 
 
-def cached(path, key, compute):
-    """compute(), cached as JSON at path; computed anew for another key."""
-    key = files.digest(key)
+def cached(path, compute):
+    """compute(), kept as JSON at path."""
+    if not path.exists():
+        files.write_json(path, compute())
+    return files.read_json(path)  # as the next call reads it: keys are strings
 
-    def is_known():
-        return path.exists() and files.read_json(path, "key", "value")["key"] == key
 
-    if not is_known():
-        with file_lock(f"{path}.lock", path):
-            if not is_known():  # another process may have finished it meanwhile
-                files.write_json(path, {"key": key, "value": compute()})
-    return files.read_json(path)["value"]  # as the next call reads it: keys are strings
+def compute_each(specs, folder, compute):
+    """{key: compute(spec)} of {key: spec}, kept as JSON in the folder, each under the digest of
+    its spec. Those that another process of the same command computes at the moment are left to
+    it: a second one on another core halves the time, and a kill loses one run of each."""
+    paths = {key: folder / f"{files.digest(spec)}.json" for key, spec in specs.items()}
+    clock = time.perf_counter()
+    while missing := [key for key in specs if not paths[key].exists()]:
+        for key in missing:
+            path = paths[key]
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(file_lock(path, path))
+                except ValueError:
+                    continue  # another process has it
+                if not path.exists():
+                    commit = report.code_commit()  # at its start
+                    files.write_json(path, {"spec": specs[key], "commit": commit,
+                                            **compute(specs[key])})
+                    left = sum(not path.exists() for path in paths.values())
+                    minutes = (time.perf_counter() - clock) / 60
+                    print(f"{key}: {minutes:.1f} minutes, {left} of {len(paths)} left", flush=True)
+        time.sleep(1)
+    return {key: files.read_json(path, "metrics") for key, path in paths.items()}
 
 
 # ---------------------------------------------------------------- the methods
 
 
 def lora(rank, **changes):
-    """The settings of LoRA; like all others with a constant alpha / rank."""
+    """The flags of LoRA; like all others with a constant alpha / rank."""
     return dict(method="lora", rank=rank, alpha=SCALE * rank, **changes)
 
 
@@ -199,312 +205,170 @@ def hydra(heads, rank=8, **changes):
 FULL = dict(method="full")
 
 
-def count_trainable(args, config):
-    """Trainable parameters of a method that adds adapters, router included."""
-    settings = train.parse_args(command_line(
-        {"weights": args.weights, "data": args.data, **RECIPE, **config}))
+def count_trainable(args, heads, rank, targets=None):
+    """Trainable parameters of so many heads, router included."""
+    targets = targets.split(",") if targets else TARGETS
     shape = read_params(args.weights)
     shape.vocab_size = max(shape.vocab_size, 1)  # missing in some params.json; never adapted
     with torch.device("meta"):
         model = Transformer(shape)
-    return add_hydralora(model, **train.adapter_settings(settings))
+    return add_hydralora(model, targets=targets, heads=heads, rank=rank)
 
 
-def matched_rank(args, heads=1, **changes):
-    """The rank at which so many heads have nearly the parameters of HydraLoRA 3x8 with the
-    same changed settings, router included; parameters grow linearly with the rank."""
-    wanted = count_trainable(args, hydra(3, 8, **changes))
-    first, second = (count_trainable(args, hydra(heads, rank, **changes)) for rank in (1, 2))
+def matched_rank(args, heads=1, **targets):
+    """The rank at which so many heads have nearly the parameters of HydraLoRA 3x8 on the same
+    layers, router included; parameters grow linearly with the rank."""
+    wanted = count_trainable(args, 3, 8, **targets)
+    first, second = (count_trainable(args, heads, rank, **targets) for rank in (1, 2))
     return max(1, round(1 + (wanted - first) / (second - first)))
 
 
 # ---------------------------------------------------------------- runs
 
 
-def command_line(settings):
-    """The command line of {name of a flag: value}. None and False leave a flag out, True
-    gives it without a value."""
-    words = []
-    for name, value in settings.items():
-        if value is True:
-            words.append(flag(name))
-        elif value is not None and value is not False:
-            words += [flag(name), str(value)]
-    return words
+def command_line(flags):
+    """The words of {name of a flag: value}; None leaves a flag out."""
+    return [word for name, value in flags.items() if value is not None
+            for word in (flag(name), str(value))]
 
 
-def run_settings(args, config, *, rate, seed, data, val, epochs=None, keep=False):
-    """The settings of a run, as train.parse_args returns them; data and val are files. With
-    keep the run also measures its loss on --keep-data."""
-    return train.parse_args(command_line({
-        "weights": args.weights, "data": data, "val-data": val,
-        "keep-data": args.keep_data if keep else None,
-        "lr": rate, "seed": seed, "epochs": epochs or args.epochs, "max-steps": args.max_steps,
-        "max-seq-len": args.max_seq_len, **RECIPE, **config}))
+def run_flags(args, config, *, rate, records, val, **more):
+    """{name of a flag: value} of a run of train.py on these records."""
+    folder = args.runs / "data"
+    return {"weights": args.weights, "data": write_records(records, folder),
+            "val_data": write_records(val, folder), "lr": rate, "seed": args.first_seed,
+            "epochs": args.epochs, "max_steps": args.max_steps,
+            "max_seq_len": args.max_seq_len, **RECIPE, **config, **more}
 
 
-def run_folder(settings, runs):
-    """Where a run is cached. The files that it reads count by their content, not their path."""
-    defaults = {**train.default_settings(settings.method, train.PAPER_RECIPE), "micro_tokens": 0}
-    named = {name: value for name, value in sorted(vars(settings).items()) if name in NAMED
-             or name not in RESUME_MAY_DIFFER and value != defaults[name]}
-    read = fingerprints(settings.weights, data=settings.data, val_data=settings.val_data,
-                        keep_data=settings.keep_data)
-    return runs / f"{settings.method}-{files.digest(named, sorted(read.items()))}"
+def run_folder(flags, runs):
+    """Where a run is kept. The files that it reads count by their content, not their path. Flags
+    that are not given do not count, so one that train.py gains later renames no run."""
+    read = fingerprints(flags["weights"], [flags["data"]], val_data=flags["val_data"],
+                        keep_data=flags.get("keep_data"))
+    given = {name: value for name, value in flags.items()
+             if value is not None and name not in PATHS}
+    return runs / f"{flags['method']}-{files.digest(sorted(given.items()), sorted(read.items()))}"
 
 
-def is_complete(folder, quiz=None):
-    """Whether a run has ended, and its accuracy is known if there is a quiz."""
-    if (folder / "diverged.json").exists():
-        return True
-    return (folder / "run.json").exists() and (not quiz or (folder / "quiz.json").exists())
+def last_line(path):
+    """The last line of the log of start_script: why a script refused to go on, if it did."""
+    return "".join(Path(f"{path}.log").read_text(encoding="utf-8").splitlines()[-1:])
 
 
-def train_once(settings, folder):
-    """Runs train.py in silence. A run whose loss or gradient is not finite leaves
-    diverged.json. A stopped one raises KeyboardInterrupt; the next call starts it anew."""
-    settings = argparse.Namespace(**{**vars(settings), "out": str(folder), "overwrite": True})
-    silence = io.StringIO()
-    with file_lock(f"{folder}.lock", folder):
-        if is_complete(folder):  # another process may have finished it meanwhile
-            return
-        try:
-            with redirect_stdout(silence), redirect_stderr(silence):
-                status = train.run(settings)
-        except ValueError as error:
-            if not any(words in str(error) for words in DIVERGED):
-                raise
-            files.write_json(folder / "diverged.json", {"reason": one_line(error)})
-        else:
-            if status:
-                raise KeyboardInterrupt(status - 128)
+def has_diverged(folder):
+    if (folder / "run.json").exists() or not Path(f"{folder}.log").exists():
+        return False
+    return any(words in last_line(folder) for words in DIVERGED)
 
 
-def quiz_accuracy(weights, adapter, quiz, cache, quantize=None):
-    """The share of the quiz's questions that the model answers correctly."""
-    asked = [(path.name, files.file_fingerprint(path))
-             for path in sorted(Path(quiz).glob("*/*.csv"))]
-    key = [QUIZ_SHOTS, files.weights_fingerprint(weights),
-           adapter and files.file_fingerprint(adapter), asked]
-
-    def answer():
-        questions, examples = read_questions(Path(quiz), shots=QUIZ_SHOTS)
-        model, tokenizer = load_model(weights, device="cpu", dtype=torch.float32,
-                                      quantize=quantize)
-        if adapter:
-            load_adapter(model, adapter)
-        answers = {}
-        with redirect_stderr(io.StringIO()):
-            eval_mmlu.answer_questions(model.eval(), tokenizer, questions, examples,
-                                       batch_size=8, done=answers, file=io.StringIO())
-        return statistics.fmean(q["prediction"] == q["answer"] for q in answers.values())
-
-    return cached(cache, key, answer)
+def start_script(path, script, *flags, threads=1):
+    """The process of a script of this repository that makes `path`. Its errors go to PATH.log."""
+    with open(f"{path}.log", "w", encoding="utf-8") as log:
+        return subprocess.Popen([sys.executable, ROOT / script, *flags], stderr=log,
+                                stdout=subprocess.DEVNULL,
+                                env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
 
-def run_accuracy(settings, folder, quiz):
-    """quiz_accuracy of a finished run: of its adapter, or of the weights that it wrote."""
-    adapter = folder / "adapter.pt"
-    tuned = (settings.weights, adapter) if adapter.exists() else (folder, None)
-    return quiz_accuracy(*tuned, quiz, folder / "quiz.json", settings.quantize)
-
-
-def compute(job):
-    """Computes a run, and its accuracy if there is a quiz, as far as they are missing."""
-    settings, folder, quiz, threads = job
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)  # more threads round sums differently
-    try:
-        if not is_complete(folder):
-            train_once(settings, folder)
-        if not is_complete(folder, quiz):
-            run_accuracy(settings, folder, quiz)
-    finally:
-        torch.set_num_threads(before)
-    return folder.name
-
-
-def end_with_parent():
-    """In a process of the pool: leaves Ctrl-C to the parent, and ends if the parent is killed."""
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def compute_all(jobs, processes):
-    """compute() for every job, in so many processes, with a line for each."""
+def call_all(commands, processes, threads=1):
+    """Runs {path to be made: command line of a script}, so many at once, with a line for each that
+    ends. Raises KeyboardInterrupt for a script that a signal stopped, ValueError for one that
+    refused; a run of train.py may diverge."""
     clock = time.perf_counter()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, initializer=end_with_parent) as pool:
-        names = pool.map(compute, jobs) if processes > 1 else map(compute, jobs)
-        try:
-            for number, name in enumerate(names, start=1):
+    waiting, running = list(commands.items()), {}
+    ended = 0
+    try:
+        while waiting or running:
+            if waiting and len(running) < processes:
+                path, command = waiting.pop(0)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.write_text(f"{path}.commit", report.code_commit() or "")  # at its start
+                running[path] = start_script(path, *command, threads=threads)
+            time.sleep(0.02)
+            for path in [path for path, child in running.items() if child.poll() is not None]:
+                status = running.pop(path).returncode
+                if status > 128:
+                    raise KeyboardInterrupt(status - 128)
+                if status < 0:
+                    raise MemoryError(f"signal {-status} killed {path.name}, perhaps out of memory")
+                if status and not has_diverged(path):
+                    raise (ValueError if status == 2 else RuntimeError)(last_line(path))
+                ended += 1
                 minutes = (time.perf_counter() - clock) / 60
-                print(f"run {number} of {len(jobs)}, {name}, {minutes:.1f} minutes", flush=True)
-        except BrokenProcessPool as error:
-            raise MemoryError("a process was killed, perhaps out of memory") from error
-        except KeyboardInterrupt:
-            for process in multiprocessing.active_children():
-                while process.is_alive():  # train.py ends its step; the next job must not begin
-                    process.terminate()
-                    process.join(timeout=1)
-            raise
+                print(f"run {ended} of {len(commands)}, {path.name}, {minutes:.1f} minutes",
+                      flush=True)
+    finally:
+        for child in running.values():  # train.py ends its step
+            child.terminate()
+        for child in running.values():
+            child.wait()
 
 
 def run_all(runs, args, *, quiz=None, threads=1, may_diverge=False):
-    """{key: run} for {key: settings}; a run is the content of its run.json, with its folder, its
-    settings as "args" and, with a quiz, its accuracy. Those that are not in args.runs yet are
-    computed, in args.jobs processes of one thread, or on several threads in this process.
-    Raises ValueError for a run that diverges, unless it may: its val_loss is then infinite."""
-    folders = {key: run_folder(settings, args.runs) for key, settings in runs.items()}
-    if threads > 1:
-        folders = {key: path.with_name(f"{path.name}-{threads}threads")
-                   for key, path in folders.items()}
-    unique = {folder: runs[key] for key, folder in folders.items()}
-    jobs = [(settings, folder, quiz, threads) for folder, settings in unique.items()
-            if not is_complete(folder, quiz)]
-    print(f"{len(unique)} runs, {len(jobs)} of them to be computed", flush=True)
-    compute_all(jobs, 1 if threads > 1 else args.jobs)
-    found = {key: read_run(runs[key], folder, quiz) for key, folder in folders.items()}
-    for run in found.values():
-        if "diverged" in run and not may_diverge:
-            raise ValueError(f"{run['folder']} diverged at the rate that the sweep chose: "
-                             f"{run['diverged']}; give lower --rates")
+    """{key: run} for {key: flags}; a run is the content of its run.json, with its folder, its
+    flags and, with a quiz, its accuracy. Those that are not in args.runs yet are computed, in
+    args.jobs processes of one thread, or one of several threads. Raises ValueError for a run that
+    diverges, unless it may: its val_loss is then infinite."""
+    suffix = f"-{threads}threads" if threads > 1 else ""  # more threads round sums differently
+    folders = {key: Path(f"{run_folder(flags, args.runs)}{suffix}") for key, flags in runs.items()}
+    commands = {folder: ["train.py", *command_line({**runs[key], "out": folder}), "--overwrite"]
+                for key, folder in folders.items()}
+    missing = {folder: command for folder, command in commands.items()
+               if not (folder / "run.json").exists() and not has_diverged(folder)}
+    print(f"{len(commands)} runs, {len(missing)} of them to be computed", flush=True)
+    call_all(missing, 1 if threads > 1 else args.jobs, threads)
+    found = {}
+    for key, folder in folders.items():
+        if has_diverged(folder):
+            if not may_diverge:
+                raise ValueError(f"{folder} diverged at the rate that the sweep chose: "
+                                 f"{last_line(folder)}; give lower --rates")
+            found[key] = {"metrics": {"val_loss": math.inf}}
+        else:
+            recorded = files.read_json(folder / "run.json", "metrics")
+            commit = Path(f"{folder}.commit")
+            found[key] = {**recorded, "folder": folder, "flags": runs[key],
+                          "commit": commit.read_text() if commit.exists() else None}
+    if quiz:
+        for key, accuracy in quiz_accuracies(found, quiz, args).items():
+            found[key]["metrics"]["quiz"] = accuracy
     return found
 
 
-def read_run(settings, folder, quiz):
-    if (folder / "diverged.json").exists():
-        reason = files.read_json(folder / "diverged.json", "reason")["reason"]
-        return {"folder": folder, "metrics": {"val_loss": math.inf}, "diverged": reason}
-    run = {**files.read_json(folder / "run.json", "metrics"), "folder": folder, "args": settings}
-    if quiz:
-        run["metrics"]["quiz"] = run_accuracy(settings, folder, quiz)
-    return run
+def quiz_accuracies(runs, quiz, args):
+    """{key: share of the quiz's questions that the model answers correctly} for {key: run}. The
+    folder of a run may be that of the weights; quantize says how these are held."""
+    asked = [(path.name, files.file_fingerprint(path))
+             for path in sorted(Path(quiz).glob("*/*.csv"))]
+    paths, commands = {}, {}
+    for key, run in runs.items():
+        adapter = run["folder"] / "adapter.pt"
+        weights, adapter = (args.weights, adapter) if adapter.exists() else (run["folder"], None)
+        name = files.digest(asked, files.weights_fingerprint(weights), run.get("quantize"),
+                            adapter and files.file_fingerprint(adapter))
+        path = paths[key] = args.runs / f"quiz-{name}.json"
+        if not path.exists():
+            commands[path] = ["eval_mmlu.py", *command_line({
+                "weights": weights, "adapter": adapter, "data": quiz, "shots": QUIZ_SHOTS,
+                "device": "cpu", "dtype": "fp32", "quantize": run.get("quantize"), "out": path})]
+    call_all(commands, args.jobs)
+    return {key: files.read_json(path, "accuracy")["accuracy"] for key, path in paths.items()}
 
 
-def starting_model(settings):
-    """(model with adapters as train.py drew them, by the same calls in the same order;
-    tokenizer)."""
-    torch.manual_seed(settings.seed)
-    model, tokenizer = load_llama(settings.weights, dtype=torch.float32)
-    add_hydralora(model, **train.adapter_settings(settings))
-    return model, tokenizer
+def run_seeds(arms, args, seeds=None, **options):
+    """{key: [run of each seed]} for {key: flags}; the seeds count from the one in the flags. For
+    options see run_all."""
+    seeds = range(seeds or args.seeds)
+    runs = run_all({(key, seed): {**flags, "seed": flags["seed"] + seed}
+                    for key, flags in arms.items() for seed in seeds}, args, **options)
+    return {key: [runs[key, seed] for seed in seeds] for key in arms}
 
 
-def trained_model(run):
-    """(model with a run's adapter, tokenizer)."""
-    model, tokenizer = load_llama(run["args"].weights, dtype=torch.float32)
-    load_adapter(model, run["folder"] / "adapter.pt")
-    return model.eval(), tokenizer
-
-
-# ---------------------------------------------------------------- the sweep
-
-
-def sweep(names, rates, losses_at, widen=WIDEN):
-    """{name: {rate: [loss of each seed]}}; losses_at([(name, rate)]) returns such a list for
-    each. All names try the same rates; while the best is the lowest or highest of several, the
-    next rate beyond it is tried, at most `widen` times."""
-    tried = {name: {} for name in names}
-    asked = [(name, rate) for name in names for rate in rates]
-    for _ in range(1 + (widen if len(rates) > 1 else 0)):
-        for (name, rate), losses in zip(asked, losses_at(asked)):
-            tried[name][rate] = losses
-        asked = [(name, beyond(losses)) for name, losses in tried.items() if beyond(losses)]
-        if not asked:
-            break
-    return tried
-
-
-def mean_losses(tried):
-    return {rate: statistics.fmean(losses) for rate, losses in tried.items()}
-
-
-def best_rate(tried):
-    means = mean_losses(tried)
-    return min(means, key=means.get)
-
-
-def beyond(tried):
-    """The next rate if the best of {rate: losses} is an edge, else None."""
-    rates = sorted(tried)
-    best = best_rate(tried)
-    if len(rates) == 1 or best not in (rates[0], rates[-1]):
-        return None
-    # rates are 1e-3 times powers of sqrt 2, rounded for the eye
-    power = round(2 * math.log2(best / 1e-3)) + (1 if best == rates[-1] else -1)
-    return float(f"{1e-3 * 2 ** (power / 2):.3g}")
-
-
-def steady_rate(tried):
-    """The rate to use, of {rate: [loss of each seed]}: the lowest one whose mean loss exceeds
-    the best by no more than the seeds scatter at the two (the root of the mean of their
-    variances). A single seed has no scatter: the best."""
-    means = mean_losses(tried)
-    best = best_rate(tried)
-
-    def is_close(rate):
-        variances = [statistics.variance(tried[rate]), statistics.variance(tried[best])]
-        return means[rate] - means[best] <= math.sqrt(statistics.fmean(variances))
-
-    if len(tried[best]) == 1:
-        return best
-    lower = [rate for rate in means if rate < best and math.isfinite(means[rate])]
-    return min([best, *filter(is_close, lower)])
-
-
-def tune(arms, args, rates=None, *, seeds=SWEEP_SEEDS, share=SHARE, widen=WIDEN):
-    """{name: {rate: [mean held-out loss of each seed]}} of arms {name: (config, [records,
-    ...])}. A share of each list of training records is held out, alike for all arms; the
-    validation set is not among the arguments."""
-    parts = {name: [[write_records(part, args) for part in train_val_split(records, share, 0)]
-                    for records in lists] for name, (_, lists) in arms.items()}
-
-    def losses_at(asked):
-        runs = {}
-        for name, rate in asked:
-            for seed in range(seeds):
-                for i, (training, held_out) in enumerate(parts[name]):
-                    runs[name, rate, seed, i] = run_settings(
-                        args, arms[name][0], rate=rate, seed=seed, data=training, val=held_out,
-                        epochs=args.sweep_epochs)
-        runs = run_all(runs, args, may_diverge=True)
-
-        def mean_loss(name, rate, seed):
-            found = [runs[name, rate, seed, i] for i in range(len(parts[name]))]
-            return statistics.fmean(values(found))
-
-        return [[mean_loss(name, rate, seed) for seed in range(seeds)] for name, rate in asked]
-
-    print("sweep of the learning rate, on training data only")
-    tried = sweep(arms, rates or args.rates, losses_at, widen)
-    for name, losses in tried.items():
-        means = mean_losses(losses)
-        if math.isinf(min(means.values())):
-            raise ValueError(f"{name} diverged at every rate of {sorted(losses)}: give lower "
-                             "--rates")
-        listed = ", ".join(f"{rate:g}: {means[rate]:.4f}" for rate in sorted(means))
-        print(f"{name}: held-out loss by learning rate {listed}; chosen: "
-              f"{steady_rate(losses):g}", flush=True)
-    return tried
-
-
-def steady_rates(tried):
-    return {name: steady_rate(losses) for name, losses in tried.items()}
-
-
-def run_seeds(configs, rates, args, records, val, quiz=None):
-    """{name: [run of each seed]} of {name: config} at {name: rate}."""
-    data = write_records(records, args)
-    val = write_records(val, args)
-    runs = run_all({(name, seed): run_settings(
-        args, config, rate=rates[name], seed=seed, data=data, val=val, keep=True)
-        for name, config in configs.items() for seed in range(args.seeds)}, args, quiz=quiz)
-    return {name: [runs[name, seed] for seed in range(args.seeds)] for name in configs}
+def run_methods(configs, rates, args, records, val, quiz=None):
+    """{name: [run of each seed]} of {name: config} at {name: rate}, on the same records."""
+    return run_seeds({name: run_flags(args, config, rate=rates[name], records=records, val=val,
+                                      keep_data=args.keep_data)
+                      for name, config in configs.items()}, args, quiz=quiz)
 
 
 def values(runs, metric="val_loss"):
@@ -513,19 +377,259 @@ def values(runs, metric="val_loss"):
     return [kept["loss"] for kept in found] if metric == "kept" else found
 
 
+def mean_loss(runs):
+    return statistics.fmean(values(runs))
+
+
+def intervals(runs, metrics):
+    """{metric: its interval over the runs} of those metrics that were measured."""
+    return {metric: report.interval(values(runs, metric)) for metric in metrics
+            if metric in runs[0]["metrics"]}
+
+
+def by_category(runs):
+    """{category: [validation loss of each run]}."""
+    return {category: [run["metrics"]["categories"][category]["val_loss"] for run in runs]
+            for category in runs[0]["metrics"].get("categories", {})}
+
+
+def make_row(runs, metrics):
+    """What a result says of an arm, from the runs of its seeds."""
+    settings, parameters = runs[0]["settings"], runs[0]["parameters"]
+    return {"rate": settings["lr"], "clip": settings.get("clip"),
+            "seeds": [run["settings"].get("seed") for run in runs],
+            "commits": sorted({run.get("commit") or "unknown" for run in runs}),
+            "trainable": parameters["trainable"],
+            "without_router": parameters["trainable_without_router"],
+            **intervals(runs, metrics), "categories": by_category(runs)}
+
+
+def starting_model(flags):
+    """(model with adapters as train.py drew them, by the same calls in the same order;
+    tokenizer)."""
+    settings = train.parse_args(command_line(flags))
+    torch.manual_seed(settings.seed)
+    model, tokenizer = load_llama(settings.weights, dtype=torch.float32)
+    add_hydralora(model, **train.adapter_settings(settings))
+    return model, tokenizer
+
+
+def trained_model(run):
+    """(model with a run's adapter, tokenizer)."""
+    model, tokenizer = load_llama(run["flags"]["weights"], dtype=torch.float32)
+    load_adapter(model, run["folder"] / "adapter.pt")
+    return model.eval(), tokenizer
+
+
+def train_here(model, sequences, *, lr, seed, batch_size=8, epochs=1, max_steps=0, warmup=0.03,
+               clip=0.0, optimizer=None, step=train.train_step):
+    """Trains a model with adapters in this process by train.py's steps, in its order, in fp32;
+    yields the gradient norm of each. The optimizer's groups and the step may be others."""
+    steps = train.plan_steps(sequences, batch_size=batch_size, grad_accum=1, epochs=epochs,
+                             max_steps=max_steps, seed=seed)
+    optimizer = optimizer or train.make_optimizer(model, lr=lr)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    precision = autocast("cpu", "fp32")
+    model.train()
+    for i, batches in enumerate(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(i, len(steps), group["peak_lr"], warmup)
+        _, norm = step(model, batches, optimizer, scaler, clip=clip, precision=precision)
+        yield norm.item()
+
+
+# ---------------------------------------------------------------- the sweep
+
+
+def sweep(names, rates, measure, widen=WIDEN):
+    """{name: {rate: [loss of each seed]}}; measure([(name, rate)]) returns {(name, rate): such a
+    list}. All names try the same rates; while the best is the lowest or highest of several, the
+    next rate beyond it is tried, at most `widen` times."""
+    tried = {name: {} for name in names}
+    asked = [(name, rate) for name in names for rate in rates]
+    for _ in range(1 + widen):
+        for (name, rate), losses in measure(asked).items():
+            tried[name][rate] = losses
+        asked = [(name, beyond(losses)) for name, losses in tried.items() if beyond(losses)]
+        if not asked:
+            break
+    return tried
+
+
+def mean_losses(losses):
+    return {rate: statistics.fmean(own) for rate, own in losses.items()}
+
+
+def best_rate(losses):
+    """The rate to use, of {rate: [loss of each seed]}: that of the lowest mean."""
+    means = mean_losses(losses)
+    return min(means, key=means.get)
+
+
+def beyond(losses):
+    """The next rate if the best of {rate: losses} is an edge, else None."""
+    rates = sorted(losses)
+    best = best_rate(losses)
+    if len(rates) == 1 or best not in (rates[0], rates[-1]):
+        return None
+    # rates are 1e-3 times powers of sqrt 2, rounded for the eye
+    power = round(2 * math.log2(best / 1e-3)) + (1 if best == rates[-1] else -1)
+    return float(f"{1e-3 * 2 ** (power / 2):.3g}")
+
+
+def sweep_seeds(count=SWEEP_SEEDS):
+    return list(range(SWEEP_SEED, SWEEP_SEED + count))
+
+
+def sweep_result(losses, **more):
+    """What a result says of the sweep of an arm, of {rate: [loss of each seed]}."""
+    return {"seeds": sweep_seeds(len(next(iter(losses.values())))), "rate": best_rate(losses),
+            "losses": losses, **more}
+
+
+def lowest_between(losses):
+    """[the rate at which each seed's loss is lowest]: at the vertex of the parabola, over the
+    logarithm of the rate, through its lowest loss and the two beside it; None at an edge."""
+    rates, found = sorted(losses), []
+    for seed in range(len(losses[rates[0]])):
+        own = [losses[rate][seed] for rate in rates]
+        i = own.index(min(own))
+        if not 0 < i < len(own) - 1 or not math.isfinite(own[i - 1] + own[i + 1]):
+            return None
+        left, right = own[i - 1] - own[i], own[i + 1] - own[i]
+        shift = (left - right) / (left + right) / 2  # in steps of the grid
+        found.append(rates[i] * (rates[i + 1] / rates[i]) ** shift)
+    return found
+
+
+def rate_ratio(tried, a, b):
+    """The interval of log2 of a's best rate over b's, seed by seed; None if one is not known."""
+    found = [lowest_between(tried[name]["losses"]) for name in (a, b)]
+    return None if None in found else report.interval(
+        math.log2(x / y) for x, y in zip(*found))
+
+
+def tune(arms, args, rates=None, *, seeds=SWEEP_SEEDS, share=SHARE, widen=WIDEN):
+    """{name: sweep_result} of arms {name: (config, [records, ...])} by the mean held-out loss. A
+    share of each list of training records is held out, alike for all arms; the validation set is
+    not among the arguments."""
+    categories = {name: {} for name in arms}
+
+    def measure(asked):
+        flags = {}
+        for name, rate in asked:
+            config, lists = arms[name]
+            for i, records in enumerate(lists):
+                training, held_out = train_val_split(records, share, seed=0)
+                flags[name, rate, i] = run_flags(args, config, rate=rate, records=training,
+                                                 val=held_out, epochs=args.sweep_epochs,
+                                                 seed=SWEEP_SEED)
+        losses = {}  # {(name, rate): [losses of the seeds, for each list]}
+        for (name, rate, _), runs in run_seeds(flags, args, seeds, may_diverge=True).items():
+            losses.setdefault((name, rate), []).append(values(runs))
+            if all(math.isfinite(loss) for loss in values(runs)):
+                categories[name].setdefault(rate, {}).update(by_category(runs))
+        return {key: [statistics.fmean(seed) for seed in zip(*lists)]
+                for key, lists in losses.items()}
+
+    print("sweep of the learning rate, on training data only")
+    tried = {}
+    for name, losses in sweep(arms, rates or args.rates, measure, widen).items():
+        clip = arms[name][0].get("clip", RECIPE["clip"])
+        tried[name] = sweep_result(losses, clip=clip, categories=categories[name])
+        means = mean_losses(losses)
+        if math.isinf(min(means.values())):
+            raise ValueError(f"{name} diverged at every rate of {sorted(losses)}: give lower "
+                             "--rates")
+        listed = ", ".join(f"{rate:g}: {means[rate]:.4f}" for rate in sorted(means))
+        print(f"{name}: held-out loss by learning rate {listed}; chosen: "
+              f"{tried[name]['rate']:g}", flush=True)
+    return tried
+
+
+def chosen_rates(tried):
+    return {name: own["rate"] for name, own in tried.items()}
+
+
+def tune_and_run(configs, args, records, val, quiz=None):
+    """(sweep, {name: [run of each seed]}) of {name: config}, all on the same records, each at the
+    rate that its sweep chose."""
+    tried = tune({name: (config, [records]) for name, config in configs.items()}, args)
+    return tried, run_methods(configs, chosen_rates(tried), args, records, val, quiz)
+
+
+def run_here(spec, model, training, measure, change=None, **options):
+    """A run in this process: the adapter of spec["settings"] on a model that is the base before
+    and after, trained on sequences and measured by measure(). change(model, rate) alters the
+    layers and returns more options of train_here."""
+    torch.manual_seed(spec["seed"])
+    add_hydralora(model, **spec["settings"])
+    try:
+        options |= change(model, spec["rate"]) if change else {}
+        parameters = count_parameters(model)
+        norms = list(train_here(model, training, lr=spec["rate"], seed=spec["seed"], **options))
+        metrics = measure()
+    finally:
+        remove_adapters(model)
+    clipped = sum(norm > 1 for norm in norms) / len(norms)
+    return {"metrics": {**metrics, "clipped_at_1": clipped}, "parameters": parameters}
+
+
+def measure_here(model, sequences):
+    """{"val_loss", "categories"} of a model, as in run.json."""
+    found = evaluate(model, sequences, precision=autocast("cpu", "fp32"))
+    return {"val_loss": found.pop(TOTAL)["loss"],
+            "categories": {name: {"val_loss": row["loss"]} for name, row in found.items()}}
+
+
+def tune_and_run_here(arms, args, seeds, fixed, folder, compute):
+    """tune_and_run of {arm: part of a spec} in this process, by compute_each in that folder. A
+    spec has what is fixed, the arm's own, the part ("sweep" or "val"), rate and seed. In a sweep a
+    loss may be None: not finite."""
+    def measure(asked):
+        specs = {key: {**fixed, **own, "part": part, "rate": rate, "seed": seed}
+                 for key, own in asked.items() for _, part, rate, seed in [key]}
+        return {key: {**run, "settings": {"lr": key[2], "seed": key[3], "clip": 0}}
+                for key, run in compute_each(specs, folder, compute).items()}
+
+    categories = {arm: {} for arm in arms}
+
+    def held_out(asked):
+        found = measure({(arm, "sweep", rate, seed): arms[arm]
+                         for arm, rate in asked for seed in sweep_seeds()})
+        losses = {}
+        for arm, rate in asked:
+            own = [found[arm, "sweep", rate, seed] for seed in sweep_seeds()]
+            losses[arm, rate] = [math.inf if loss is None else loss for loss in values(own)]
+            if all(map(math.isfinite, losses[arm, rate])):
+                categories[arm][rate] = by_category(own)
+        return losses
+
+    tried = {arm: sweep_result(losses, clip=0, categories=categories[arm])
+             for arm, losses in sweep(arms, args.rates, held_out).items()}
+    runs = {}
+    for (arm, *_), run in measure({(arm, "val", tried[arm]["rate"], seed): arms[arm]
+                                   for arm in arms for seed in seeds}).items():
+        runs.setdefault(arm, []).append(run)
+    return tried, runs
+
+
 def rerun(name, runs, args):
     """{arm, runs, threads, moved}: the runs of one arm repeated on THREADS threads, which
     round sums differently, as another processor would. moved is {metric: {scatter, seeds}}:
     the root mean square change of a run, and the standard deviation between the seeds."""
-    again = run_all({i: run["args"] for i, run in enumerate(runs)}, args, threads=THREADS).values()
+    again = run_all({i: run["flags"] for i, run in enumerate(runs)}, args, threads=THREADS)
     moved = {}
     for metric in ("val_loss", "kept"):
         if metric in runs[0]["metrics"]:
             first = values(runs, metric)
-            squares = [(a - b) ** 2 for a, b in zip(first, values(again, metric))]
+            squares = [(a - b) ** 2 for a, b in zip(first, values(again.values(), metric))]
             moved[metric] = {"scatter": math.sqrt(statistics.fmean(squares)),
                              "seeds": statistics.stdev(first) if first[1:] else None}
     return {"arm": name, "runs": len(runs), "threads": THREADS, "moved": moved}
+
+
+# ---------------------------------------------------------------- what scripts print and write
 
 
 def rerun_text(found):
@@ -539,21 +643,17 @@ def rerun_text(found):
             f"{' and '.join(changes)}, RMS over {found['runs']} runs.")
 
 
-# ---------------------------------------------------------------- what scripts print and write
-
-
 def rates_table(tried):
     """Mean held-out losses of the sweep; the chosen rate is marked."""
-    rates = sorted({rate for losses in tried.values() for rate in losses})
+    rates = sorted({rate for own in tried.values() for rate in own["losses"]})
     rows = []
-    for name, losses in tried.items():
-        means = mean_losses(losses)
+    for name, own in tried.items():
+        means = mean_losses(own["losses"])
         cells = {rate: f"{loss:.4f}" if math.isfinite(loss) else "diverged"
                  for rate, loss in means.items()}
-        cells[steady_rate(losses)] += " *"
+        cells[own["rate"]] += " *"
         rows.append([name, *(cells.get(rate, "") for rate in rates)])
-    header = ["held-out loss by rate, * chosen", *(f"{rate:g}" for rate in rates)]
-    return report.markdown(header, rows)
+    return report.markdown(["held-out loss by rate, * chosen", *rates], rows)
 
 
 def conditions(args, records, val):
@@ -561,18 +661,18 @@ def conditions(args, records, val):
     return {"records": len(records), "validation_records": len(val), "seeds": args.seeds,
             "epochs": args.epochs, "sweep_epochs": args.sweep_epochs,
             "max_steps": args.max_steps, "max_seq_len": args.max_seq_len, "rates": args.rates,
-            "sweep_seeds": SWEEP_SEEDS, "recipe": RECIPE,
-            "weights": files.weights_fingerprint(args.weights),
-            "data": files.file_fingerprint(args.data),
-            "keep_data": args.keep_data and files.file_fingerprint(args.keep_data),
+            "first_seed": args.first_seed, "sweep_seeds": sweep_seeds(), "recipe": RECIPE,
+            "commit": report.code_commit(), "weights": files.weights_fingerprint(args.weights),
+            **{name: path and files.file_fingerprint(path) for name, path in (
+                ("data", args.data), ("val_data", args.val_data), ("keep_data", args.keep_data))},
             "torch": torch.__version__}
 
 
-def publish(args, name, records, val, content, *, tables, again, claims, more, draw):
-    """Writes the results of a script: its content with conditions, rerun and claims; its
-    tables, the sentence on the rerun, the table of claims, and more tables."""
-    report.write_results(
-        args, name,
-        {"conditions": conditions(args, records, val), **content, "rerun": again,
-         "claims": claims},
-        [*tables, rerun_text(again), report.claims_text(claims), *more], draw)
+def publish(args, name, records, val, content, *, tables, again, claims, draw, more=()):
+    """Writes the results of a script: its content with conditions, rerun and claims; its tables,
+    the sentence on the rerun, the table of claims, the rates of its sweep, and more tables."""
+    swept = [rates_table(content["sweep"])] if "sweep" in content else []
+    content = {"conditions": conditions(args, records, val), **content, "rerun": again,
+               "claims": claims}
+    sections = [*tables, rerun_text(again), report.claims_text(claims), *swept, *more]
+    report.write_results(args, name, content, sections, draw)

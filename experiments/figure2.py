@@ -6,14 +6,11 @@ group; every group is a corpus of its own, tested on its own families. The mean 
 thus weighs every family alike at every point, and all methods see the same groups and seeds.
 
     python -m experiments.figure2
-
-Claims (section 2.2): LoRA's gap to full fine-tuning grows with the number of families;
-HydraLoRA's gap on the mix of all families is smaller than LoRA's; and it grows less.
 """
 
 import random
-import statistics
 import sys
+from itertools import product
 
 from experiments import common, report
 from experiments.common import FULL, hydra, lora
@@ -22,7 +19,7 @@ PRIMARY = "HydraLoRA's gap to full fine-tuning grows less than that of LoRA, mat
 GROWTH_SEEDS = 5  # at least, for a claim on growth
 HYDRA = "HydraLoRA 3x8"
 LORAS = ("LoRA r8", "LoRA, matched")
-LINES = {"LoRA r8": ("o", "-"), "LoRA, matched": ("s", "--"), HYDRA: ("D", "-.")}
+LINES = (*LORAS, HYDRA)
 SWEPT = 2  # groups that the learning rate is chosen on, at each number of families
 
 
@@ -57,59 +54,48 @@ def corpus(records, group, total, seed):
     return chosen
 
 
-def group_losses(args, configs, rates, records, val):
-    """({(name, size): [loss of each seed]}, [runs of HydraLoRA on most families]); a loss is
-    the mean over the groups."""
-    def settings_of(name, size, seed, group):
-        return common.run_settings(
-            args, configs[name], rate=rates[f"{name}, {size}"], seed=seed,
-            data=common.write_records(corpus(records, group, args.total, seed), args),
-            val=common.write_records(common.of_families(val, group), args))
-
-    runs = common.run_all({(name, size, seed, *group): settings_of(name, size, seed, group)
-                           for name in configs for size in args.families
-                           for seed in range(args.seeds)
-                           for group in deal(common.families(records), size, seed)}, args)
-    by_seed = {}
-    for (name, size, seed, *_), run in runs.items():
-        by_seed.setdefault((name, size, seed), []).append(run)
-    losses = {(name, size): [statistics.fmean(common.values(by_seed[name, size, seed]))
-                             for seed in range(args.seeds)]
-              for name in configs for size in args.families}
-    last = max(args.families)
-    return losses, [run for (name, size, *_), run in runs.items() if (name, size) == (HYDRA, last)]
+def make_runs(args, configs, rates, records, val):
+    """{(name, size, seed): [run of each group]}."""
+    flags = {}
+    for name, size, seed in product(configs, args.families, range(args.seeds)):
+        for group in deal(common.families(records), size, seed):
+            flags[name, size, seed, tuple(group)] = common.run_flags(
+                args, configs[name], rate=rates[f"{name}, {size}"],
+                seed=args.first_seed + seed,
+                records=corpus(records, group, args.total, seed),
+                val=common.of_families(val, group))
+    runs = {}
+    for (name, size, seed, _), run in common.run_all(flags, args).items():
+        runs.setdefault((name, size, seed), []).append(run)
+    return runs
 
 
-def make_claims(gaps, sizes, seeds):
-    """gaps {(name, size): [loss minus full's, of each seed]}."""
+def make_claims(losses, sizes, seeds):
+    """losses {(name, size): [loss of each seed]}."""
     first, last = min(sizes), max(sizes)
-    growth = {name: [b - a for a, b in zip(gaps[name, first], gaps[name, last])]
-              for name in LINES}
-    found = [report.claim(f"HydraLoRA's gap on {last} families is smaller than that of {name}",
-                          report.difference(gaps[name, last], gaps[HYDRA, last]))
-             for name in LORAS]
+    gaps = {(name, size): [a - b for a, b in zip(losses[name, size], losses["full", size])]
+            for name in LINES for size in sizes}
+    growth = {name: report.difference(gaps[name, last], gaps[name, first]) for name in LINES}
+    found = {f"HydraLoRA's gap on {last} families is smaller than that of {name}":
+             report.loss_difference(losses[name, last], losses[HYDRA, last]) for name in LORAS}
     if seeds >= GROWTH_SEEDS and first < last:
-        less = {name: report.difference(growth[name], growth[HYDRA]) for name in LORAS}
-        found = [report.claim(PRIMARY, less["LoRA, matched"], primary=True), *found,
-                 report.claim("HydraLoRA's gap grows less than that of LoRA r8",
-                              less["LoRA r8"]),
-                 *(report.claim(f"{name}'s gap is wider on {last} families than on {first}",
-                                report.interval(growth[name])) for name in LORAS)]
-    return report.judge(found, __file__)
+        less = {name: report.difference(growth[name]["values"], growth[HYDRA]["values"])
+                for name in LORAS}
+        wider = {f"{name}'s gap is wider on {last} families than on {first}": growth[name]
+                 for name in LORAS}
+        found = {PRIMARY: less["LoRA, matched"], **found,
+                 "HydraLoRA's gap grows less than that of LoRA r8": less["LoRA r8"], **wider}
+    return report.judge(found, PRIMARY, __file__)
 
 
-def draw_figure2(pyplot, stats, sizes, total):
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, (name, (marker, line)) in enumerate(LINES.items()):
-        x = [size + 0.06 * (i - 1) for size in sizes]  # or the bars would hide each other
-        report.error_bars(axes, x, [stats[name, size] for size in sizes], marker=marker,
-                          linestyle=line, label=name)
+def draw_figure2(pyplot, gaps, sizes, total):
+    lines = {name: ([size + shift for size in sizes], [gaps[name, size] for size in sizes])
+             for name, shift in zip(LINES, (-0.06, 0, 0.06))}  # or the bars would hide each other
+    axes = report.line_chart(pyplot, lines, f"families in a corpus of {total} records",
+                             "loss minus full fine-tuning's\n(nats per token)")
     axes.axhline(0, color="grey", linewidth=1)
     axes.set_xticks(sizes)
-    axes.set_xlabel(f"families in a corpus of {total} records")
-    axes.set_ylabel("loss minus full fine-tuning's\n(nats per token)")
-    axes.legend()
-    return figure
+    return axes.figure
 
 
 def parse_args(argv):
@@ -133,23 +119,25 @@ def run(args):
                      for group in deal(families, size, 0)[:SWEPT]] for size in args.families}
     tried = common.tune({f"{name}, {size}": (config, groups[size])
                          for name, config in configs.items() for size in args.families}, args)
-    losses, last_runs = group_losses(args, configs, common.steady_rates(tried), records, val)
-    gaps = {(name, size): [a - b for a, b in zip(losses[name, size], losses["full", size])]
-            for name in LINES for size in args.families}
-    stats = {key: report.interval(gap) for key, gap in gaps.items()}
+    runs = make_runs(args, configs, common.chosen_rates(tried), records, val)
+    seeds = range(args.seeds)
+    losses = {(name, size): [common.mean_loss(runs[name, size, seed]) for seed in seeds]
+              for name in configs for size in args.families}
     full = {size: report.interval(losses["full", size]) for size in args.families}
+    gaps = {(name, size): report.difference(losses[name, size], losses["full", size])
+            for name in LINES for size in args.families}
+    last_runs = [run for seed in seeds for run in runs[HYDRA, last, seed]]
     again = common.rerun(f"{HYDRA} on {last} families", last_runs, args)
     table = report.markdown(
         ["families", "loss of full fine-tuning", *(f"{name} minus full" for name in LINES)],
-        [[size, report.show(full[size]), *(report.signed(stats[name, size]) for name in LINES)]
+        [[size, full[size], *(report.show(gaps[name, size], sign="+") for name in LINES)]
          for size in args.families])
     content = {"total": args.total, "sweep": tried, "full": full,
-               "gaps": {name: {size: stats[name, size] for size in args.families}
+               "gaps": {name: {size: gaps[name, size] for size in args.families}
                         for name in LINES}}
     common.publish(args, "figure2", records, val, content, tables=[table], again=again,
-                   claims=make_claims(gaps, args.families, args.seeds),
-                   more=[common.rates_table(tried)],
-                   draw=lambda pyplot: draw_figure2(pyplot, stats, args.families, args.total))
+                   claims=make_claims(losses, args.families, args.seeds),
+                   draw=lambda pyplot: draw_figure2(pyplot, gaps, args.families, args.total))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,11 @@ B A; B starts at zero, so it is its own displacement. A's with a cosine of zero 
 the same subspace: hence the overlap of the spaces that their rows and B's columns span.
 
     python -m experiments.figure3
-
-Claims (Observation II): the A's converge, so that from different starts most of their row spaces
-is shared; the B's are distinguishable; and A moves in more alike directions than B does.
 """
 
 import statistics
 import sys
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 
@@ -32,13 +29,12 @@ SPACES = {"rows of A at the start": "start", "rows of A": "a", "columns of B": "
 PANELS = {"A": "a", "B": "b", "displacement of A": "moved"}
 APART = 1000  # between the seeds of families that start from different A's
 ALIKE = 0.5  # cosine or share that "converge" and "distinguishable" are measured against
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def matrices(run):
     """{part: {layer: matrix}} of a finished run."""
-    first, last = (hydra_layers(model) for model, _ in (common.starting_model(run["args"]),
-                                                        common.trained_model(run)))
+    first = hydra_layers(common.starting_model(run["flags"])[0])
+    last = hydra_layers(common.trained_model(run)[0])
     start = {name: layer.lora_A.detach() for name, layer in first.items()}
     a = {name: layer.lora_A.detach() for name, layer in last.items()}
     b = {name: layer.lora_B.detach()[0] for name, layer in last.items()}  # (1, O, R) -> (O, R)
@@ -52,39 +48,27 @@ def mean_over(families, part, likeness):
                             for layer in families[0][part])
 
 
-def cosine(matrices):
-    return mean_cosine(torch.stack(matrices))
-
-
-def overlap(a, b):
-    """The share of the space spanned by the rows of one matrix (R, I) that lies in the other's:
-    the mean squared cosine of the principal angles; 1: the same space, R / I by chance. Of
-    matrices (O, R) that are taller than wide the columns are compared."""
-    one, other = (torch.linalg.qr(m if len(m) > m.shape[1] else m.T)[0] for m in (a, b))
-    return ((one.T @ other).square().sum() / one.shape[1]).item()
-
-
-def mean_overlap(matrices):
-    return statistics.fmean(overlap(a, b) for a, b in combinations(matrices, 2))
-
-
-def by_chance(matrices):
-    """The mean overlap of random matrices of the sizes of {layer: matrix}."""
-    return statistics.fmean(min(m.shape) / max(m.shape) for m in matrices.values())
+def overlap(matrices):
+    """The share of the space spanned by the rows of one matrix (R, I) that lies in another's, the
+    mean over all pairs: the mean squared cosine of the principal angles; 1: the same space, R / I
+    by chance. Of matrices (O, R) that are taller than wide the columns are compared."""
+    bases = [torch.linalg.qr(m if len(m) > m.shape[1] else m.T)[0] for m in matrices]
+    return statistics.fmean(((a.T @ b).square().sum() / a.shape[1]).item()
+                            for a, b in combinations(bases, 2))
 
 
 def make_runs(args, rate, records, val):
     """{start: [[run of each family] of each seed]}; the first family's run serves both starts."""
-    data, val = ({family: common.write_records(common.of_families(part, [family]), args)
-                  for family in args.families} for part in (records, val))
-    runs = common.run_all({(start, seed, family): common.run_settings(
-        args, lora(args.rank), rate=rate,
-        seed=seed + (APART * i if start == "different" else 0),
-        data=data[family], val=val[family])
-        for start in STARTS for seed in range(args.seeds)
-        for i, family in enumerate(args.families)}, args)
-    return {start: [[runs[start, seed, family] for family in args.families]
-                    for seed in range(args.seeds)] for start in STARTS}
+    flags = {}
+    for start, (i, family) in product(STARTS, enumerate(args.families)):
+        flags[start, family] = common.run_flags(
+            args, lora(args.rank), rate=rate,
+            seed=args.first_seed + (APART * i if start == "different" else 0),
+            records=common.of_families(records, [family]),
+            val=common.of_families(val, [family]))
+    runs = common.run_seeds(flags, args)
+    return {start: list(zip(*(runs[start, family] for family in args.families)))
+            for start in STARTS}
 
 
 def make_claims(stats, shares):
@@ -92,48 +76,36 @@ def make_claims(stats, shares):
     def above(stat, sign=1):
         return report.interval(sign * (value - ALIKE) for value in stat["values"])
 
-    same = stats["same"]
-    rows = shares["different"]
-    return report.judge([
-        report.claim(PRIMARY, above(rows["a"]), primary=True),
-        report.claim("from different starts the A's row spaces share more than at the start",
-                     report.difference(rows["a"]["values"], rows["start"]["values"])),
-        report.claim("the A's are alike from the same start (cosine above 0.5)",
-                     above(same["a"])),
-        report.claim("the B's are distinguishable from the same start (cosine below 0.5)",
-                     above(same["b"], -1)),
-        report.claim("from the same start A's displacements are more alike than B's",
-                     report.difference(same["moved"]["values"], same["b"]["values"]))], __file__)
+    same, rows = stats["same"], shares["different"]
+    return report.judge({
+        PRIMARY: above(rows["a"]),
+        "from different starts the A's row spaces share more than at the start":
+            report.difference(rows["a"]["values"], rows["start"]["values"]),
+        "the A's are alike from the same start (cosine above 0.5)": above(same["a"]),
+        "the B's are distinguishable from the same start (cosine below 0.5)": above(same["b"], -1),
+        "from the same start A's displacements are more alike than B's":
+            report.difference(same["moved"]["values"], same["b"]["values"])}, PRIMARY, __file__)
 
 
 def draw_figure3(pyplot, found, families):
     """t-SNE of w1 and w3 of every layer, whose matrices are of one size, for {start: matrices
-    of each family}; None without scikit-learn."""
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError:
-        print("no picture: scikit-learn is not installed "
-              "(pip install -r requirements-optional.txt)")
-        return None
+    of each family}."""
+    from sklearn.manifold import TSNE
     figure, axes = pyplot.subplots(2, len(PANELS), figsize=(10, 6.5), layout="constrained")
     for row, start in zip(axes, STARTS):
         for axis, (label, part) in zip(row, PANELS.items()):
             layers = [name for name in found[start][0][part] if not name.endswith("w2")]
             points = torch.stack([family[part][name].flatten() for family in found[start]
                                   for name in layers]).numpy()
-            axis.set_title(f"{label}, {start} start", fontsize=10)
-            if not points.std(0).any():  # t-SNE would divide by zero
-                axis.text(0.5, 0.5, "all points are one", ha="center")
-                continue
             flat = TSNE(perplexity=min(5, len(points) - 1), init="pca",
                         random_state=0).fit_transform(points)
             for i, family in enumerate(families):
                 x, y = flat[i * len(layers):(i + 1) * len(layers)].T
-                axis.scatter(x, y, marker=MARKERS[i % len(MARKERS)], s=30, alpha=0.7,
-                             label=family)
-            axis.set_xlabel("t-SNE 1 (no unit)")
-            axis.set_ylabel("t-SNE 2 (no unit)")
-    lines, labels = axes[0][1].get_legend_handles_labels()  # the B matrices move in any run
+                marker, _ = report.STYLES[i % len(report.STYLES)]
+                axis.scatter(x, y, marker=marker, s=30, alpha=0.7, label=family)
+            axis.set(title=f"{label}, {start} start", xlabel="t-SNE 1 (no unit)",
+                     ylabel="t-SNE 2 (no unit)")
+    lines, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=len(families))
     return figure
 
@@ -153,7 +125,7 @@ def run(args):
         raise ValueError(f"--families needs two or more of {', '.join(sorted(known))}")
     by_family = [common.of_families(records, [family]) for family in args.families]
     tried = common.tune({"LoRA": (lora(args.rank), by_family)}, args)
-    runs = make_runs(args, common.steady_rate(tried["LoRA"]), records, val)
+    runs = make_runs(args, tried["LoRA"]["rate"], records, val)
     found = {start: [[matrices(run) for run in seed] for seed in seeds]
              for start, seeds in runs.items()}
     first = {start: seeds[0] for start, seeds in found.items()}
@@ -162,9 +134,10 @@ def run(args):
         return {start: {part: report.interval(mean_over(seed, part, likeness) for seed in seeds)
                         for part in parts.values()} for start, seeds in found.items()}
 
-    cosines = intervals(PARTS, cosine)
-    overlaps = intervals(SPACES, mean_overlap)
-    chance = {part: by_chance(first["same"][0][part]) for part in SPACES.values()}
+    cosines = intervals(PARTS, lambda matrices: mean_cosine(torch.stack(matrices)))
+    overlaps = intervals(SPACES, overlap)
+    chance = {part: statistics.fmean(min(m.shape) / max(m.shape) for m in by_layer.values())
+              for part, by_layer in first["same"][0].items() if part in SPACES.values()}
     again = common.rerun(f"LoRA on {args.families[0]}", [seed[0] for seed in runs["same"]], args)
     titles = [f"from {text}" for text in STARTS.values()]
     cosine_table = report.markdown(
@@ -179,7 +152,7 @@ def run(args):
                    {"families": args.families, "rank": args.rank, "sweep": tried,
                     "cosines": cosines, "overlaps": overlaps, "overlaps_by_chance": chance},
                    tables=[cosine_table, overlap_table], again=again,
-                   claims=make_claims(cosines, overlaps), more=[common.rates_table(tried)],
+                   claims=make_claims(cosines, overlaps),
                    draw=lambda pyplot: draw_figure3(pyplot, first, args.families))
 
 

@@ -4,13 +4,9 @@ A token is 56 random numbers and 8 that name its task. To be learned is an updat
 top of a frozen layer W: y = W(x) + B_task A x, where the tasks contradict each other (like x,
 other y), or y = W(x) + B A x, where they agree. HydraLoRA 8x2 has a head for each task. One LoRA
 of its size has a larger rank, but one map for all tasks: next to a linear W it can learn the mean
-of the eight at best, an eighth of the target. A SwiGLU has a gate of its own, silu(w1 x), which
-multiplies w3 x: with adapters in it, LoRA can tell the tasks apart as well.
+of the eight at best. A SwiGLU has a gate of its own, silu(w1 x), which multiplies w3 x.
 
     python -m experiments.mechanism       # two minutes on one slow core
-
-Printed is the share of the update that is left unexplained on new tokens, at the learning rate
-that a sweep chose, in which other seeds draw the layer, the tasks and the tokens.
 """
 
 import math
@@ -33,21 +29,16 @@ TASKS, RANK = 8, 2
 CUE = 2.0
 LAYERS, KINDS = ("linear", "SwiGLU"), ("contradict", "agree")
 RATES = (8e-3, 1.13e-2, 1.6e-2)  # to begin with
-SWEEP_SEEDS = (100, 101)
 BATCH, TEST = 128, 4096  # tokens, drawn anew every time
 
 
-def frozen_layer(layer):
-    """(module, names of the linear layers that get adapters)."""
-    if layer == "linear":
-        return nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)), ("0",)
-    args = ModelArgs(dim=WIDTH, n_layers=1, n_heads=1, vocab_size=1, multiple_of=32)
-    return FeedForward(args), TARGETS
-
-
 def new_model(layer, heads, rank):
-    """(the frozen layer with adapters, trainable parameters); alpha / rank is 4, as elsewhere."""
-    model, targets = frozen_layer(layer)
+    """(a frozen layer with adapters, trainable parameters); alpha / rank is 4, as elsewhere."""
+    if layer == "linear":
+        model, targets = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)), ("0",)
+    else:
+        args = ModelArgs(dim=WIDTH, n_layers=1, n_heads=1, vocab_size=1, multiple_of=32)
+        model, targets = FeedForward(args), TARGETS
     for weight in model.parameters():
         nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
     return model, add_hydralora(model, targets=targets, heads=heads, rank=rank, alpha=4 * rank)
@@ -99,54 +90,20 @@ def unexplained(layer, kind, shape, rate, seed, steps):
     return share if math.isfinite(share) else math.inf
 
 
-def measure(layer, kind, shape, args, name):
-    """({rate: [of each sweep seed]}, [of each seed at the rate chosen])."""
-    def shares(rate, seeds):
-        return [unexplained(layer, kind, shape, rate, seed, args.steps) for seed in seeds]
-
-    tried = common.sweep([name], args.rates, lambda asked: [shares(rate, SWEEP_SEEDS)
-                                                            for _, rate in asked])[name]
-    rate = common.steady_rate(tried)
-    found = shares(rate, range(args.seeds))
-    print(f"{name}, {layer}, tasks {kind}: rate {rate:g}, left "
-          f"{report.show(report.interval(found))}", flush=True)
-    return tried, found
-
-
-def make_claims(left):
-    """left {(layer, kind): [shares of HydraLoRA, shares of LoRA]}."""
-    found = []
-    for (layer, kind), (hydra, lora) in left.items():
-        text = f"{layer} layer, tasks that {kind}: HydraLoRA leaves less unexplained than LoRA"
-        found.append(report.claim(text, report.difference(lora, hydra), text == PRIMARY))
-    return report.judge(found, __file__)
+def make_claims(rows):
+    """Of every frozen layer and kind of tasks: HydraLoRA, whose row is followed by LoRA's."""
+    found = {}
+    for hydra, lora in zip(rows[::2], rows[1::2]):
+        text = (f"{hydra['layer']} layer, tasks that {hydra['tasks']}: HydraLoRA leaves less "
+                "unexplained than LoRA")
+        found[text] = report.difference(lora["left"]["values"], hydra["left"]["values"])
+    return report.judge(found, PRIMARY, __file__)
 
 
 def draw_mechanism(pyplot, rows):
-    """A panel per frozen layer; a pair of bars for tasks that contradict, one for those that
-    agree."""
-    figure, axes = pyplot.subplots(1, len(LAYERS), sharey=True, figsize=(9, 4),
-                                   layout="constrained")
-    styles = (("HydraLoRA", -0.18, "tab:blue", ""), ("LoRA", 0.18, "lightgrey", "//"))
-    for axis, layer in zip(axes, LAYERS):
-        for start, shift, color, hatch in styles:
-            own = [row for row in rows
-                   if row["layer"] == layer and row["method"].startswith(start)]
-            x = [i + shift for i in range(len(own))]
-            stats = [row["left"] for row in own]
-            axis.bar(x, [stat["mean"] for stat in stats], 0.34, color=color, hatch=hatch,
-                     edgecolor="black", label=own[0]["method"])
-            report.error_bars(axis, x, stats, fmt="none", color="black")
-            for place, stat in zip(x, stats):
-                top = stat["mean"] if stat["high"] is None else stat["high"]
-                axis.annotate(f"{stat['mean']:.3f}", (place, top), ha="center",
-                              textcoords="offset points", xytext=(0, 4))
-        axis.set_xticks(range(len(KINDS)), [f"tasks that {kind}" for kind in KINDS])
-        axis.set_title(f"frozen {layer} layer")
-        axis.legend()
-    axes[0].set_ylim(0, 1.08)
-    axes[0].set_ylabel("share of the update left unexplained")
-    return figure
+    names = [f"{row['method']}, {row['layer']}, tasks that {row['tasks']}" for row in rows]
+    panels = {"share of the update left unexplained": [row["left"] for row in rows]}
+    return report.points_chart(pyplot, names, panels)
 
 
 def parse_args(argv):
@@ -161,24 +118,32 @@ def parse_args(argv):
 
 def run(args):
     torch.set_num_threads(1)
+    arms = {f"{name}, {layer}, {kind}": (layer, kind, name, shape)
+            for layer in LAYERS for kind in KINDS for name, shape in methods(layer).items()}
+
+    def shares(arm, rate, seeds):
+        layer, kind, _, shape = arms[arm]
+        return [unexplained(layer, kind, shape, rate, seed, args.steps) for seed in seeds]
+
+    swept = {arm: common.sweep_result(own) for arm, own in common.sweep(
+        arms, args.rates, lambda asked: {(arm, rate): shares(arm, rate, common.sweep_seeds())
+                                         for arm, rate in asked}).items()}
     rows = []
-    left, swept = {}, {}
-    for layer in LAYERS:
-        for kind in KINDS:
-            for name, shape in methods(layer).items():
-                tried, found = measure(layer, kind, shape, args, name)
-                swept[f"{name}, {layer}, {kind}"] = tried
-                left.setdefault((layer, kind), []).append(found)
-                rows.append({"layer": layer, "tasks": kind, "method": name,
-                             "rate": common.steady_rate(tried), "left": report.interval(found),
-                             "trainable": new_model(layer, *shape)[1]})
-    claims = make_claims(left)
+    for arm, (layer, kind, name, shape) in arms.items():
+        rate = swept[arm]["rate"]
+        seeds = range(common.FIRST_SEED, common.FIRST_SEED + args.seeds)
+        left = report.interval(shares(arm, rate, seeds))
+        rows.append({"layer": layer, "tasks": kind, "method": name, "rate": rate,
+                     "seeds": list(seeds), "left": left,
+                     "trainable": new_model(layer, *shape)[1]})
+        print(f"{arm}: rate {rate:g}, left {report.show(left)}", flush=True)
+    claims = make_claims(rows)
     table = report.markdown(
         ["frozen layer", "tasks", "method", "trainable", "rate", "left unexplained"],
-        [[row["layer"], row["tasks"], row["method"], f"{row['trainable']:,}",
-          f"{row['rate']:g}", report.show(row["left"])] for row in rows])
+        [[row["layer"], row["tasks"], row["method"], row["trainable"], row["rate"], row["left"]]
+         for row in rows])
     conditions = {"seeds": args.seeds, "steps": args.steps, "rates": args.rates,
-                  "torch": torch.__version__}
+                  "commit": report.code_commit(), "torch": torch.__version__}
     report.write_results(
         args, "mechanism",
         {"conditions": conditions, "sweep": swept, "rows": rows, "claims": claims},

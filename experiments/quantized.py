@@ -23,7 +23,6 @@ from data import WORLD
 from experiments import common, report, steps
 from experiments.common import hydra
 from model import load_llama
-from support.files import digest
 from support.quantize import KINDS, QuantizedLinear, quantize_blocks
 
 PRIMARY = "after tuning, a base in NF4 loses no more than the margin"
@@ -94,12 +93,9 @@ def make_rows(args, runs, weights):
         metrics = own[0]["metrics"]
         row = {"quantize": kind, **weights.get(kind, {}), "val_loss_base": metrics["val_loss_base"]}
         if args.quiz:
-            cache = args.runs / f"base-{kind}-{digest(args.weights)}.json"
-            row["quiz_base"] = common.quiz_accuracy(args.weights, None, args.quiz, cache, kind)
-        for metric in METRICS:
-            if metric in metrics:
-                row[metric] = report.interval(common.values(own, metric))
-        rows.append(row)
+            base = {kind: {"folder": Path(args.weights), "quantize": kind}}
+            row["quiz_base"] = common.quiz_accuracies(base, args.quiz, args)[kind]
+        rows.append({**row, **common.intervals(own, METRICS)})
     return rows
 
 
@@ -117,7 +113,7 @@ def make_tables(rows, claims, seconds):
             for key in ("quiz", "exact_match", "kept"))] for row in rows])
     judged = report.markdown(
         ["claim", "margin", "difference", "verdict", "fixed by"],
-        [[c["claim"], f"{c['margin']:g}", report.signed(c["difference"]), c["verdict"],
+        [[c["claim"], f"{c['margin']:g}", report.show(c["difference"], sign="+"), c["verdict"],
           c["fixed_by"] or "not committed"] for c in claims])
     slower = steps.time_ratios(seconds, "none")
     times = report.markdown(
@@ -134,7 +130,7 @@ def parse_args(argv):
                    help="difference in loss that counts as none (%(default)s)")
     p.add_argument("--rounds", type=int, default=5, help="of the steps that are timed (5)")
     p.add_argument("--name", default="quantized", help="of the files written (quantized)")
-    p.set_defaults(max_steps=250)
+    p.set_defaults(max_steps=250, first_seed=0)
     args = common.parse_args(p, argv)
     args.quiz = WORLD / "quiz" if Path(args.weights) == WORLD / "base" else None
     return args
@@ -142,16 +138,16 @@ def parse_args(argv):
 
 def run(args):
     records, val = common.load_records(args)
-    configs = {kind: hydra(3, quantize=kind) for kind in ("none", *KINDS)}
-    runs = common.run_seeds(configs, dict.fromkeys(configs, args.rate), args, records, val,
-                            args.quiz)
+    configs = {kind: hydra(3, quantize=kind, clip=1.0) for kind in ("none", *KINDS)}
+    runs = common.run_methods(configs, dict.fromkeys(configs, args.rate), args, records, val,
+                              args.quiz)
     rows = make_rows(args, runs, measure_weights(args.weights))
     claims = make_claims(runs, args.margin)
     seconds = time_steps(args.rounds)
     conditions = {**common.conditions(args, records, val), "rate": args.rate}
     report.write_results(args, args.name, {"conditions": conditions, "rows": rows,
                                            "claims": claims, "seconds": seconds},
-                         make_tables(rows, claims, seconds), lambda pyplot: None)
+                         make_tables(rows, claims, seconds))
 
 
 if __name__ == "__main__":

@@ -2,69 +2,61 @@
 
 As in "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, arXiv 2405.09673) every method
 is a curve: validation loss of the mix (learning) on one axis, loss on --keep-data (forgetting)
-on the other, a point per learning rate. No rate is selected.
+on the other, a point per learning rate. No rate is selected: the kept loss is interpolated where
+the curve of a seed comes down to the level of validation loss that all methods reach.
 
     python -m experiments.retention
-
-Equal learning is a level of validation loss: the highest of the methods' lowest mean losses,
-which all of them reach. Seed by seed, from the lowest rate on, the curve is followed to where it
-comes down to the level, and the kept loss is interpolated there. A seed that never comes so low
-counts with its lowest loss; a method that is lower at the lowest rate already has no value.
-
-Why: of the trained adapters nearest to the level, the losses with the gate uniform or constant
-and with the update of each block switched off, and the size of the update compared with W0 x.
 """
 
+import math
 import statistics
 import sys
-from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 
-from data import corpus
+from data.corpus import collate, encode_records, encode_texts
 from experiments import common, report
 from experiments.common import FULL, hydra, lora, split
 from experiments.routing import (
     constant_gate,
     gate_sums,
+    layer_inputs,
     loss_with,
     make_batches,
     unchanged,
     uniform_gate,
 )
 from hydralora import hydra_layers
-from support import files
 
 PRIMARY = "at equal learning HydraLoRA 3x8 keeps more than one LoRA of its size"
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-HYDRA, UNIFORM, SPLIT = "HydraLoRA 3x8", "uniform gate 3x8", "LoRA (Split) 4x8"
+HYDRA, SPLIT = "HydraLoRA 3x8", "LoRA (Split) 4x8"
 MATCHED = "LoRA, matched"
 STYLES = {"LoRA r8": ("o", ":"), MATCHED: ("s", "--"), "LoRA r32": ("^", ":"),
-          SPLIT: ("P", "-."), HYDRA: ("D", "-"), UNIFORM: ("v", "-."), "full": ("X", ":")}
+          SPLIT: ("P", "-."), HYDRA: ("D", "-"), "full": ("X", ":")}
 EXAMINED = 400  # records of the validation set behind "why"
 
 
 def methods(args):
     return {"LoRA r8": lora(8), MATCHED: lora(common.matched_rank(args)), "LoRA r32": lora(32),
-            SPLIT: split(4, 8), HYDRA: hydra(3), UNIFORM: hydra(3, gate="uniform"), "full": FULL}
+            SPLIT: split(4, 8), HYDRA: hydra(3), "full": FULL}
 
 
 def make_runs(args, configs, records, val):
     """{name: {rate: [run of each seed]}}; a rate at which a seed diverged is left out."""
-    data, val = (common.write_records(part, args) for part in (records, val))
-    found = common.run_all({(name, rate, seed): common.run_settings(
-        args, config, rate=rate, seed=seed, data=data, val=val, keep=True)
-        for name, config in configs.items() for rate in sorted(args.rates)
-        for seed in range(args.seeds)}, args, may_diverge=True)
+    found = common.run_seeds({(name, rate): common.run_flags(
+        args, config, rate=rate, records=records, val=val, keep_data=args.keep_data)
+        for name, config in configs.items() for rate in sorted(args.rates)}, args,
+        may_diverge=True)
     runs = {name: {} for name in configs}
-    for name, rates in runs.items():
-        for rate in sorted(args.rates):
-            seeds = [found[name, rate, seed] for seed in range(args.seeds)]
-            if any("diverged" in run for run in seeds):
-                print(f"{name} diverged at {rate:g}, which is left out")
-            else:
-                rates[rate] = seeds
-        if not rates:
+    for (name, rate), seeds in found.items():
+        if math.isinf(max(common.values(seeds))):
+            print(f"{name} diverged at {rate:g}, which is left out")
+        else:
+            runs[name][rate] = seeds
+    for name in configs:
+        if not runs[name]:
             raise ValueError(f"{name} diverged at every rate of {args.rates}: give lower --rates")
     return runs
 
@@ -72,19 +64,14 @@ def make_runs(args, configs, records, val):
 # ---------------------------------------------------------------- equal learning
 
 
-def mean_by_rate(rates):
-    return {rate: statistics.fmean(common.values(runs)) for rate, runs in rates.items()}
-
-
 def common_level(runs):
     """The highest of the methods' lowest mean losses."""
-    return max(min(mean_by_rate(rates).values()) for rates in runs.values())
+    return max(min(map(common.mean_loss, rates.values())) for rates in runs.values())
 
 
 def nearest_runs(rates, level):
     """The runs at the rate whose mean loss is nearest to the level."""
-    means = mean_by_rate(rates)
-    return rates[min(means, key=lambda rate: abs(means[rate] - level))]
+    return min(rates.values(), key=lambda runs: abs(common.mean_loss(runs) - level))
 
 
 def kept_at(points, level):
@@ -110,55 +97,48 @@ def at_equal_learning(runs, level):
     return found
 
 
-def make_claims(kept):
-    """kept {name: [loss of each seed] or None}."""
-    def add(text, worse, better, primary=False):
+def make_claims(kept, runs):
+    """kept {name: [loss of each seed] or None}; the last two say that the rate decides who is
+    ahead in validation loss."""
+    def less(worse, better):
         known = kept[worse] and kept[better]
-        stat = report.difference(kept[worse], kept[better]) if known else None
-        return report.claim(text, stat, primary)
+        return report.loss_difference(kept[worse], kept[better]) if known else None
 
-    pairs = (("LoRA r8", HYDRA), ("LoRA r32", HYDRA), (UNIFORM, HYDRA), ("LoRA r32", SPLIT),
+    pairs = (("LoRA r8", HYDRA), ("LoRA r32", HYDRA), ("LoRA r32", SPLIT),
              ("full", "LoRA r8"))
-    secondary = [add(f"at equal learning {better} keeps more than {worse}", worse, better)
-                 for worse, better in pairs]
-    return report.judge([add(PRIMARY, MATCHED, HYDRA, primary=True), *secondary], __file__)
+    found = {PRIMARY: less(MATCHED, HYDRA),
+             **{f"at equal learning {better} keeps more than {worse}": less(worse, better)
+                for worse, better in pairs}}
+    for rate, worse, better in ((1e-3, HYDRA, MATCHED), (8e-3, MATCHED, HYDRA)):
+        if rate in runs[worse] and rate in runs[better]:
+            found[f"at a rate of {rate:g} {better} is ahead of {worse} in validation loss"] = \
+                report.loss_difference(*(common.values(runs[name][rate])
+                                         for name in (worse, better)))
+    return report.judge(found, PRIMARY, __file__)
 
 
 # ---------------------------------------------------------------- why
 
 
-@contextmanager
-def switched_off(layers):
-    """Within this context the update of these layers is zero."""
-    scales = [layer.scale for layer in layers]
-    for layer in layers:
-        layer.scale = 0.0
-    try:
-        yield
-    finally:
-        for layer, scale in zip(layers, scales):
-            layer.scale = scale
+def without_block(block):
+    """A change of the gate: zero, and with it the update, in all layers of a block."""
+    def change(name, gate, mask):
+        return 0 * gate if name.startswith(f"layers.{block}.") else gate
+    return change
 
 
 @torch.no_grad()
 def update_size(model, batches):
     """|update| / |W0 x|, mean over the layers; each norm is over all tokens but padding."""
-    layers = hydra_layers(model).values()
-    sums = dict.fromkeys(layers, 0)  # of squares: W0 x, update
-
-    for batch in map(corpus.collate, batches):
-        def add(layer, inputs, mask=batch.attention_mask):
-            x = inputs[0][mask]
-            frozen = layer.base(x)
-            update = layer.forward(x) - frozen
-            squares = [frozen.square().sum(), update.square().sum()]
-            sums[layer] = sums[layer] + torch.stack(squares).double()
-
-        with ExitStack() as hooks:
-            for layer in layers:
-                hooks.callback(layer.register_forward_pre_hook(add).remove)
-            model.hidden_states(batch.tokens)
-    return statistics.fmean((update / frozen).sqrt().item() for frozen, update in sums.values())
+    layers = hydra_layers(model)
+    frozen, update = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)  # sums of squares
+    for batch in map(collate, batches):
+        for name, x in layer_inputs(model, batch).items():
+            x = x[batch.attention_mask]
+            y = layers[name].base(x)
+            frozen[name] += y.square().sum().double()
+            update[name] += (layers[name](x) - y).square().sum().double()
+    return statistics.fmean((update[name] / frozen[name]).sqrt().item() for name in layers)
 
 
 def examine(run, val, keep_data):
@@ -167,48 +147,19 @@ def examine(run, val, keep_data):
     model, tokenizer = common.trained_model(run)
     longest = run["settings"]["max_seq_len"]
     records = common.draw_records(val, EXAMINED)
-    mix = make_batches(corpus.encode_records(records, tokenizer, longest)[0])
-    kept = make_batches(corpus.encode_texts(keep_data, tokenizer, longest)[0])
+    mix = make_batches(encode_records(records, tokenizer, longest)[0])
+    kept = make_batches(encode_texts(keep_data, tokenizer, longest)[0])
     changes = {"as trained": unchanged}
     if run["settings"].get("heads", 1) > 1:
-        sums, tokens, _ = gate_sums(model, mix)
-        changes |= {"gate uniform": uniform_gate, "gate constant": constant_gate(sums, tokens)}
-    blocks = {}
-    for name, layer in hydra_layers(model).items():
-        blocks.setdefault(f"block {int(name.split('.')[1]) + 1} off", []).append(layer)
-    found = {}
-    for part, batches in (("kept", kept), ("mix", mix)):
-        found[part] = {key: loss_with(model, batches, change) for key, change in changes.items()}
-        for key, layers in blocks.items():
-            with switched_off(layers):
-                found[part][key] = loss_with(model, batches, unchanged)
-        found[part]["update size"] = update_size(model, batches)
-    return found
-
-
-def find_reasons(args, runs, level, val):
-    """{name: [examine() of each seed]} of HydraLoRA and LoRA of its size."""
-    key = [files.file_fingerprint(args.keep_data), EXAMINED]
-    return {name: [common.cached(run["folder"] / "retention.json", key,
-                                 lambda run=run: examine(run, val, args.keep_data))
-                   for run in nearest_runs(runs[name], level)] for name in (HYDRA, MATCHED)}
+        mean = constant_gate(*gate_sums(model, mix))
+        changes |= {"gate uniform": uniform_gate, "gate constant": mean}
+    changes |= {f"block {i + 1} off": without_block(i) for i in range(len(model.layers))}
+    return {part: {**{key: loss_with(model, batches, change) for key, change in changes.items()},
+                   "update size": update_size(model, batches)}
+            for part, batches in (("kept", kept), ("mix", mix))}
 
 
 # ---------------------------------------------------------------- what is written
-
-
-def curve_table(curves):
-    return report.markdown(
-        ["method", "rate", "trainable", "validation loss", "kept: loss"],
-        [[name, f"{rate:g}", f"{point['trainable']:,}", report.show(point["val_loss"]),
-          report.show(point["kept"])]
-         for name, rates in curves.items() for rate, point in rates.items()])
-
-
-def equal_table(kept, level):
-    return report.markdown(
-        [f"at equal learning, a validation loss of {level:.4f}", "kept: loss"],
-        [[name, report.show(own and report.interval(own))] for name, own in kept.items()])
 
 
 def reasons_table(reasons):
@@ -216,12 +167,10 @@ def reasons_table(reasons):
     columns = [(name, part) for name in reasons for part in ("kept", "mix")]
     rows = []
     for key in reasons[HYDRA][0]["kept"]:
-        label = "size of the update compared with W0 x" if key == "update size" else key
-        row = [label]
+        row = ["size of the update compared with W0 x" if key == "update size" else key]
         for name, part in columns:
-            seeds = [one[part] for one in reasons[name]]
-            known = key in seeds[0]
-            row.append(report.show(report.interval(one[key] for one in seeds) if known else None))
+            own = [seed[part][key] for seed in reasons[name] if key in seed[part]]
+            row.append(report.interval(own) if own else None)
         rows.append(row)
     return report.markdown(["loss after training", *map(", ".join, columns)], rows)
 
@@ -232,26 +181,21 @@ def draw_retention(pyplot, curves, base, level):
     figure, axis = pyplot.subplots(figsize=(9, 6), layout="constrained")
     for (name, rates), color in zip(curves.items(), pyplot.cm.tab10.colors):
         marker, line = STYLES[name]
-        points = [point for _, point in sorted(rates.items())]
-        x, y = ([point[metric] for point in points] for metric in ("val_loss", "kept"))
+        x, y = ([rates[rate][metric] for rate in sorted(rates)] for metric in ("val_loss", "kept"))
         for seed in range(len(x[0]["values"])):
             axis.plot([stat["values"][seed] for stat in x], [stat["values"][seed] for stat in y],
                       color=color, linewidth=0.6, alpha=0.4)
         axis.plot([stat["mean"] for stat in x], [stat["mean"] for stat in y], color=color,
                   marker=marker, linestyle=line, linewidth=2, label=name)
-    axis.axhline(base, color="grey", linewidth=1, linestyle=":")
-    axis.annotate("the base, before tuning", (0.99, base), xycoords=("axes fraction", "data"),
-                  ha="right", va="bottom", color="grey")
-    axis.axvline(level, color="grey", linewidth=1)
-    axis.annotate("equal learning", (level, 0.99), xycoords=("data", "axes fraction"),
-                  rotation=90, ha="right", va="top", color="grey")
-    axis.set(xscale="log", yscale="log")  # full tuning's higher rates would flatten all the rest
+    axis.axhline(base, color="grey", linestyle=":", label="the base, before tuning")
+    axis.axvline(level, color="grey", label="equal learning")
+    axis.set(xscale="log", yscale="log",  # full tuning's higher rates would flatten all the rest
+             xlabel="validation loss of the mix (nats per token): learned more to the left",
+             ylabel="kept: loss on what the base knew (nats per token)")
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
-        side.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        side.set_major_formatter("{x:g}")
         side.set_minor_locator(ticker.NullLocator())
-    axis.set_xlabel("validation loss of the mix (nats per token): learned more to the left")
-    axis.set_ylabel("kept: loss on what the base knew (nats per token)")
     axis.legend()
     return figure
 
@@ -271,19 +215,26 @@ def run(args):
     runs = make_runs(args, methods(args), records, val)
     level = common_level(runs)
     kept = at_equal_learning(runs, level)
-    reasons = find_reasons(args, runs, level, val)
+    reasons = {name: [common.cached(run["folder"] / "retention.json",
+                                    partial(examine, run, val, args.keep_data))
+                      for run in nearest_runs(runs[name], level)] for name in (HYDRA, MATCHED)}
     base = runs[HYDRA][min(runs[HYDRA])][0]["metrics"]["kept"]["loss_base"]
     again = common.rerun(HYDRA, nearest_runs(runs[HYDRA], level), args)
-    curves = {name: {rate: {metric: report.interval(common.values(seeds, metric))
-                            for metric in ("val_loss", "kept")}
-                     | {"trainable": seeds[0]["parameters"]["trainable"]}
+    curves = {name: {rate: common.make_row(seeds, ["val_loss", "kept"])
                      for rate, seeds in rates.items()} for name, rates in runs.items()}
+    curve_table = report.markdown(
+        ["method", "rate", "trainable", "validation loss", "kept: loss"],
+        [[name, rate, point["trainable"], point["val_loss"], point["kept"]]
+         for name, rates in curves.items() for rate, point in rates.items()])
+    equal_table = report.markdown(
+        [f"at equal learning, a validation loss of {level:.4f}", "kept: loss"],
+        [[name, own and report.interval(own)] for name, own in kept.items()])
     common.publish(args, args.name, records, val,
                    {"curves": curves, "kept_base": base, "level": level,
                     "at_equal_learning": kept, "reasons": reasons},
                    tables=[f"Before tuning the loss on what is to be kept is {base:.4f}.",
-                           curve_table(curves), equal_table(kept, level)],
-                   again=again, claims=make_claims(kept), more=[reasons_table(reasons)],
+                           curve_table, equal_table],
+                   again=again, claims=make_claims(kept, runs), more=[reasons_table(reasons)],
                    draw=lambda pyplot: draw_retention(pyplot, curves, base, level))
 
 

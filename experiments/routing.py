@@ -3,21 +3,18 @@
 Of trained adapters (those of table1): the mean gate by head, category and layer, its entropy, and
 the mutual information between head and category. The control is an untrained router in the same
 trained layers: as it was drawn, and with the trained one's norm. Described, not claimed, is the
-validation loss with a part changed, since removing any part of a jointly trained adapter hurts:
-the gate 1 / N for every token (uniform), each layer's mean (constant), that of another token of
-32 random records (shuffled), one head's zero and the others renormalised (less head i); and, for
-comparison, a LoRA of the same size that loses a part of its rank.
+validation loss with a part changed, since removing any part of a jointly trained adapter hurts.
 
     python -m experiments.routing    # no run of its own after table1
 
 Shapes: M records, C categories, N heads, B batch, T tokens, I inputs of a layer.
 """
 
-import math
 import statistics
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +23,7 @@ from data.corpus import collate, encode_records, length_batches
 from experiments import common, report
 from experiments.common import hydra, lora
 from hydralora import hydra_layers, record_gates
-from support.evaluation import gate_entropy, target_logits
+from support.evaluation import target_logits
 
 PRIMARY = "heads specialise: they say more of the category than an untrained router of their norm"
 HYDRA, LORA = "HydraLoRA", "LoRA, matched"
@@ -86,6 +83,7 @@ def shuffled(name, gate, mask):
 
 
 def without_head(head):
+    """One head's gate zero and the others renormalised."""
     def change(name, gate, mask):
         gate = gate.clone()
         gate[..., head] = 0
@@ -93,72 +91,55 @@ def without_head(head):
     return change
 
 
-@contextmanager
-def less_rank(model, part, parts):
-    """Within this context one of so many equal parts of every LoRA's rank is zero."""
-    before = {layer: layer.lora_B.detach().clone() for layer in hydra_layers(model).values()}
-    with torch.no_grad():
-        for layer in before:
-            layer.lora_B.tensor_split(parts, dim=-1)[part].zero_()
-        try:
-            yield
-        finally:
-            for layer, b in before.items():
-                layer.lora_B.copy_(b)
-
-
 # ---------------------------------------------------------------- what a gate says
 
 
-def acting_gates(model, batch):
-    """{layer name: gate (B, T, N)} of a forward pass."""
-    with record_gates(model) as gates:
+@torch.no_grad()
+def layer_inputs(model, batch):
+    """{layer name: input (B, T, I)} of a forward pass."""
+    found = {}
+    with ExitStack() as hooks:
+        for name, layer in hydra_layers(model).items():
+            def add(_, inputs, name=name):
+                found[name] = inputs[0]
+            hooks.callback(layer.register_forward_pre_hook(add).remove)
         model.hidden_states(batch.tokens)
-    return gates
-
-
-def gates_of(routers):
-    """Like acting_gates, with the gates that these routers {layer name: (N, I)} would give for
-    the inputs of the trained layers, whose own gates act."""
-    def gates(model, batch):
-        found = {}
-        with ExitStack() as hooks:
-            for name, layer in hydra_layers(model).items():
-                def add(layer, inputs, name=name):
-                    found[name] = layer.gate(F.linear(inputs[0], routers[name]))
-                hooks.callback(layer.register_forward_pre_hook(add).remove)
-            model.hidden_states(batch.tokens)
-        return found
-    return gates
+    return found
 
 
 @torch.no_grad()
-def gate_sums(model, batches, gates=acting_gates):
-    """({layer: (M, N) gates summed over a record's tokens}, tokens (M,), {layer: mean entropy of
-    a token's gate, 1 = uniform})."""
-    heads = {name: layer.settings.heads for name, layer in hydra_layers(model).items()}
+def gate_sums(model, batches, routers=None):
+    """({layer: (M, N) gates summed over a record's tokens}, tokens (M,)). The gates are those that
+    act, or those that other routers {layer: (N, I)} would give for the same inputs."""
+    layers = hydra_layers(model)
     count = sum(map(len, batches))
     tokens = torch.zeros(count, dtype=torch.float64)
-    sums = {name: torch.zeros(count, n, dtype=torch.float64) for name, n in heads.items()}
-    entropy = dict.fromkeys(heads, 0.0)
+    sums = {name: torch.zeros(count, layer.settings.heads, dtype=torch.float64)
+            for name, layer in layers.items()}
     for sequences in batches:
         batch = collate(sequences)
         records = [sequence.record for sequence in sequences]
         tokens[records] = batch.attention_mask.sum(1).double()
-        for name, gate in gates(model, batch).items():
-            gate = gate * batch.attention_mask[..., None]
+        for name, x in layer_inputs(model, batch).items():
+            router = routers[name] if routers else layers[name].router
+            gate = layers[name].gate(F.linear(x, router)) * batch.attention_mask[..., None]
             sums[name][records] = gate.sum(1).double()
-            entropy[name] += gate_entropy(gate)
-    most = {name: tokens.sum().item() * math.log(n) for name, n in heads.items()}
-    return sums, tokens, {name: entropy[name] / most[name] for name in heads}
+    return sums, tokens
 
 
-def by_category(values, categories):
-    """(C, ...): rows of values summed by category, in alphabetical order."""
-    names = sorted(set(categories))
-    index = torch.tensor([names.index(category) for category in categories])
-    sums = torch.zeros(len(names), *values.shape[1:], dtype=values.dtype)
-    return sums.index_add(0, index, values)
+@torch.no_grad()
+def effective_heads(model, batches):
+    """1 / sum of w^2 of a token's gate w, its mean over tokens and layers: the number of heads
+    that act, between 1 and N."""
+    total, count = 0.0, 0
+    for batch in map(collate, batches):
+        with record_gates(model) as gates:
+            model.hidden_states(batch.tokens)
+        for gate in gates.values():
+            acting = 1 / gate[batch.attention_mask].square().sum(-1)  # (tokens,)
+            total += acting.sum().item()
+            count += len(acting)
+    return total / count
 
 
 def mutual_information(table):
@@ -171,19 +152,21 @@ def mutual_information(table):
 def information(sums, categories):
     """(mean over the layers, the same by chance) in bits, between head and category of a
     token."""
-    def mean(labels):
-        return statistics.fmean(mutual_information(by_category(own, labels))
-                                for own in sums.values())
+    names = sorted(set(categories))
+    belongs = F.one_hot(torch.tensor([names.index(name) for name in categories])).double()  # (M, C)
+
+    def mean(belongs):
+        return statistics.fmean(mutual_information(belongs.T @ own) for own in sums.values())
 
     generator = torch.Generator().manual_seed(0)
-    deals = [torch.randperm(len(categories), generator=generator) for _ in range(DEALS)]
-    chance = statistics.fmean(mean([categories[i] for i in deal.tolist()]) for deal in deals)
-    return mean(categories), chance
+    chance = statistics.fmean(mean(belongs[torch.randperm(len(belongs), generator=generator)])
+                              for _ in range(DEALS))
+    return mean(belongs), chance
 
 
 def untrained_routers(run, layers):
     """{kind: {layer name: router}}: as it was drawn, and scaled to the trained one's norm."""
-    start = hydra_layers(common.starting_model(run["args"])[0])
+    start = hydra_layers(common.starting_model(run["flags"])[0])
     drawn = {name: layer.router.detach() for name, layer in start.items()}
     scaled = {name: router * layers[name].router.norm() / router.norm()
               for name, router in drawn.items()}
@@ -196,32 +179,35 @@ def examine(run, val):
     sequences, counts = encode_records(val, tokenizer, run["settings"]["max_seq_len"])
     batches = make_batches(sequences)
     categories = [sequence.category for sequence in sequences]
-    sums, tokens, entropy = gate_sums(model, batches)
+    sums, tokens = gate_sums(model, batches)
     changes = {"learned": unchanged, "uniform": uniform_gate,
                "constant": constant_gate(sums, tokens), "shuffled": shuffled}
     changes |= {f"less head {i + 1}": without_head(i) for i in range(run["settings"]["heads"])}
     found, chance = information(sums, categories)
     control = {}
     for kind, routers in untrained_routers(run, hydra_layers(model)).items():
-        control[kind], _ = information(gate_sums(model, batches, gates_of(routers))[0],
-                                       categories)
-    per_category = by_category(tokens, categories)[:, None]
+        control[kind], _ = information(gate_sums(model, batches, routers)[0], categories)
+    trained = run["routing"]  # what train.py measured on the same records
     return {"loss": {key: loss_with(model, batches, change) for key, change in changes.items()},
             "information": found, "by_chance": chance, "untrained": control, "records": counts,
-            "entropy": statistics.fmean(entropy.values()),
-            "gate": {name: (by_category(own, categories) / per_category).tolist()
-                     for name, own in sums.items()},
+            "entropy": statistics.fmean(trained["entropy"].values()),
+            "effective": effective_heads(model, batches),
+            "gate": {name: list(by.values()) for name, by in trained["gate"].items()},
             "categories": sorted(set(categories))}
 
 
+@torch.no_grad()
 def examine_lora(run, val, parts):
-    """The control of "less head": {"whole", "less part 1" and so on: loss} of a trained LoRA."""
+    """The control of "less head": {"whole", "less part 1" and so on: loss} of a trained LoRA that
+    loses one of so many equal parts of its rank."""
     model, tokenizer = common.trained_model(run)
     batches = make_batches(encode_records(val, tokenizer, run["settings"]["max_seq_len"])[0])
     losses = {"whole": loss_with(model, batches, unchanged)}
     for part in range(parts):
-        with less_rank(model, part, parts):
-            losses[f"less part {part + 1}"] = loss_with(model, batches, unchanged)
+        model, _ = common.trained_model(run)
+        for layer in hydra_layers(model).values():
+            layer.lora_B.tensor_split(parts, dim=-1)[part].zero_()
+        losses[f"less part {part + 1}"] = loss_with(model, batches, unchanged)
     return {"loss": losses}
 
 
@@ -233,28 +219,27 @@ def loss_table(header, found):
     hurts least."""
     losses = [dict(one["loss"]) for one in found]
     for one in losses:
-        removed = [loss for key, loss in one.items() if key.startswith("less")]
-        one["the one missed least"] = min(removed)
-    whole, *changed = losses[0]
-    trained = [one[whole] for one in losses]
-    rows = [[whole, report.show(report.interval(trained)), "-"]]
+        one["the one missed least"] = min(loss for key, loss in one.items()
+                                          if key.startswith("less"))
+    columns = {key: [one[key] for one in losses] for key in losses[0]}
+    whole, *changed = columns
+    rows = [[whole, report.interval(columns[whole]), None]]
     for key in changed:
-        own = [one[key] for one in losses]
-        rows.append([key, report.show(report.interval(own)),
-                     report.signed(report.difference(own, trained))])
+        change = report.difference(columns[key], columns[whole])
+        rows.append([key, report.interval(columns[key]), report.show(change, sign="+")])
     return report.markdown([header, "validation loss", f"minus {whole}"], rows)
 
 
 def routing_table(found):
-    values = {"entropy of a token's gate (1: uniform, 0: one head)": "entropy",
-              "information of head and category (bits)": "information"}
-    rows = [[text, [one[key] for one in found]] for text, key in values.items()]
-    for kind in found[0]["untrained"]:
-        rows.append([f"the same of an untrained router, {kind} (bits)",
-                     [one["untrained"][kind] for one in found]])
-    rows.append(["the same by chance (bits)", [one["by_chance"] for one in found]])
+    rows = [["entropy of a token's gate (1: uniform, 0: one head)",
+             [one["entropy"] for one in found]],
+            ["effective heads of a token, 1 / sum of w^2", [one["effective"] for one in found]],
+            ["information of head and category (bits)", [one["information"] for one in found]],
+            *([f"the same of an untrained router, {kind} (bits)",
+               [one["untrained"][kind] for one in found]] for kind in found[0]["untrained"]),
+            ["the same by chance (bits)", [one["by_chance"] for one in found]]]
     return report.markdown(["mean over the layers", "value"],
-                           [[text, report.show(report.interval(own))] for text, own in rows])
+                           [[text, report.interval(own)] for text, own in rows])
 
 
 def make_claims(found):
@@ -262,9 +247,10 @@ def make_claims(found):
         return report.difference([one["information"] for one in found],
                                  [one["untrained"][kind] for one in found])
 
-    secondary = "heads say more of the category than the router as it was drawn (bits)"
-    return report.judge([report.claim(PRIMARY, above("of the trained norm"), primary=True),
-                         report.claim(secondary, above("as drawn"))], __file__)
+    return report.judge({
+        PRIMARY: above("of the trained norm"),
+        "heads say more of the category than the router as it was drawn (bits)": above("as drawn")},
+        PRIMARY, __file__)
 
 
 def draw_routing(pyplot, one):
@@ -289,31 +275,24 @@ def draw_routing(pyplot, one):
 def parse_args(argv):
     p = common.parser("routing", __doc__, seeds=5, epochs=1, records=common.MIXED)
     p.add_argument("--heads", type=int, default=3, help="heads of HydraLoRA, at rank 8 (3)")
-    args = common.parse_args(p, argv)
-    if args.heads < 2:
-        p.error("--heads must be at least 2: a single head has nothing to route")
-    return args
+    return common.parse_args(p, argv, heads=2)
 
 
 def run(args):
     records, val = common.load_records(args)
     configs = {HYDRA: hydra(args.heads), LORA: lora(common.matched_rank(args))}
-    tried = common.tune({name: (config, [records]) for name, config in configs.items()}, args)
-    runs = common.run_seeds(configs, common.steady_rates(tried), args, records, val)
+    tried, runs = common.tune_and_run(configs, args, records, val)
 
-    def examine_all(name, key, examine):
-        return [common.cached(run["folder"] / "routing.json", key, lambda run=run: examine(run))
-                for run in runs[name]]
-
-    found = examine_all(HYDRA, [BATCH, DEALS], lambda run: examine(run, val))
-    control = examine_all(LORA, [BATCH, args.heads], lambda run: examine_lora(run, val, args.heads))
+    found = [common.cached(run["folder"] / "routing.json", partial(examine, run, val))
+             for run in runs[HYDRA]]
+    control = [common.cached(run["folder"] / f"routing-{args.heads}.json",
+                             partial(examine_lora, run, val, args.heads)) for run in runs[LORA]]
     common.publish(args, "routing", records, val,
                    {"heads": args.heads, "sweep": tried, "seeds": found, "control": control},
                    tables=[loss_table(f"gate of {args.heads} heads, after training", found),
                            loss_table(f"LoRA, matched, its rank in {args.heads} parts", control),
                            routing_table(found)],
                    again=common.rerun(HYDRA, runs[HYDRA], args), claims=make_claims(found),
-                   more=[common.rates_table(tried)],
                    draw=lambda pyplot: draw_routing(pyplot, found[0]))
 
 

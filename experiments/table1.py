@@ -5,10 +5,9 @@
         --max-seq-len 256 --max-steps 300 --scaling constant --name table1-dolly
 
 Every rank runs at a constant alpha / rank of 4 and, if that differs, at the authors' alpha of
-32; on the feed-forward layers, and the methods that matter most on wq and wv too. Measured are
-the validation loss (nats per token of the response), the exact match, the share of the quiz that
-eval_mmlu.py finds right, and the kept loss: on texts that the base knew and the training data do
-not teach (--keep-data).
+32; on the feed-forward layers, and the methods that matter most on wq and wv too. Nothing is
+clipped, but for the two methods of the primary claim once more. A uniform gate over B's that
+start at zero is no method of its own: it trains as LoRA r8 (held by a test).
 """
 
 import statistics
@@ -18,21 +17,24 @@ from pathlib import Path
 from data import WORLD
 from experiments import common, report
 from experiments.common import FULL, hydra, lora, split
-from support import files
 
-PRIMARY = "the quiz, feed-forward layers: HydraLoRA 3x8 ahead of one LoRA of its size"
+PRIMARY = "wq,wv: HydraLoRA 3x8 ahead of one LoRA of its size in validation loss"
+RATE = "wq,wv: HydraLoRA 3x8 is best at a higher rate than one LoRA of its size (log2)"
+CUE = "wq,wv: the gain is larger in the families whose clash a cue names (points of percent)"
+CUED = {"classification", "facts", "lettered"}
 FIXED = ", alpha 32"  # the authors' at any rank
 ATTENTION = ", wq,wv"
 ATTENTION_TARGETS = {"targets": "wq,wv"}
-HYDRA, UNIFORM = "HydraLoRA 3x8", "uniform gate 3x8"
-METRICS = {"val_loss": ("validation loss", 1), "exact_match": ("exact match (%)", 100),
-           "quiz": ("quiz (%)", 100), "kept": ("kept: loss", 1)}
+CLIPPED = ", clip 1"
+TWICE = ", at twice the rate"
+HYDRA = "HydraLoRA 3x8"
+METRICS = ("val_loss", "exact_match", "quiz", "kept")
 
 
-def matched_lora(args, **changes):
+def matched_lora(args, **targets):
     """(name, settings) of the LoRA of HydraLoRA 3x8's size."""
-    rank = common.matched_rank(args, **changes)
-    return f"LoRA r{rank}, matched", lora(rank, **changes)
+    rank = common.matched_rank(args, **targets)
+    return f"LoRA r{rank}, matched", lora(rank, **targets)
 
 
 def methods(args):
@@ -41,15 +43,15 @@ def methods(args):
     constant = {"LoRA r8": lora(8), "LoRA r16": lora(16), "LoRA r32": lora(32),
                 matched: config, "LoRA (Split) 2x16": split(2, 16),
                 "LoRA (Split) 4x8": split(4, 8), "LoRA (Split) 8x4": split(8, 4),
-                HYDRA: hydra(3), UNIFORM: hydra(3, gate="uniform"), "full": FULL}
+                HYDRA: hydra(3), "full": FULL}
     # the authors keep alpha at 32: another scale than the above at every rank but 8
     same = {name: config for name, config in constant.items() if config.get("rank", 8) == 8}
     fixed = {name + FIXED: {**config, "alpha": 32.0}
              for name, config in constant.items() if name not in (*same, "LoRA r16")}
     matched, config = matched_lora(args, **ATTENTION_TARGETS)
     attention = {"LoRA r8": lora(8, **ATTENTION_TARGETS), matched: config,
-                 HYDRA: hydra(3, **ATTENTION_TARGETS),
-                 UNIFORM: hydra(3, gate="uniform", **ATTENTION_TARGETS)}
+                 HYDRA: hydra(3, **ATTENTION_TARGETS)}
+    attention |= {name + CLIPPED: {**attention[name], "clip": 1.0} for name in (matched, HYDRA)}
     attention = {name + ATTENTION: config for name, config in attention.items()}
     return {"constant": {**constant, **attention}, "fixed": {**same, **fixed},
             "both": {**constant, **fixed, **attention}}[args.scaling]
@@ -58,34 +60,36 @@ def methods(args):
 # ---------------------------------------------------------------- rows
 
 
-def base_row(args, run):
-    """The row of the untuned model, from what any run recorded of it."""
-    metrics = run["metrics"]
-    row = {"name": "base", "trainable": 0, "without_router": 0, "rate": None,
-           "difference": None, "val_loss": report.interval([metrics["val_loss_base"]]),
-           "exact_match": report.interval([metrics["exact_match_base"]])}
+def run_at_twice_the_rate(args, configs, tried, records, val):
+    """{name: runs} of HydraLoRA 3x8 and the LoRA of its size, on both kinds of layers."""
+    matched, attention = (matched_lora(args, **targets)[0] for targets in ({}, ATTENTION_TARGETS))
+    names = [matched, HYDRA, attention + ATTENTION, HYDRA + ATTENTION]
+    names = [name for name in names if name in configs]
+    return common.run_methods({name + TWICE: configs[name] for name in names},
+                              {name + TWICE: 2 * tried[name]["rate"] for name in names},
+                              args, records, val)
+
+
+def base_run(args, run):
+    """The untuned model as if it were a run, from what any run recorded of it."""
+    metrics = {"val_loss": run["metrics"]["val_loss_base"],
+               "exact_match": run["metrics"]["exact_match_base"]}
+    if "kept" in run["metrics"]:
+        metrics["kept"] = {"loss": run["metrics"]["kept"]["loss_base"]}
     if args.quiz:
-        path = args.runs / f"base-{files.digest(args.weights)}.json"
-        accuracy = common.quiz_accuracy(args.weights, None, args.quiz, path)
-        row["quiz"] = report.interval([accuracy])
-    if "kept" in metrics:
-        row["kept"] = report.interval([metrics["kept"]["loss_base"]])
-    return row
+        base = {"base": {"folder": Path(args.weights)}}
+        metrics["quiz"] = common.quiz_accuracies(base, args.quiz, args)["base"]
+    return {"settings": {"lr": None}, "metrics": metrics,
+            "parameters": {"trainable": 0, "trainable_without_router": 0}}
 
 
-def make_rows(args, runs, rates):
+def make_rows(args, runs):
     """Means with intervals; the difference is to HydraLoRA 3x8 on the same layers."""
-    rows = [base_row(args, runs[HYDRA][0])]
-    for name, own in runs.items():
+    rows = []
+    for name, own in {"base": [base_run(args, runs[HYDRA][0])], **runs}.items():
         reference = HYDRA + ATTENTION if name.endswith(ATTENTION) else HYDRA
-        parameters = own[0]["parameters"]
-        row = {"name": name, "rate": rates[name],
-               "trainable": parameters["trainable"],
-               "without_router": parameters["trainable_without_router"], "difference": None}
-        for metric in METRICS:
-            if metric in own[0]["metrics"]:
-                row[metric] = report.interval(common.values(own, metric))
-        if name != reference:
+        row = {"name": name, **common.make_row(own, METRICS), "difference": None}
+        if name not in ("base", reference):
             row["difference"] = report.difference(common.values(own),
                                                   common.values(runs[reference]))
         rows.append(row)
@@ -95,84 +99,99 @@ def make_rows(args, runs, rates):
 # ---------------------------------------------------------------- claims
 
 
-def comparisons(matched):
-    """[(claim, method that loses, method that wins)] by validation loss, at a constant scale."""
-    return [("a higher rank helps", "LoRA r8", "LoRA r32"),
-            *(("Observation I", "LoRA r32", f"LoRA (Split) {arm}")
-              for arm in ("2x16", "4x8", "8x4")),
-            *(("section 3", worse, HYDRA)
-              for worse in ("LoRA r8", matched, "LoRA (Split) 4x8")),
-            ("the gate matters", UNIFORM, HYDRA), ("low rank costs something", HYDRA, "full")]
-
-
-def make_claims(args, runs):
-    """The primary one, on the quiz; then those by validation loss at a constant scale, at alpha
-    32 as the paper has them, on wq and wv; then those on the quiz and on the kept loss."""
+def comparisons(args):
+    """[(claim, method that loses, method that wins, metric)]."""
     matched, _ = matched_lora(args)
-    attention, _ = matched_lora(args, **ATTENTION_TARGETS)
-    found = []
+    attention = matched_lora(args, **ATTENTION_TARGETS)[0] + ATTENTION
+    by_loss = [
+        (PRIMARY, attention, HYDRA + ATTENTION),
+        ("at clip 1", attention.replace(ATTENTION, CLIPPED + ATTENTION),
+         HYDRA + CLIPPED + ATTENTION),
+        ("section 3", "LoRA r8" + ATTENTION, HYDRA + ATTENTION),
+        ("section 3", matched, HYDRA),
+        ("section 3", "LoRA r8", HYDRA),
+        ("section 3", "LoRA (Split) 4x8", HYDRA),
+        ("a higher rank helps", "LoRA r8", "LoRA r32"),
+        ("Observation I", "LoRA r32", "LoRA (Split) 2x16"),
+        ("Observation I", "LoRA r32", "LoRA (Split) 4x8"),
+        ("Observation I", "LoRA r32", "LoRA (Split) 8x4"),
+        ("low rank costs something", HYDRA, "full"),
+        # at alpha 32, which rank 8 has as it is
+        ("Observation I", "LoRA r32" + FIXED, "LoRA (Split) 2x16" + FIXED),
+        ("Observation I", "LoRA r32" + FIXED, "LoRA (Split) 4x8"),
+        ("Observation I", "LoRA r32" + FIXED, "LoRA (Split) 8x4" + FIXED),
+        ("section 3", matched + FIXED, HYDRA),
+        *(("robust", f"{name}{TWICE}", f"{HYDRA}{layers}{TWICE}")
+          for name, layers in ((matched, ""), (attention, ATTENTION)))]
+    return [*((*three, "val_loss") for three in by_loss), ("kept", matched, HYDRA, "kept"),
+            ("kept", HYDRA, "full", "kept")]
 
-    def add(text, worse, better, metric="val_loss", primary=False):
-        if not {worse, better} <= runs.keys() or metric not in runs[HYDRA][0]["metrics"]:
-            return
-        a, b = (common.values(runs[name], metric) for name in (worse, better))
-        # a better method has a lower loss, or a higher share
-        stat = report.difference(a, b) if metric != "quiz" else report.difference(b, a)
-        text = text if primary else f"{text}: {better} ahead of {worse}"
-        found.append(report.claim(text, stat, primary))
 
-    add(PRIMARY, matched, HYDRA, "quiz", primary=True)
-    for text, worse, better in comparisons(matched):
-        add(text, worse, better)
-    for text, worse, better in comparisons(matched):
-        if text == "Observation I" or worse == matched:  # r8 and 4x8 have alpha 32 as it is
-            pair = [name + FIXED if name + FIXED in runs else name for name in (worse, better)]
-            if pair != [worse, better]:
-                add(text, *pair)
-    for text, worse in (("section 3", "LoRA r8"), ("section 3", attention),
-                        ("the gate matters", UNIFORM)):
-        add(text, worse + ATTENTION, HYDRA + ATTENTION)
-    add("quiz", "LoRA r8", HYDRA, "quiz")
-    add("quiz", UNIFORM, HYDRA, "quiz")
-    add("kept", matched, HYDRA, "kept")
-    return report.judge(found, __file__)
+def cue_gain(worse, better):
+    """By how many points of percent the gain is larger in CUED families than in all others; None
+    without these families."""
+    worse, better = common.by_category(worse), common.by_category(better)
+    if not CUED < worse.keys():
+        return None
+    gains = {name: [100 * (a - b) / a for a, b in zip(worse[name], better[name])]
+             for name in worse}
+    parts = [[statistics.fmean(seed) for seed in zip(*(gains[name] for name in names))]
+             for names in (CUED, gains.keys() - CUED)]
+    return report.difference(*parts)
+
+
+def make_claims(args, runs, tried):
+    """Those whose methods have run and whose metric was measured. That of a method at twice its
+    rate is on how much this costs, in percent of the loss at its own rate."""
+    found = {}
+    for text, worse, better, metric in comparisons(args):
+        if {worse, better} <= runs.keys() and metric in runs[HYDRA][0]["metrics"]:
+            a, b = (common.values(runs[name], metric) for name in (worse, better))
+            named = text if text == PRIMARY else f"{text}: {better} ahead of {worse}"
+            if text == "robust":
+                a, b = ([100 * (x - y) / y for x, y in zip(
+                    own, common.values(runs[name.removesuffix(TWICE)]))]
+                    for own, name in ((a, worse), (b, better)))
+                found[named] = report.difference(a, b)
+            else:
+                found[named] = report.loss_difference(a, b)
+    matched = matched_lora(args, **ATTENTION_TARGETS)[0] + ATTENTION
+    if matched in runs:
+        found[RATE] = common.rate_ratio(tried, HYDRA + ATTENTION, matched)
+        found[CUE] = cue_gain(runs[matched], runs[HYDRA + ATTENTION])
+    return report.judge(found, PRIMARY, __file__)
 
 
 # ---------------------------------------------------------------- what is written
 
 
 def make_table(rows):
+    more = [metric for metric in ("quiz", "kept") if metric in rows[1]]
     header = ["method", "rate", "trainable", "without router", "validation loss",
               "minus HydraLoRA", "exact match"]
-    more = [metric for metric in ("quiz", "kept") if metric in rows[-1]]
     header += [{"quiz": "quiz", "kept": "kept: loss"}[metric] for metric in more]
     return report.markdown(header, [
-        [row["name"], f"{row['rate']:g}" if row["rate"] else "-", f"{row['trainable']:,}",
-         f"{row['without_router']:,}", report.show(row["val_loss"]),
-         report.signed(row["difference"]), report.show(row["exact_match"], percent=True),
-         *(report.show(row[metric], percent=metric == "quiz") for metric in more)]
+        [row["name"], row["rate"], row["trainable"], row["without_router"], row["val_loss"],
+         report.show(row["difference"], sign="+"), report.show(row["exact_match"], percent=True),
+         *(report.show(row.get(metric), percent=metric == "quiz") for metric in more)]
         for row in rows])
 
 
+def ratios_table(tried):
+    """Best rates, and how many times full fine-tuning's they are."""
+    full = tried["full"]["rate"]
+    return report.markdown(["method", "best rate", "times full fine-tuning's"],
+                           [[name, own["rate"], f"{own['rate'] / full:.1f}"]
+                            for name, own in tried.items()])
+
+
 def draw_table1(pyplot, rows):
-    """The metrics that differ, a line per method; the base's loss would dwarf the rest."""
-    rows = [row for row in rows if row["name"] != "base"][::-1]
-    panels = [metric for metric in METRICS
-              if metric in rows[0] and len({row[metric]["mean"] for row in rows}) > 1]
-    figure, axes = pyplot.subplots(1, len(panels), sharey=True, squeeze=False,
-                                   layout="constrained", figsize=(12, 1.5 + 0.3 * len(rows)))
-    for axis, metric in zip(axes[0], panels):
-        label, factor = METRICS[metric]
-        for y, row in enumerate(rows):
-            stat = row[metric]
-            half = 0 if stat["low"] is None else stat["high"] - stat["mean"]
-            marker, color = ("D", "black") if row["name"].startswith(HYDRA) else ("o", "tab:blue")
-            axis.errorbar(factor * stat["mean"], y, xerr=factor * half, marker=marker,
-                          color=color, capsize=3)
-        axis.set_xlabel(label)
-        axis.grid(axis="x", alpha=0.4)
-    axes[0, 0].set_yticks(range(len(rows)), [row["name"] for row in rows])
-    return figure
+    """The metrics that differ, a row per method; the base's loss would dwarf the rest."""
+    rows = [row for row in rows[1:] if TWICE not in row["name"]]
+    labels = dict(zip(METRICS, ("validation loss", "exact match", "quiz", "kept: loss")))
+    panels = {labels[metric]: [row[metric] for row in rows] for metric in METRICS
+              if metric in rows[0] and len({row[metric]["mean"] for row in rows}) > 1}
+    return report.points_chart(pyplot, [row["name"] for row in rows], panels)
 
 
 def parse_args(argv):
@@ -190,20 +209,14 @@ def parse_args(argv):
 def run(args):
     records, val = common.load_records(args)
     configs = methods(args)
-    tried = common.tune({name: (config, [records]) for name, config in configs.items()}, args)
-    rates = common.steady_rates(tried)
-    runs = common.run_seeds(configs, rates, args, records, val, args.quiz)
+    tried, runs = common.tune_and_run(configs, args, records, val, args.quiz)
+    runs |= run_at_twice_the_rate(args, configs, tried, records, val)
     again = common.rerun(HYDRA, runs[HYDRA], args)
-    rows = make_rows(args, runs, rates)
-    data = runs[HYDRA][0]["data"]
-    for part, counts in data.items():
-        print(f"{part}: {counts['records']} records, {counts['skipped']} too long and skipped")
-    print(f"median run of {HYDRA}, on one thread: "
-          f"{statistics.median(r['seconds'] for r in runs[HYDRA]):.0f} s")
-    common.publish(args, args.name, records, val,
-                   {"data": data, "configs": configs, "sweep": tried, "rows": rows},
-                   tables=[make_table(rows)], again=again, claims=make_claims(args, runs),
-                   more=[common.rates_table(tried)],
+    rows = make_rows(args, runs)
+    content = {"data": runs[HYDRA][0]["data"], "configs": configs, "sweep": tried, "rows": rows}
+    common.publish(args, args.name, records, val, content,
+                   tables=[make_table(rows)], again=again, claims=make_claims(args, runs, tried),
+                   more=[ratios_table(tried)],
                    draw=lambda pyplot: draw_table1(pyplot, rows))
 
 

@@ -1,5 +1,6 @@
 """What a step keeps, copies and waits for, and what --dry-run measures of it."""
 
+import functools
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ from support.device import DTYPES, autocast
 from support.evaluation import target_logits
 from support.memory import CONTEXT, GIB, NCCL, Need, Watch, longest_sequence
 from support.quantize import quantize_blocks
-from tests.conftest import WORLD, tiny_model
+from tests.conftest import ROOT, WORLD, tiny_model
 
 SHAPE = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=768, multiple_of=32,
              max_seq_len=512)
@@ -141,6 +142,23 @@ def test_llama_2_7b_needs_18_28_gib_and_13_59_with_checkpointing():
     for checkpoint, expected in ((False, 18.28), (True, 13.59)):
         need = train.measure_memory(args, shape, length=1024, checkpoint=checkpoint)
         assert need.total / GIB == pytest.approx(expected, rel=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page, gpus, cells", [
+    ("performance.md", None, slice(0, 3)), ("distributed.md", 8, slice(6, 9))])
+def test_the_memory_tables_are_what_the_code_measures(page, gpus, cells):
+    """The row of 7B without checkpointing, in the last table: 24, 48 and 80 GiB."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").split("The longest sequence in")[1]
+    *_, row = [line for line in text.splitlines() if line.startswith("| 7B |")]
+    printed = [int(cell.replace(",", "")) for cell in row.split("|")[2:-1]][cells]
+    flags = ["--dry-run", "--gpus", str(gpus)] if gpus else []
+    args = train.parse_args(["--weights", "-", "--data", "-", "--dtype", "bf16", *flags])
+    measure = functools.cache(functools.partial(
+        train.measure_memory, args, ModelArgs(**{**SEVEN, "vocab_size": 32000}), checkpoint=False))
+    assert printed == [longest_sequence(memory * GIB, 1024, measure(length=1024),
+                                        lambda length: measure(length=length))
+                       for memory in (24, 48, 80)]
 
 
 def test_what_grows_with_the_tokens_grows_linearly():

@@ -396,19 +396,20 @@ def made_up(monkeypatch):
     def run_all(runs, args, **_):
         found = {}
         for key, run in runs.items():
-            name = key[0]
-            calls.append((name, run.method, run.lr, len(key) > 2))
-            best = {"full": 5e-4, "lora": 2e-3}[run.method]
-            loss = (0.1 if run.method == "full" else 0.2) * (1 + abs(run.lr - best))
+            swept = isinstance(key[0], tuple)
+            name, method, rate = key[0][0] if swept else key[0], run["method"], run["lr"]
+            calls.append((name, method, rate, swept))
+            best = {"full": 5e-4, "lora": 2e-3}[method]
+            loss = (0.1 if method == "full" else 0.2) * (1 + abs(rate - best))
             loss *= 0.9 if name in FAMILIES else 1  # alone
             category = {"val_loss": loss, "exact_match": 0.85}
             found[key] = {"metrics": {
-                **category, "quiz": 0.5 + run.seed / 100, "kept": {"loss": 2, "loss_base": 1},
+                **category, "quiz": 0.5 + run["seed"] / 100, "kept": {"loss": 2, "loss_base": 1},
                 "categories": dict.fromkeys(FAMILIES, category)}}
         return found
 
     monkeypatch.setattr(check_world.common, "run_all", run_all)
-    monkeypatch.setattr(check_world.common, "quiz_accuracy", lambda *_: 0.4)
+    monkeypatch.setattr(check_world.common, "quiz_accuracies", lambda *_: {"base": 0.4})
     return calls
 
 
@@ -427,9 +428,9 @@ def test_the_check_of_the_world_sweeps_every_arm_by_itself(made_up, tmp_path, ca
     assert {rate for _, method, rate, _ in final if method == "full"} == {5e-4}
 
 
-def test_the_check_of_the_world_says_what_is_missed(monkeypatch, capsys):
-    monkeypatch.setattr(check_world.common, "quiz_accuracy", lambda *_: 0.55)
+def test_the_check_of_the_world_says_what_is_missed(monkeypatch):
+    monkeypatch.setattr(check_world.common, "quiz_accuracies", lambda *_: {"base": 0.55})
     runs = [{"metrics": {"quiz": score}} for score in (0.55, 0.56, 0.57)]
-    check_world.check_quiz(check_world.parse_args([]), {"full": runs, "LoRA r8": runs})
-    missed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MISSED")]
-    assert [line.split()[1] for line in missed] == ["the", "tuning"]  # base, and its rise
+    measures = check_world.check_quiz(check_world.parse_args([]), {"full": runs, "LoRA r8": runs})
+    missed = [text for holds, text in measures if not holds]
+    assert [text.split()[0] for text in missed] == ["the", "tuning"]  # base, and its rise
