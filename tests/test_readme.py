@@ -86,7 +86,8 @@ for method in train.METHODS:
 
 @pytest.mark.slow
 def test_the_readmes_recipes_run_as_they_are_printed_in_every_method(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)\n```", read(ROOT / "README.md"), re.S)
+    pages = read(ROOT / "README.md") + read(ROOT / "docs" / "fork.md")
+    blocks = re.findall(r"```python\n(.*?)\n```", pages, re.S)
     [balance] = [block for block in blocks if "balance" in block]
     [top_k] = [block for block in blocks if "top_k" in block]
     setting, check, gate, flag = top_k.split("\n\n")
