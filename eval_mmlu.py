@@ -1,15 +1,16 @@
-"""MMLU, the benchmark of HydraLoRA section 4: base and adapter in one harness, with intervals.
+"""MMLU, of HydraLoRA section 4: base and adapter in one harness, with intervals.
 
-Prompts are those of Hendrycks et al. 2021 byte for byte; the answer is the likeliest of the four
-letters as the next token. A subject's questions share their first tokens, header and shots: their
-keys and values are computed once, and each batch of questions continues them. The paper prints
-scores without intervals; these say what a difference is worth.
+Prompts are those of Hendrycks et al. 2021 byte for byte; the answer is the likeliest of
+the four letters as the next token. A subject's questions share their first tokens,
+header and shots: their keys and values are computed once, and each batch of questions
+continues them. The paper prints scores without intervals; these say what a difference
+is worth.
 
     python eval_mmlu.py --adapter runs/hydralora/adapter.pt
     python eval_mmlu.py --compare runs/mmlu.json runs/hydralora/mmlu.json
 
-Shapes: B questions of a batch, P shared tokens, T further tokens, K key/value heads, E their width,
-D width, V vocabulary.
+Shapes: B questions of a batch, P shared tokens, T further tokens, K key/value heads, E
+their width, D width, V vocabulary.
 """
 
 import math
@@ -44,7 +45,7 @@ from support.quantize import add_quantize_flag
 QUESTION = {"subject": str, "index": int, "prediction": str, "answer": str, "logprobs": list}
 Z = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 MOST_MOVED = 10  # subjects that --compare names
-CACHE_POSITIONS = 8192  # of a batch, prefix included: 4 GiB of keys and values at 7B in bf16
+CACHE_POSITIONS = 8192  # of a batch, prefix included: 4 GiB at 7B in bf16
 
 # ---------------------------------------------------------------- four letters
 
@@ -66,7 +67,8 @@ def letter_logprobs(model, rows, letters, prefix=None):
     device = model.tok_embeddings.weight.device
     start = prefix[0][0].shape[1] if prefix else 0
     ends = torch.tensor([len(row) - start - 1 for row in rows], device=device)
-    tokens = pad_sequence([torch.tensor(row[start:]) for row in rows], batch_first=True).to(device)
+    rests = [torch.tensor(row[start:]) for row in rows]
+    tokens = pad_sequence(rests, batch_first=True).to(device)
     if prefix:
         def extend(x):  # (1, P, K, E) -> (B, P + T, K, E)
             return F.pad(x.expand(len(rows), -1, -1, -1), (0, 0, 0, 0, 0, tokens.shape[1]))
@@ -76,7 +78,7 @@ def letter_logprobs(model, rows, letters, prefix=None):
         h = model.hidden_states(tokens, cache, positions)
     else:
         h = model.hidden_states(tokens)
-    h = h[torch.arange(len(rows), device=device), ends]  # (B, T, D) -> (B, D): the last token's
+    h = h[torch.arange(len(rows), device=device), ends]  # (B, D): of the last token
     total = model.output(h).float().logsumexp(-1, keepdim=True)  # (B, 1)
     return (letter_logits(model, h, letters) - total).tolist()
 
@@ -105,9 +107,10 @@ def score_prompts(model, prompts, letters, *, batch_size, done=(), share_prefix=
     for shots in sorted({p.shots - p.truncated for p in prompts}, reverse=True):
         group = [i for i, p in enumerate(prompts) if p.shots - p.truncated == shots]
         group.sort(key=lambda i: len(prompts[i].ids), reverse=True)
-        # found in the ids, since a merge may join the end of the shots to the question's start
+        # found in the ids: a merge may join the end of the shots to the question
         shared = os.path.commonprefix([prompts[i].ids for i in group])
-        shared = shared[:len(prompts[group[-1]].ids) - 1]  # a question has a token of its own
+        # a question has a token of its own
+        shared = shared[:len(prompts[group[-1]].ids) - 1]
         prefix = None
         longest = len(prompts[group[0]].ids)
         rows_at_once = max(1, min(batch_size, CACHE_POSITIONS // longest))
@@ -308,7 +311,7 @@ def score_questions(args):
     model, tokenizer = load_model_and_adapter(
         args.weights, args.adapter, device=args.device, dtype=args.dtype,
         max_seq_len=args.max_seq_len, shard_base=args.shard_base, quantize=args.quantize)
-    # what the answers depend on: a stopped run is continued only if all of it is the same
+    # what the answers depend on: a stopped run continues only if all of it is the same
     cache_key = {
         "weights_digest": base_digest(model),
         "adapter_digest": digest(args.adapter.read_bytes()) if args.adapter else None,
