@@ -141,10 +141,12 @@ def judge(differences, primary, script):
             "percent": percent, "p": p_value(stat), "p_equal": equality_p(percent),
             "margin": MARGIN if percent else None, "power": detectable(percent or stat),
             "fixed_by": fixed_by(script, text) if text == primary else None})
-    for key in ("p", "p_equal"):
-        corrected = iter(holm([c[key] for c in claims if not c["primary"]]))
+    asked = {"p": claims, "p_equal": [c for c in claims if c["percent"]]}
+    for key, family in asked.items():
+        corrected = iter(holm([c[key] for c in family if not c["primary"]]))
         for c in claims:
-            c[f"{key}_corrected"] = c[key] if c["primary"] else next(corrected)
+            counts = c in family and not c["primary"]
+            c[f"{key}_corrected"] = next(corrected) if counts else c[key]
     return [{**c, "verdict": verdict(c)} for c in claims]
 
 

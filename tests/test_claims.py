@@ -669,8 +669,9 @@ def test_equality_is_corrected_for_the_number_of_claims_too():
     assert 0.02 < p < 0.05
     alone, = report.judge({"x": percent}, None, __file__)
     assert alone["verdict"] == "equal"
-    claims = report.judge({"x": percent, "y": percent, "z": percent}, "z", __file__)
-    assert [c["verdict"] for c in claims] == ["undecided", "undecided", "equal"]
+    bits = report.difference([0.2] * 4, [0.21, 0.2, 0.2, 0.19])  # of which it is not asked
+    claims = report.judge({"x": percent, "y": percent, "z": percent, "b": bits}, "z", __file__)
+    assert [c["verdict"] for c in claims] == ["undecided", "undecided", "equal", "undecided"]
     assert claims[0]["p_equal_corrected"] == pytest.approx(2 * p)
 
 
