@@ -132,8 +132,9 @@ def out_of_memory(error):
     if error is None or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return error  # the latter on CUDA
     # torch has no type for a CPU, for mps and for what CUDA's own libraries need
-    if any(words in str(error) for words in ("DefaultCPUAllocator", "out of memory",
-                                             "Cannot allocate memory")):
+    words = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory",
+             "Cannot allocate memory")
+    if any(text in str(error) for text in words):
         return error
     return out_of_memory(error.__cause__)
 

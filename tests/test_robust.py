@@ -212,6 +212,25 @@ def test_a_signal_while_an_error_is_told_does_not_hide_it(command, monkeypatch, 
     assert "step 6: loss nan" in line and "the last good checkpoint is" in line
 
 
+@pytest.mark.parametrize("error, status, text", [
+    (torch.distributed.DistBackendError("NCCL error: unhandled system error, /dev/shm is too small"),
+     2, "cannot work together: NCCL error: unhandled system error, /dev/shm is too small"),
+    (torch.distributed.DistBackendError("NCCL error: out of memory"), 1, "out of memory"),
+    (RuntimeError("[gloo] Connection closed by peer [::1]:5"), 2,
+     "another process of this run has ended"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), 1,
+     "CUBLAS_STATUS_ALLOC_FAILED"),
+])
+def test_an_error_of_the_group_or_of_a_full_card_is_told_with_its_cause(
+        command, monkeypatch, capsys, error, status, text):
+    def fail(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(train, "train_step", fail)
+    assert train.main(command) == status
+    assert text in error_line(capsys)
+
+
 def test_a_script_that_is_called_leaves_the_signals_as_they_were_and_works_in_a_thread(
         command, out):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)]
