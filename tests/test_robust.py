@@ -213,8 +213,8 @@ def test_a_signal_while_an_error_is_told_does_not_hide_it(command, monkeypatch, 
 
 
 @pytest.mark.parametrize("error, status, text", [
-    (torch.distributed.DistBackendError("NCCL error: unhandled system error, /dev/shm is too small"),
-     2, "cannot work together: NCCL error: unhandled system error, /dev/shm is too small"),
+    (torch.distributed.DistBackendError("NCCL error: /dev/shm is too small"),
+     2, "cannot work together: NCCL error: /dev/shm is too small"),
     (torch.distributed.DistBackendError("NCCL error: out of memory"), 1, "out of memory"),
     (RuntimeError("[gloo] Connection closed by peer [::1]:5"), 2,
      "another process of this run has ended"),
