@@ -288,7 +288,11 @@ def check_tensors(tensors):
 def check_finite(tensors, path):
     """Raises ValueError if {name: tensor} has a value that is not finite. The path,
     which it would be written to or was read from, is for the message."""
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    def finite(tensor):
+        tensor = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
+        return tensor.isfinite().all()
+
+    bad = [name for name, tensor in tensors.items() if not finite(tensor)]
     if bad:
         raise ValueError(f"{path}: {len(bad)} of {len(tensors)} tensors hold values that are not "
                          f"finite, {bad[0]} the first: they are neither written nor loaded")

@@ -459,3 +459,10 @@ def test_every_flag_that_names_an_input_is_looked_at():
     named = {action.dest for parser in parsers for action in parser._actions
              if isinstance(action, argparse.Action) and action.metavar and "FILE" in action.metavar}
     assert named <= {*cli.INPUTS, "out"}
+
+
+def test_weights_in_float8_are_looked_at_too():
+    values = torch.tensor([1.0, float("nan")])
+    files.check_finite({"w": values[:1].to(torch.float8_e4m3fn)}, "x")
+    with pytest.raises(ValueError, match="not finite"):
+        files.check_finite({"w": values.to(torch.float8_e4m3fn)}, "x")
