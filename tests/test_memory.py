@@ -145,20 +145,20 @@ def test_llama_2_7b_needs_18_28_gib_and_13_59_with_checkpointing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page, gpus, cells", [
-    ("performance.md", None, slice(0, 3)), ("distributed.md", 8, slice(6, 9))])
-def test_the_memory_tables_are_what_the_code_measures(page, gpus, cells):
-    """The row of 7B without checkpointing, in the last table: 24, 48 and 80 GiB."""
+@pytest.mark.parametrize("page, gpus, table, cells", [
+    ("performance.md", None, 0, slice(0, 3)), ("distributed.md", 8, 1, slice(6, 9))])
+def test_the_memory_tables_are_what_the_code_measures(page, gpus, table, cells):
+    """The row of 7B without checkpointing: 24, 48 and 80 GiB."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8").split("The longest sequence in")[1]
-    *_, row = [line for line in text.splitlines() if line.startswith("| 7B |")]
+    row = [line for line in text.splitlines() if line.startswith("| 7B |")][table]
     printed = [int(cell.replace(",", "")) for cell in row.split("|")[2:-1]][cells]
     flags = ["--dry-run", "--gpus", str(gpus)] if gpus else []
     args = train.parse_args(["--weights", "-", "--data", "-", "--dtype", "bf16", *flags])
     measure = functools.cache(functools.partial(
         train.measure_memory, args, ModelArgs(**{**SEVEN, "vocab_size": 32000}), checkpoint=False))
-    assert printed == [longest_sequence(memory * GIB, 1024, measure(length=1024),
-                                        lambda length: measure(length=length))
-                       for memory in (24, 48, 80)]
+    found = [longest_sequence(memory * GIB, 1024, measure(length=1024),
+                              lambda length: measure(length=length)) for memory in (24, 48, 80)]
+    assert printed == pytest.approx(found, rel=1e-3)
 
 
 def test_what_grows_with_the_tokens_grows_linearly():

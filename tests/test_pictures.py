@@ -505,7 +505,8 @@ def test_without_prompts_there_is_a_record_of_each_family_and_the_runs_own_table
             for i, name in enumerate(names)}
     # run.json has the layers in the order of the model's modules, the page in that of the pass
     shuffled = {name: gate[name] for name in sorted(gate)}
-    for routing, count in (({"gate": shuffled}, 2), ({"gate": {"other": gate[names[0]]}}, 1)):
+    for own, count in ((shuffled, 2), ({"other": gate[names[0]]}, 1)):
+        routing = {"gate": own, "entropy": dict.fromkeys(own, 0.5)}
         (folder / "run.json").write_text(json.dumps({"fingerprints": {}, "routing": routing}))
         assert run(routing_page, "--out", "r.html", "--max-new-tokens", 2) == 0
         data = json.loads(embedded(tmp_path / "r.html"))
