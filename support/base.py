@@ -86,6 +86,7 @@ def fsdp_shard(model, copy):
             run_check=False, shape=weight.shape, stride=weight.stride())}
     return local_shard
 
+
 # ---------------------------------------------------------------- with its adapter
 
 
@@ -122,8 +123,8 @@ def check_unchanged(model, digest, weights, partial):
 
 
 def trained_with(adapter):
-    """--quantize of the run that an adapter comes from."""
-    content = read_torch(adapter, "an adapter of this project")
+    """--quantize of the run that an adapter comes from. Reads no tensor."""
+    content = read_torch(adapter, "an adapter of this project", mmap=True)
     return content.get("quantized", "none") if isinstance(content, dict) else "none"
 
 
@@ -151,6 +152,7 @@ def base_digest(model):
     """A short key of a model's frozen weights, and of how they are quantised."""
     quantized = [model.quantized] if hasattr(model, "quantized") else []
     return digest(base_fingerprint(model), *quantized)
+
 
 # ---------------------------------------------------------------- the run.json beside them
 
@@ -189,6 +191,7 @@ def changed_since(folder, find):
         raise ValueError(f"{path} is not the run.json of a run ({error}): move it away, or give "
                          "files from a whole run folder") from error
     return [name for name, value in find().items() if recorded.get(name, value) != value]
+
 
 # ---------------------------------------------------------------- the model's length and vocabulary
 

@@ -224,7 +224,7 @@ def test_the_converted_adapter_has_our_logits_and_tokens_in_transformers(
         model, weights, tmp_path, tokenizer, tied):
     transformers = pytest.importorskip("transformers", reason="needs requirements-optional.txt")
     if tied:  # export_hf then leaves the output layer out
-        checkpoint = torch.load(weights / "consolidated.00.pth")
+        checkpoint = torch.load(weights / "consolidated.00.pth", weights_only=True)
         checkpoint["output.weight"] = checkpoint["tok_embeddings.weight"].clone()
         torch.save(checkpoint, weights / "consolidated.00.pth")
     # at alpha 32 so random an adapter makes 4e-4 of a change of 2e-7 in the embedding

@@ -458,6 +458,11 @@ def test_no_seed_that_chooses_a_rate_is_reported():
     assert not set(reported) & set(range(15))  # those of earlier results and readings
 
 
+def test_the_first_run_has_the_first_seed(place, tmp_path):
+    args, records, val = prepared(place, tmp_path, "--first-seed", "40")
+    assert run_flags(args, common.lora(8), records, val)["seed"] == 40
+
+
 def test_the_best_rate_of_a_seed_is_read_off_a_parabola():
     def losses(*best):
         return {rate: [math.log2(rate / b) ** 2 for b in best]

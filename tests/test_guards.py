@@ -286,7 +286,7 @@ def command(weights, data, out, *more):
 
 @pytest.fixture
 def other(data, tmp_path):
-    """Other data, to stand in place of the data."""
+    """Other data, to stand instead of the data."""
     (tmp_path / "val").write_text(data.read_text().replace("a", "b"))
     rows = [{**json.loads(line), "response": "other"} for line in data.read_text().splitlines()]
     (tmp_path / "other").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -380,7 +380,8 @@ def test_a_dry_run_of_an_impossible_model_is_refused_at_once(weights, capsys, ch
 def test_a_feature_file_of_the_right_key_and_another_shape_is_refused(tmp_path, features):
     path = tmp_path / "cache.pt"
     assert cluster.cached(path, ["key"], 12, lambda: torch.ones(12, 4)).shape == (12, 4)
-    torch.save({**torch.load(path), "features": features}, path)
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "features": features}, path)
     with pytest.raises(ValueError, match="not fp32 features of 12 records"):
         cluster.cached(path, ["key"], 12, lambda: pytest.fail("computed"))
 

@@ -401,8 +401,10 @@ def test_the_experiment_on_a_quantised_base_runs(tmp_path, place, monkeypatch):
     assert quantized.run(quantized.parse_args(
         ["--weights", str(place / "weights"), "--data", str(place / "data.jsonl"), "--seeds", "2",
          "--max-steps", "1", "--max-seq-len", "100", "--rounds", "1", "--runs",
-         str(tmp_path / "runs"), "--out", str(tmp_path)])) is None
-    result = json.loads((Path(tmp_path) / "quantized.json").read_text())
+         str(tmp_path / "runs"), "--out", str(tmp_path), "--margin", "1e6", "--name", "other"])
+        ) is None
+    result = json.loads((Path(tmp_path) / "other.json").read_text())
+    assert {claim["verdict"] for claim in result["claims"]} == {"equal"}  # within such a margin
     assert [row["quantize"] for row in result["rows"]] == ["none", "int8", "nf4"]
     assert result["claims"][0]["claim"] == quantized.PRIMARY
     assert result["seconds"].keys() == {"none", "int8", "nf4"}

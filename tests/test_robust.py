@@ -753,7 +753,7 @@ def nothing(place):
 
 
 def pointer(*names):
-    """Git LFS pointers in place of the files."""
+    """Git LFS pointers instead of the files."""
     def do(place):
         for name in names:
             (place / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:"

@@ -333,6 +333,7 @@ def test_records_to_keep_are_measured_like_validation_records(command, data, tmp
 
 def test_only_the_embedded_world_has_texts_to_keep_of_its_own(command, tmp_path, capsys):
     assert train.parse_args([]).keep_data == str(WORLD / "keep.jsonl")
+    assert train.parse_args(["--retention-data", "texts"]).keep_data == "texts"
     assert train.parse_args(command).keep_data is None
     assert train.main(command) == 0
     assert "kept" not in run_json(tmp_path)["metrics"]
@@ -503,8 +504,11 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for_and_0_is_off(adapted, cli
     assert norm > 1 and moved == pytest.approx(clip or norm.item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["hydralora", "full"])
-def test_the_optimiser_holds_exactly_what_trains(command, monkeypatch, method):
+@pytest.mark.parametrize("method, flags, betas, decay", [
+    ("hydralora", [], (0.9, 0.999), 0), ("full", [], (0.9, 0.999), 0),
+    ("hydralora", ["--weight-decay", "0.1", "--betas", "0.8,0.9"], (0.8, 0.9), 0.1)])
+def test_the_optimiser_holds_exactly_what_trains(command, monkeypatch, method, flags, betas,
+                                                 decay):
     held = []
     original = torch.optim.AdamW
 
@@ -517,12 +521,12 @@ def test_the_optimiser_holds_exactly_what_trains(command, monkeypatch, method):
     load = train.load_base
     monkeypatch.setattr(train, "load_base", lambda args: models.append(load(args)) or models[-1])
     monkeypatch.setattr(torch.optim, "AdamW", spy)
-    assert train.main(command + ["--method", method, "--max-steps", "1"]) == 0
+    assert train.main(command + ["--method", method, "--max-steps", "1", *flags]) == 0
     model, ((parameters, settings),) = models[0][0], held
     want = (list(adapter_parameters(model).values()) if method == "hydralora"
             else list(model.parameters()))
     assert {id(p) for p in parameters} == {id(p) for p in want} and len(parameters) == len(want)
-    assert settings["betas"] == (0.9, 0.999) and settings["weight_decay"] == 0
+    assert settings["betas"] == betas and settings["weight_decay"] == decay
 
 
 @pytest.mark.slow

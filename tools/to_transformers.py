@@ -56,8 +56,9 @@ def convert(adapter, out, weights, back):
     names = {theirs: ours for ours, theirs in TARGETS.items()} if back else TARGETS
     config = load_adapter_file(source, adapter)
     print_quantize(adapter, "none")
-    if trained_with(adapter) != "none":
-        target.quantized = trained_with(adapter)  # nothing is; the new file says it as well
+    before = trained_with(adapter)
+    if before != "none":
+        target.quantized = before  # nothing is; the new file says it as well
     targets = [names[name] for name in config["targets"]]
     add_hydralora(target, **{**config, "targets": targets})
     hf_layers = hydra_layers(hf)
